@@ -1,0 +1,1 @@
+"""Typed configuration. Nothing in this package imports torch."""

@@ -1,0 +1,15 @@
+"""Exit codes: the interface between a rank, the launcher and the scheduler."""
+
+from typing import Final
+
+FINISHED: Final = 0
+"""The run reached its length."""
+
+CONFIG: Final = 2
+"""Something the user must mend: configuration, data, checkpoint, launch."""
+
+NONFINITE: Final = 70
+"""A loss or gradient was not finite; starting again would fail again."""
+
+REQUEUE: Final = 75
+"""Stopped on request after saving; start again to go on (sysexits' EX_TEMPFAIL)."""

@@ -1,0 +1,1 @@
+"""What every part may know: types, protocols, registry, manifest format, errors, per-sample random numbers."""

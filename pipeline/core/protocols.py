@@ -1,0 +1,185 @@
+"""The interfaces between the rooms of the house. Everything here is shared; nothing here computes.
+
+Shape letters: B samples of one micro-batch on one rank, H height, W width, D feature size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from pipeline.core.random import SampleRandom
+
+Batch = dict[str, Tensor]
+"""Field name to tensor. Always holds ``"id"``: int64[B], the sample's number in its manifest, and ``"epoch"``:
+int64[B], the epoch that delivered it. Images are ``"image"``: uint8[B,3,H,W] (``"image1"``, ``"image2"`` for a second
+view), labels ``"label"``: int64[B]."""
+
+
+class StepOutput(NamedTuple):
+    """What one forward gives. A NamedTuple, since DeepSpeed's ZeRO-3 hooks only walk tuples, lists and dicts."""
+
+    loss: Tensor
+    """Scalar, the mean over this rank's micro-batch."""
+    metrics: dict[str, Tensor]
+    """Detached scalars (means over the micro-batch), with the same keys in the same order on every rank."""
+
+
+class Picture(NamedTuple):
+    """A picture for TensorBoard and the report."""
+
+    image: np.ndarray
+    """uint8[H,W,3]."""
+    caption: str
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where the run is. The master clock counts samples; a step is one update of the optimizer."""
+
+    step: int
+    """Updates done."""
+    samples: int
+    """Samples seen by all ranks together."""
+    total_samples: int
+    """Samples at which the run is finished."""
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is done, 0 to 1."""
+        return self.samples / self.total_samples
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What an objective may know beside its batch. The same context and batch give the same loss."""
+
+    seed: int
+    clock: Clock
+    training: bool = True
+
+    def random(self, batch: Batch, purpose: str) -> SampleRandom:
+        """Random numbers that belong to the samples of ``batch``: a function of (seed, epoch, id, purpose) alone."""
+        return SampleRandom(self.seed, purpose, batch["epoch"], batch["id"])
+
+
+class Objective(nn.Module, ABC):
+    """Modules and maths of a training method. No optimizer, no files, no ranks, no precision, no schedule.
+
+    A component file ``objectives/NAME.py`` holds a docstring naming the paper, ``class Config`` (frozen, see
+    :class:`pipeline.config.schema.Strict`) and the class, built as ``Class(config)``; labels' count and the like
+    come with :class:`DataFacts`.
+    """
+
+    needs: Mapping[str, str] = {}
+    """Fields of the batch and their type, ``{"image": "uint8[B,3,H,W]"}``: checked against the first batch."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
+        """Loss and metrics of one micro-batch."""
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """Modules that evaluation and export may use; ``"image"`` maps uint8[B,3,H,W] to float[B,D]."""
+        return {}
+
+    def after_step(self, clock: Clock) -> None:
+        """Called after each update of the optimizer, for moving averages and queues."""
+        return None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed, beside those of one dimension."""
+        return set()
+
+    def layers(self) -> Sequence[Sequence[str]]:
+        """Prefixes of parameter names from the input to the output, for layer-wise learning rates; empty: none."""
+        return ()
+
+    def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
+        """Pictures that let a person judge the method; called now and then on a few samples, without gradient."""
+        return {}
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a component may need to know of the data to build itself."""
+
+    image_size: tuple[int, int]
+    """Height and width of the images in a batch."""
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of their labels; empty when the data has no labels."""
+
+
+class Stream(Protocol):
+    """Endless, resumable, and a pure function of (manifest, seed, position)."""
+
+    def batches(self, step: int) -> Iterator[list[Batch]]:
+        """From global step ``step`` on: for each step, this rank's micro-batches in order."""
+        ...
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The position before global step ``step`` and all that fixes the order; plain JSON values."""
+        ...
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise :class:`~pipeline.core.errors.CheckpointError` if ``state`` is of another order than this stream's."""
+        ...
+
+    def close(self) -> None:
+        """Stop workers and release files."""
+        ...
+
+
+class Engine(Protocol):
+    """Owns the optimizer and all that depends on how the model is spread over ranks."""
+
+    def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
+        """The objective's forward, under the engine's precision, with the batch on the engine's device."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss`` divided by the accumulation; ``last`` ends the accumulation."""
+        ...
+
+    def update(self, lr: float) -> Tensor:
+        """Clip, step and clear. Returns the gradient's norm before clipping: a scalar, the same on all ranks."""
+        ...
+
+
+class Result(NamedTuple):
+    """One number of an evaluation."""
+
+    name: str
+    """Metric, e.g. "knn/top1"."""
+    value: float
+    n: int
+    """Samples that it was measured on."""
+    split: str
+    stderr: float | None = None
+    """Standard error of ``value``; None where none is known."""
+
+
+class EvalStream(Protocol):
+    """Every sample of a manifest once, in order, shared out over the ranks without padding."""
+
+    classes: tuple[str, ...]
+    samples: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches; the last one may be smaller."""
+        ...
+
+
+class Evaluation(ABC):
+    """One protocol: ``evals/NAME.py`` holds a docstring naming the source, ``Config`` and the class."""
+
+    needs: Sequence[str] = ("image",)
+    """Encoders that it uses."""
+
+    @abstractmethod
+    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterable[Result]:
+        """Yield results, the same on every rank. Encoders are in eval mode; no gradient is recorded around it."""

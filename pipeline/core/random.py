@@ -1,0 +1,1 @@
+"""Placeholder while the real generator is being written."""
