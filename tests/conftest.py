@@ -1,17 +1,24 @@
-"""Fixtures for all tests. World size is a marker: ``@pytest.mark.world_size(2)`` runs the test body in two gloo ranks."""
+"""Fixtures for all tests. World size is a marker: ``@pytest.mark.world_size(2)`` runs the test body in two gloo ranks.
+
+The ranks are forked from a server that has already imported torch and its friends, so they start in milliseconds and
+in a clean state. Fixtures are made once, in pytest's own process, and handed to every rank; they must be picklable.
+"""
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-WORKER = "SLUICE_TEST_RANK"
+RANK_TIMEOUT = 240.0
+"""Seconds after which a rank that has not answered is killed and the test fails."""
 
 
 def free_port() -> int:
@@ -22,8 +29,8 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """Environment of one rank of a gloo group on this machine."""
-    return os.environ | {
+    """What a launcher sets for one rank of a gloo group on this machine."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -32,35 +39,64 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        WORKER: str(rank),
     }
+
+
+def _rank_main(connection: Connection, environment: dict[str, str], body: Callable[..., None], kwargs: Any) -> None:
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        body(**kwargs)
+    except BaseException:
+        connection.send(traceback.format_exc())
+    else:
+        connection.send(None)
+    connection.close()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_ranks(world: int, body: Callable[..., None], **kwargs: Any) -> None:
+    """Run ``body(**kwargs)`` in ``world`` processes with a launcher's environment; fail with all ranks' tracebacks.
+
+    ``body`` must be importable (defined at the top of a test file).
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "deepspeed", "accelerate", "sklearn"])
+    port = free_port()
+    ranks = []
+    for rank in range(world):
+        here, there = context.Pipe()
+        process = context.Process(target=_rank_main, args=(there, rank_environment(rank, world, port), body, kwargs))
+        process.start()
+        there.close()
+        ranks.append((process, here))
+    problems = []
+    for rank, (process, here) in enumerate(ranks):
+        try:
+            problem = here.recv() if here.poll(RANK_TIMEOUT) else f"no answer within {RANK_TIMEOUT:.0f} s"
+        except EOFError:
+            process.join()
+            problem = f"died with exit code {process.exitcode}"
+        if problem:
+            problems.append(f"--- rank {rank} of {world} ---\n{problem}")
+    for process, _ in ranks:
+        process.join(1 if problems else 20)
+        process.kill()
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test marked with a world size in that many processes, each of them pytest on this one test."""
+    """Run the body of a test marked with a world size in that many ranks."""
     mark = pyfuncitem.get_closest_marker("world_size")
-    if mark is None or WORKER in os.environ or mark.args[0] == 1:
+    if mark is None:
         return None
-    world, port = mark.args[0], free_port()
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=rank_environment(rank, world, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [p.communicate(timeout=240)[0] for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
-    failed = [f"--- rank {r} ---\n{o}" for r, (p, o) in enumerate(zip(ranks, outputs, strict=True)) if p.returncode]
-    if failed:
-        pytest.fail("\n".join(failed), pytrace=False)
+    names = pyfuncitem._fixtureinfo.argnames
+    run_ranks(mark.args[0], pyfuncitem.obj, **{name: pyfuncitem.funcargs[name] for name in names})
     return True
