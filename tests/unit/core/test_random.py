@@ -123,7 +123,7 @@ def test_neighbouring_samples_and_positions_are_uncorrelated():
 
 def test_distributions():
     uniform = make(range(64)).uniform(1000).flatten().double().numpy()
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert stats.kstest(uniform, "uniform").pvalue > 1e-3
     normal = make(range(64)).normal(1000).flatten().double().numpy()
     assert stats.kstest(normal, "norm").pvalue > 1e-3
