@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from decimal import Decimal
+from typing import Any, Literal, cast
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 
 Unit = Literal["ep", "ba", "sa", "%"]
+FORM = "'90ep', '500ba', '12.8Gsa' or '5%'"
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kMG]?)(ep|ba|sa)|(%))")
+_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kMG]?)(ep|ba|sa)|(%))", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,21 @@ class Duration:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"cannot read duration {text!r}; write it like '90ep', '500ba', '12.8Gsa' or '5%'")
+            raise ValueError(f"cannot read duration {text!r}; write it like {FORM}")
         number, factor, unit, percent = match.groups()
-        if percent:
-            return cls(float(number), "%")
-        return cls(float(number) * _FACTORS[factor], unit)
+        # Decimal, so that "1.1G" is exactly 1_100_000_000.
+        value = float(Decimal(number) * _FACTORS[factor or ""])
+        return cls(value, "%" if percent else cast("Unit", unit))
 
     def __str__(self) -> str:
-        """The text that gives this duration back."""
-        return f"{self.value:g}{self.unit}"
+        """The text that gives this duration back, digit for digit."""
+        value, factor = Decimal(repr(self.value)), ""
+        if self.unit == "sa":
+            factor = next((f for f in ("G", "M", "k") if value >= _FACTORS[f]), "")
+        digits = format(value / _FACTORS[factor], "f")
+        if "." in digits:
+            digits = digits.rstrip("0").rstrip(".")
+        return f"{digits}{factor}{self.unit}"
 
     def steps(self, *, global_batch: int, steps_per_epoch: float, total_steps: int | None = None) -> int:
         """Updates, rounded to the nearest, at least one unless the value is zero.
@@ -68,8 +76,6 @@ class Duration:
                 return value
             if isinstance(value, str):
                 return cls.parse(value)
-            raise ValueError(f"a duration needs a unit: '{value}ep', '{value}ba' or '{value}sa'")
+            raise ValueError(f"a duration needs a unit: write it like {FORM}, not {value!r}")
 
-        return core_schema.no_info_plain_validator_function(
-            read, serialization=core_schema.to_string_ser_schema()
-        )
+        return core_schema.no_info_plain_validator_function(read, serialization=core_schema.to_string_ser_schema())

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pipeline.config.durations import Duration
 
 
 class Strict(BaseModel):
-    """Base of all configuration: frozen, unknown keys forbidden, no silent conversions of text to numbers."""
+    """Base of all configuration: frozen, unknown keys forbidden, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Component(BaseModel):
@@ -24,7 +30,8 @@ class Component(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: Annotated[str, Field(description="file name of the component, without .py")]
+    name: Text
+    """File name of the component, without .py."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -35,13 +42,13 @@ class Component(BaseModel):
 class Image(Strict):
     """Geometry of images, done on the CPU by the loader's workers; colour is done on the device."""
 
-    size: int | tuple[int, int] = 224
+    size: Positive | tuple[Positive, Positive] = 224
     """Pixels of the side, or (height, width)."""
     crop: Literal["random_resized", "center", "resize"] = "random_resized"
     """Random area and ratio; or short side resized then centre crop; or both sides resized."""
-    scale: tuple[float, float] = (0.2, 1.0)
+    scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     """Area of a random crop, as a part of the image's."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
+    ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
     """Width over height of a random crop."""
     flip: bool = True
     """Mirror half of the samples left to right (random crops only)."""
@@ -53,20 +60,27 @@ class Image(Strict):
         """Height and width."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Image:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if low > high:
+                raise ValueError(f"{name} goes from {low} down to {high}; write the smaller one first")
+        return self
+
 
 class Data(Strict):
     """The training stream."""
 
-    train: str
+    train: Text
     """Folder that holds the shards and their manifest.json."""
-    fields: tuple[str, ...] = ("image",)
+    fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
     """Fields of the manifest that a batch holds: "image", "label"."""
     image: Image = Image()
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank; 0 reads in the rank itself."""
-    lanes: Annotated[int, Field(ge=1)] | None = None
+    lanes: Positive | None = None
     """Lanes that the epoch is cut into; must divide the global batch. Left out: chosen from shards and batch."""
-    window: Annotated[int, Field(ge=1)] = 4
+    window: Positive = 4
     """Shards inside a lane that are shuffled together."""
     tail: Literal["drop", "endless"] = "drop"
     """The last (samples mod global batch) of an epoch: dropped (others each epoch), or joined to the next epoch."""
@@ -78,18 +92,18 @@ class Optimizer(Strict):
     """The optimizer and its parameter groups."""
 
     name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)]
+    lr: PositiveFloat
     """Peak learning rate, before scaling."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Multiply ``lr`` by global_batch/lr_batch ("linear") or its square root ("sqrt")."""
-    lr_batch: Annotated[int, Field(ge=1)] = 256
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    lr_batch: Positive = 256
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Not applied to norms, biases and what the objective excludes."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Fraction = 1.0
     """Learning rate of each layer as a part of the next one's; 1: all the same."""
-    clip: Annotated[float, Field(gt=0)] | None = None
+    clip: PositiveFloat | None = None
     """Largest norm of the gradient; left out: no clipping."""
 
 
@@ -104,6 +118,16 @@ class Schedule(Strict):
     cooldown: Duration = Duration(0.0, "%")
     """Linear to zero over the end of the run (constant and inverse_sqrt)."""
 
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Schedule:
+        if self.name == "cosine" and self.cooldown.value > 0:
+            raise ValueError("a cosine has no cooldown; remove it, or set final for where the cosine ends")
+        if self.name != "cosine" and self.final > 0:
+            raise ValueError(f"'final' belongs to the cosine; {self.name} ends by its cooldown")
+        if self.name == "inverse_sqrt" and self.warmup.value == 0:
+            raise ValueError("inverse_sqrt falls from the end of the warm-up and needs one; set warmup")
+        return self
+
 
 class EngineConfig(Strict):
     """How the model is trained and spread over ranks."""
@@ -112,9 +136,9 @@ class EngineConfig(Strict):
     zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed's ZeRO stage."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    micro_batch: Annotated[int, Field(ge=1)]
+    micro_batch: Positive
     """Samples per rank and forward; accumulation follows from the global batch."""
-    timeout_minutes: Annotated[float, Field(gt=0)] = 10.0
+    timeout_minutes: PositiveFloat = 10.0
     """A collective that takes longer ends the job."""
 
     @model_validator(mode="after")
@@ -123,9 +147,17 @@ class EngineConfig(Strict):
             raise ValueError("'zero' belongs to the deepspeed engine; remove it or set name = \"deepspeed\"")
         return self
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is dumped loads again: an accelerate engine has no 'zero'."""
+        table = default(self)
+        if self.name == "accelerate":
+            del table["zero"]
+        return table
+
 
 class Every(Strict):
-    """How often things happen."""
+    """How often things happen; "0ba" is never."""
 
     log: Duration = Duration(10.0, "ba")
     checkpoint: Duration = Duration(1000.0, "ba")
@@ -135,14 +167,20 @@ class Every(Strict):
 class Run(Strict):
     """The run as a whole."""
 
-    folder: str
+    folder: Text
     """Run folder: checkpoints, metrics, report."""
     length: Duration
-    global_batch: Annotated[int, Field(ge=1)]
+    global_batch: Positive
     """Samples per update, over all ranks."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    keep: Annotated[int, Field(ge=1)] = 3
+    keep: Positive = 3
     """Newest checkpoints that are kept."""
+
+    @model_validator(mode="after")
+    def _has_length(self) -> Run:
+        if self.length.unit == "%" or self.length.value == 0:
+            raise ValueError(f"length cannot be '{self.length}'; write epochs, updates or samples, like '90ep'")
+        return self
 
 
 class RunConfig(Strict):
@@ -156,14 +194,22 @@ class RunConfig(Strict):
     engine: EngineConfig
     every: Every = Every()
 
+    @model_validator(mode="after")
+    def _lanes_divide(self) -> RunConfig:
+        if self.data.lanes and self.run.global_batch % self.data.lanes:
+            raise ValueError(
+                f"data.lanes is {self.data.lanes}, which does not divide run.global_batch = {self.run.global_batch}"
+            )
+        return self
+
 
 class SuiteConfig(Strict):
     """A suite of evaluations, run on any checkpoint whose encoders fit."""
 
-    streams: dict[str, str]
+    streams: Annotated[dict[str, Text], Field(min_length=1)]
     """Name to data set folder, e.g. {train = "shards/train", val = "shards/val"}."""
     image: Image | None = None
     """Geometry for evaluation; left out: centre crop at the run's training size."""
-    batch: Annotated[int, Field(ge=1)] = 256
+    batch: Positive = 256
     workers: Annotated[int, Field(ge=0)] = 2
     evals: tuple[Component, ...] = Field(min_length=1)

@@ -1,0 +1,204 @@
+"""Every mistake of a configuration at once: where it is, what was expected, what was found, and "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Annotated, Any, Literal, TypeVar, Union, cast
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.config.durations import FORM, Duration
+from pipeline.core.errors import ConfigError
+from pipeline.core.registry import suggest
+
+M = TypeVar("M", bound=BaseModel)
+Path = tuple[str | int, ...]
+"""Keys and places in lists, from the top of the file to a value."""
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "a table",
+    Duration: f"a duration like {FORM}",
+}
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "greater_than": "a number > {gt}",
+    "greater_than_equal": "a number >= {ge}",
+    "less_than": "a number < {lt}",
+    "less_than_equal": "a number <= {le}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "literal_error": "{expected}",
+}
+
+
+class Mistakes(ConfigError):
+    """All that is wrong with one configuration, one line each."""
+
+    def __init__(self, title: str, problems: Sequence[str]) -> None:
+        self.title = title
+        self.problems = tuple(problems)
+        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        super().__init__("\n  ".join([f"{title}: {count}", *problems]))
+
+
+def validate(
+    model: type[M],
+    values: Mapping[str, Any],
+    title: str,
+    prefix: Path = (),
+    origin: Callable[[Path], str | None] = lambda path: None,
+) -> M:
+    """An instance of ``model`` from a file's values, without silent conversions ("3" is not 3, 1.0 is not 1).
+
+    Args:
+        model: what the values must be.
+        values: tables, lists, text and numbers, as TOML gives them.
+        title: what the configuration is called in the message.
+        prefix: where ``values`` lie in that configuration.
+        origin: names the file that a path was written in, where that is not ``title``.
+
+    Raises:
+        Mistakes: with all of them.
+    """
+    try:
+        # As JSON, since only there does pydantic's strict mode take a list for a tuple.
+        return model.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        found = [_explain(model, values, details) for details in error.errors(include_url=False)]
+        lines: dict[str, None] = {}
+        for path, text, general in found:
+            if general and any(p[: len(path)] == path and not g for p, _, g in found):
+                continue  # another branch of the union says more precisely what is wrong
+            source = origin(prefix + path)
+            lines[_path_text(prefix + path) + text + (f" (in {source})" if source else "")] = None
+        raise Mistakes(title, list(lines)) from None
+
+
+def _path_text(path: Path) -> str:
+    """``evals[0].k: ``, or nothing at the top."""
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return text.removeprefix(".") + ": " if text else ""
+
+
+def _explain(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetails) -> tuple[Path, str, bool]:
+    """Where a mistake is, what it is, and whether it only says that no branch of a union fits."""
+    path, annotation, in_union = _walk(model, values, details)
+    kind = details["type"]
+    if kind == "missing":
+        return path, f"missing; expected {_describe(annotation)}", False
+    if kind == "extra_forbidden":
+        return path, f"unknown key ({suggest(str(path[-1]), _keys_beside(model, path))})", False
+    if kind == "value_error":
+        return path, str(details["ctx"]["error"]), False
+    value: Any = reduce(lambda inside, key: inside[key], path, cast("Any", values))
+    if in_union and kind.endswith("_type"):
+        return path, f"expected {_describe(annotation)}, found {_show(value)}", True
+    form = _EXPECTED.get(kind)
+    if form is None:
+        return path, f"{details['msg'][0].lower()}{details['msg'][1:]}, found {_show(value)}", False
+    hint = ""
+    if kind == "literal_error" and isinstance(value, str):
+        close = difflib.get_close_matches(value, re.findall("'([^']*)'", details["ctx"]["expected"]), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return path, f"expected {form.format(**details.get('ctx', {}))}, found {_show(value)}{hint}", False
+
+
+def _walk(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetails) -> tuple[Path, Any, bool]:
+    """The path to the value, what is allowed there, and whether the mistake is that of one branch of a union.
+
+    Between the keys of the file pydantic names the branch that it tried ("int", "tuple[int, int]"); those are left out.
+    """
+    path: list[str | int] = []
+    annotation: Any = model
+    value: Any = values
+    last = len(details["loc"]) - 1
+    for place, key in enumerate(details["loc"]):
+        here = holds(value, key)
+        if here or (place == last and details["type"] == "missing"):
+            path.append(key)
+            annotation = _child(annotation, key)
+            value = value[key] if here else None
+        elif place == last:
+            return tuple(path), annotation, True
+    return tuple(path), annotation, False
+
+
+def holds(value: Any, key: str | int) -> bool:
+    """Whether ``value[key]`` exists, for a table or a list."""
+    if isinstance(value, dict):
+        return key in value
+    return isinstance(value, list) and isinstance(key, int) and key < len(cast("list[Any]", value))
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The configuration class inside ``Image | None`` or ``tuple[Component, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(part) for part in typing.get_args(annotation))
+    return next((model for model in found if model), None)
+
+
+def _child(annotation: Any, key: str | int) -> Any:
+    """What is allowed under ``key``; ``Any`` where the model does not say."""
+    if isinstance(key, int):
+        lists = [annotation, *typing.get_args(annotation)]
+        return next((typing.get_args(a)[0] for a in lists if typing.get_origin(a) is tuple), Any)
+    model = _model_in(annotation)
+    known = model.model_fields if model else {}
+    return known[key].annotation if key in known else Any
+
+
+def _keys_beside(model: type[BaseModel], path: Path) -> list[str]:
+    """The keys that are allowed where ``path`` has an unknown one."""
+    annotation: Any = model
+    for key in path[:-1]:
+        annotation = _child(annotation, key)
+    inner = _model_in(annotation)
+    return list(inner.model_fields) if inner else []
+
+
+def _describe(annotation: Any) -> str:
+    """What a person may write for this type."""
+    kind, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    text = "a value"
+    if kind is Literal:
+        text = " or ".join(repr(p) for p in parts)
+    elif kind is Annotated:
+        text = _describe(parts[0])
+    elif kind in (Union, types.UnionType):
+        text = " or ".join(_describe(p) for p in parts if p is not type(None))
+    elif kind is tuple:
+        text = "a list" if parts[-1] is Ellipsis else f"a list of {len(parts)}"
+    elif annotation in _NAMES or kind in _NAMES:
+        text = _NAMES[kind or annotation]
+    elif _model_in(annotation):
+        text = "a table"
+    return text
+
+
+def _show(value: Any) -> str:
+    """A value as it stands in the file, cut when long."""
+    if isinstance(value, dict):
+        return "a table"
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

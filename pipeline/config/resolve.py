@@ -1,0 +1,157 @@
+"""From what a person writes to what a run does: steps, accumulation, learning rate. No torch here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.config.mistakes import Mistakes
+from pipeline.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers, once its data and its number of ranks are known. A step is one update of the optimizer."""
+
+    samples: int
+    """In the data set."""
+    global_batch: int
+    """Samples per step, over all ranks."""
+    world_size: int
+    micro_batch: int
+    """Samples per rank and forward."""
+    accumulation: int
+    """Forwards per step: global_batch = world_size * micro_batch * accumulation."""
+    steps_per_epoch: float
+    """Whole when the tail of an epoch is dropped."""
+    total_steps: int
+    total_samples: int
+    """total_steps * global_batch."""
+    warmup_steps: int
+    cooldown_steps: int
+    schedule: str
+    """"cosine", "constant" or "inverse_sqrt"."""
+    peak_lr: float
+    """After scaling by the global batch."""
+    final_lr: float
+    """Where the cosine ends."""
+    log_every: int
+    """Steps; 0 is never, here and below."""
+    checkpoint_every: int
+    showcase_every: int
+
+
+def resolve(config: RunConfig, samples: int, world_size: int, title: str = "plan") -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: the run.
+        samples: in the data set (its manifest's).
+        world_size: number of ranks.
+        title: what the configuration is called in a message.
+
+    Raises:
+        Mistakes: the batch cannot be shared out, the epoch is shorter than a batch, the schedule longer than the run.
+    """
+    batch, micro = config.run.global_batch, config.engine.micro_batch
+    problems = [*_batch_problems(batch, micro, world_size), *_epoch_problems(config, samples)]
+    if problems:
+        raise Mistakes(title, problems)
+    per_epoch = samples // batch if config.data.tail == "drop" else samples / batch
+    total = config.run.length.steps(global_batch=batch, steps_per_epoch=per_epoch)
+
+    def steps(name: str) -> int:
+        part, _, key = name.partition(".")
+        duration = getattr(getattr(config, part), key)
+        count = duration.steps(global_batch=batch, steps_per_epoch=per_epoch, total_steps=total)
+        if part == "schedule" and count > total:
+            problems.append(f"{name}: {duration} are {count} steps, but the run has only {total}")
+        return count
+
+    peak = config.optimizer.lr * _scale(config)
+    plan = Plan(
+        samples=samples,
+        global_batch=batch,
+        world_size=world_size,
+        micro_batch=micro,
+        accumulation=batch // (micro * world_size),
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        total_samples=total * batch,
+        warmup_steps=steps("schedule.warmup"),
+        cooldown_steps=steps("schedule.cooldown"),
+        schedule=config.schedule.name,
+        peak_lr=peak,
+        final_lr=peak * config.schedule.final,
+        log_every=steps("every.log"),
+        checkpoint_every=steps("every.checkpoint"),
+        showcase_every=steps("every.showcase"),
+    )
+    if not problems and plan.warmup_steps + plan.cooldown_steps > total:
+        problems.append(
+            f"schedule: warm-up ({plan.warmup_steps} steps) and cool-down ({plan.cooldown_steps} steps) "
+            f"do not fit into a run of {total} steps"
+        )
+    if problems:
+        raise Mistakes(title, problems)
+    return plan
+
+
+def learning_rate(plan: Plan, samples: int) -> float:
+    """Learning rate of the update that starts when ``samples`` samples have been seen.
+
+    The curve is taken at the middle of the update, so that neither the first (on a warm-up from zero) nor the last
+    (on a decay to zero) is an update by nothing. With s samples seen there, w the warm-up's and n the run's samples:
+
+    - warm-up: peak * s / w
+    - cosine: final + (peak - final) * (1 + cos(pi * (s - w) / (n - w))) / 2 (Loshchilov and Hutter 2017, eq. 5)
+    - inverse_sqrt: peak * sqrt(w / s) (Vaswani et al. 2017, section 5.3)
+    - cool-down (constant and inverse_sqrt): times (n - s) / c over the last c samples (Zhai et al. 2022, section 3.5)
+    """
+    seen = samples + plan.global_batch / 2
+    warmup, total = plan.warmup_steps * plan.global_batch, plan.total_samples
+    cooldown = plan.cooldown_steps * plan.global_batch
+    if seen < warmup:
+        return plan.peak_lr * seen / warmup
+    if plan.schedule == "cosine":
+        done = min(1.0, (seen - warmup) / (total - warmup)) if total > warmup else 1.0
+        return plan.final_lr + (plan.peak_lr - plan.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    rate = plan.peak_lr * (math.sqrt(warmup / seen) if plan.schedule == "inverse_sqrt" else 1.0)
+    return rate * min(1.0, max(0.0, (total - seen) / cooldown)) if cooldown else rate
+
+
+def _scale(config: RunConfig) -> float:
+    """What the batch size does to the learning rate: Goyal et al. 2017 ("linear"), Krizhevsky 2014 ("sqrt")."""
+    ratio = config.run.global_batch / config.optimizer.lr_batch
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.optimizer.lr_scaling]
+
+
+def _batch_problems(batch: int, micro: int, world: int) -> list[str]:
+    unit = world * micro
+    if batch % unit == 0:
+        return []
+    below, above = batch // unit * unit, (batch // unit + 1) * unit
+    remedies = [f"run.global_batch = {n}" for n in (below, above) if n]
+    if batch % world == 0:
+        nearest = min(
+            (d for d in range(1, batch // world + 1) if batch // world % d == 0), key=lambda d: abs(d - micro)
+        )
+        remedies.append(f"engine.micro_batch = {nearest}")
+    if batch % micro == 0:
+        remedies.append(f"{max(w for w in range(1, world) if batch % (w * micro) == 0)} ranks")
+    return [
+        f"run.global_batch: {batch} cannot be shared out to {world} rank(s) in micro-batches of {micro} "
+        f"(engine.micro_batch); near by that would be {', or '.join(remedies)}"
+    ]
+
+
+def _epoch_problems(config: RunConfig, samples: int) -> list[str]:
+    batch = config.run.global_batch
+    if samples == 0:
+        return [f"data.train: {config.data.train} holds no samples"]
+    if samples < batch and config.data.tail == "drop":
+        return [
+            f"run.global_batch: an epoch has {samples} samples, fewer than one batch of {batch}; "
+            'take a smaller batch, or data.tail = "endless"'
+        ]
+    return []
