@@ -1,0 +1,1 @@
+"""The process group: starting and ending it, and collectives."""

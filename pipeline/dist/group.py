@@ -1,0 +1,114 @@
+"""One process group for the whole job, its start and end, and the small collectives that the loop needs.
+
+The group is started by us, not by DeepSpeed or Accelerate, so that one time-out holds for every collective.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.core.errors import LaunchError
+
+T = TypeVar("T")
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    timeout: timedelta
+    """Of every collective."""
+
+    @property
+    def first(self) -> bool:
+        """Rank 0, which writes what is written once."""
+        return self.rank == 0
+
+
+def _launched() -> bool:
+    missing = [v for v in LAUNCH_VARIABLES if v not in os.environ]
+    if missing and "RANK" in os.environ:
+        raise LaunchError(f"RANK is set but {', '.join(missing)} not; start ranks with `sluice train` or srun")
+    return not missing
+
+
+@contextmanager
+def process_group(timeout_minutes: float) -> Iterator[Place]:
+    """Join the job's group and leave it at the end; without a launcher's variables, a group of one.
+
+    Raises:
+        LaunchError: the launcher's variables are incomplete, or the other ranks cannot be reached in time.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
+    cuda = torch.cuda.is_available()
+    if not _launched():
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = "0"
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    else:
+        alone = {}
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, **alone)
+    except (dist.DistError, RuntimeError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LaunchError(f"rank {os.environ['RANK']} cannot join the job at {where}: {error}") from error
+    try:
+        yield Place(dist.get_rank(), dist.get_world_size(), local_rank, device, timeout)
+    finally:
+        dist.destroy_process_group()
+
+
+def gather_rows(row: Tensor) -> Tensor:
+    """Every rank's ``row``: [C] -> [W,C], the same on every rank."""
+    world = dist.get_world_size()
+    if world == 1:
+        return row[None].clone()
+    rows = row.new_empty(world * row.numel())
+    dist.all_gather_into_tensor(rows, row.contiguous())
+    return rows.view(world, -1)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of every rank's ``value``; integers wrap around."""
+    total = value.clone()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's ``value``, pickled over the wire between the ranks of this job; for small, rare messages."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: T) -> T:
+    """Rank 0's ``value``, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,1 @@
+"""The one loop, the two engines, optimizers, checkpoints, actions and stopping."""

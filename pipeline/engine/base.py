@@ -1,0 +1,95 @@
+"""What both engines share: the interface that the loop and the checkpoints use."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from pipeline.core.protocols import Batch, Objective, StepContext, StepOutput
+from pipeline.dist.group import Place
+from pipeline.engine import fragments
+from pipeline.engine.fragments import Fragment, Slot, Spec
+
+
+class BaseEngine(ABC):
+    """Owns the optimizer, and knows how parameters and state are spread over the ranks.
+
+    The gradient that ``update`` applies is the mean over ranks and accumulated micro-batches of each loss's gradient.
+    """
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    """The torch optimizer, whose groups hold the learning rates and whose state is saved."""
+    place: Place
+
+    @abstractmethod
+    def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
+        """The objective's forward under the engine's precision; the batch is on the device. ``last``: see below."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss`` over the accumulation; ``last`` is the micro-batch that ends the accumulation."""
+
+    @abstractmethod
+    def update(self, lr: float) -> Tensor:
+        """Clip, step and clear. Returns the norm of the whole gradient before clipping: a scalar on the device."""
+
+    @abstractmethod
+    def slots(self) -> list[Slot]:
+        """Where this rank's parts of the trainable parameters are."""
+
+    replicated: bool
+    """Every rank holds every trainable parameter whole."""
+
+    def publish(self) -> None:
+        """Bring what the forward uses in line with the slots, after a checkpoint was read into them."""
+        return None
+
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Inside, every rank can read every parameter of ``objective`` whole."""
+        return nullcontext()
+
+    def move(self, batch: Batch) -> Batch:
+        """The batch on this rank's device."""
+        return {name: value.to(self.place.device, non_blocking=True) for name, value in batch.items()}
+
+    def shared(self) -> Iterator[Fragment]:
+        """State that every rank holds whole."""
+        yield from fragments.untrained(self.objective)
+        if self.replicated:
+            yield from fragments.trained(self.slots(), self.optimizer, writing=False)
+
+    def exclusive(self, *, writing: bool) -> Iterator[Fragment]:
+        """State of which this rank alone holds its part."""
+        if not self.replicated:
+            yield from fragments.trained(self.slots(), self.optimizer, writing=writing)
+
+    def held(self) -> Iterator[Fragment]:
+        """All state on this rank, as live views: what a checkpoint is read into."""
+        yield from self.shared()
+        yield from self.exclusive(writing=False)
+
+    def written(self) -> Iterator[Fragment]:
+        """What this rank writes into a checkpoint: over all ranks, every element exactly once."""
+        for fragment in self.shared():
+            mine = fragments.share(fragment, self.place.rank, self.place.world_size)
+            if mine is not None:
+                yield mine
+        yield from self.exclusive(writing=True)
+
+    def expected(self) -> dict[str, Spec]:
+        """Every tensor of the model that a checkpoint must hold."""
+        found = fragments.named_tensors(self.objective)
+        return {f"{fragments.MODEL}/{n}": Spec(self.shape_of(t), str(t.dtype)[6:]) for n, t in found.items()}
+
+    def shape_of(self, tensor: Tensor) -> tuple[int, ...]:
+        """Shape of a whole parameter or buffer."""
+        return tuple(tensor.shape)
+
+    def make_state(self, specs: dict[str, Spec]) -> None:
+        """Make room for the optimizer state that a checkpoint holds."""
+        fragments.make_state(self.slots(), self.optimizer, specs)

@@ -1,0 +1,161 @@
+"""DeepSpeed, ZeRO 0 to 3. The only file that knows it; its JSON is derived from the config and kept nowhere else.
+
+bf16 is DeepSpeed's ``torch_autocast``: parameters and optimizer state stay fp32, matrix products and their
+communication are bf16. What is worked around is said where it is done; facts are of DeepSpeed 0.19.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.resolve import Plan
+from pipeline.config.schema import EngineConfig
+from pipeline.config.schema import Optimizer as OptimizerConfig
+from pipeline.core.protocols import Batch, Objective, StepContext, StepOutput
+from pipeline.dist.group import Place
+from pipeline.engine import optimizers
+from pipeline.engine.base import BaseEngine
+from pipeline.engine.fragments import MODEL, Fragment, Slot
+
+
+def settings(engine: EngineConfig, optimizer: OptimizerConfig, plan: Plan) -> dict[str, Any]:
+    """DeepSpeed's JSON. Everything whose default changed between its versions is written out."""
+    # ZeRO 0 in fp32 clips without telling the norm, so there we clip ourselves (see `update`).
+    clip = optimizer.clip or 0.0
+    return {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": clip if engine.zero > 0 else 0.0,
+        "zero_optimization": {"stage": engine.zero, "overlap_comm": torch.cuda.is_available()},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": engine.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 2**31,
+    }
+
+
+def _import(timeout: timedelta) -> Any:
+    """Import DeepSpeed, quiet, and without what it needs only for inference."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import groups, logger
+
+    logger.setLevel(logging.WARNING)
+    # On CPU its start would compile a shared-memory all-reduce (half a minute, needs ninja and a compiler) that
+    # training never calls, and that leaves files in /dev/shm when a rank is killed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It would make a clone of the world with torch's default time-out, so that ours never reached the gradients.
+    groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
+    return deepspeed
+
+
+class DeepSpeedEngine(BaseEngine):
+    """The objective under DeepSpeed."""
+
+    def __init__(
+        self, objective: Objective, config: EngineConfig, optimizer: OptimizerConfig, plan: Plan, place: Place
+    ) -> None:
+        deepspeed = _import(place.timeout)
+        self.objective = objective.to(place.device)
+        self.place = place
+        self.stage = config.zero
+        self.clip = optimizer.clip
+        self.replicated = config.zero == 0
+        self.names = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self._shapes = {id(p): tuple(p.shape) for p in objective.parameters()}
+        frozen = {f"{MODEL}/{n}": p for n, p in objective.named_parameters() if not p.requires_grad}
+        self._frozen_parts = frozen if config.zero == 3 else {}
+        self.optimizer = optimizers.build(objective, optimizer)
+        self.engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=self.optimizer, config=settings(config, optimizer, plan), dist_init_required=False
+        )
+
+    def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
+        return self.engine(batch, ctx)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # not a step: it counts the micro-batch
+
+    def update(self, lr: float) -> Tensor:
+        optimizers.set_lr(self.optimizer, lr)
+        if self.stage == 0:
+            norm = torch.nn.utils.clip_grad_norm_(self.names.values(), self.clip or math.inf)
+            self.engine.step()
+            return norm
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        assert norm is not None, "DeepSpeed gave no gradient norm"
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.place.device)
+
+    def slots(self) -> list[Slot]:
+        if self.stage == 0:
+            return [Slot(n, tuple(p.shape), 0, p.numel(), p, 0) for n, p in self.names.items()]
+        return list(self._partitioned() if self.stage == 3 else self._flat())
+
+    def _flat(self) -> Iterator[Slot]:
+        """ZeRO 1 and 2: each group is one flat tensor, cut in as many parts as there are ranks."""
+        for name, p in self.names.items():
+            here = p._hp_mapping
+            if here is not None:
+                flat = self.engine.optimizer.single_partition_of_fp32_groups[here.param_group_index]
+                first = here.lp_fragment_address
+                yield Slot(name, tuple(p.shape), first.start, first.numel, flat, here.hp_fragment_address.start)
+
+    def _partitioned(self) -> Iterator[Slot]:
+        """ZeRO 3: each parameter is cut in as many parts as there are ranks, the last ones padded."""
+        zero = self.engine.optimizer
+        for name, p in self.names.items():
+            group, offset, size = zero.grad_position[zero.get_param_id(p)]
+            start = self.place.rank * size
+            count = min(size, p.ds_numel - start)
+            if count > 0:
+                yield Slot(name, self.shape_of(p), start, count, zero.fp32_partitioned_groups_flat[group], offset)
+
+    def shared(self) -> Iterator[Fragment]:
+        for fragment in super().shared():
+            if fragment.name not in self._frozen_parts:
+                yield fragment
+
+    def exclusive(self, *, writing: bool) -> Iterator[Fragment]:
+        yield from super().exclusive(writing=writing)
+        for name, p in self._frozen_parts.items():
+            start = self.place.rank * p.ds_tensor.numel()
+            count = min(p.ds_tensor.numel(), p.ds_numel - start)
+            if count > 0:
+                yield Fragment(name, start, p.ds_tensor.detach()[:count], self.shape_of(p))
+
+    def shape_of(self, tensor: Tensor) -> tuple[int, ...]:
+        return self._shapes.get(id(tensor), tuple(tensor.shape))
+
+    def publish(self) -> None:
+        zero = self.engine.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].partition(zero.persistent_parameters)
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.objective.parameters())):
+            yield

@@ -1,0 +1,67 @@
+"""Parameter groups and optimizers. Learning rates are set by the loop: ``group["lr"] = lr * group["lr_scale"]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import Optimizer as OptimizerConfig
+from pipeline.core.protocols import Objective
+
+
+class Rule(NamedTuple):
+    """What decides a parameter's group."""
+
+    lr_scale: float
+    weight_decay: float
+
+
+def layer_index(name: str, layers: Sequence[Sequence[str]]) -> int:
+    """Number of the layer whose prefix fits ``name``; what fits none comes after the last, with the heads."""
+    for index, prefixes in enumerate(layers):
+        if any(name == p or name.startswith(p + ".") for p in prefixes):
+            return index
+    return len(layers)
+
+
+def rules(objective: Objective, config: OptimizerConfig) -> dict[str, Rule]:
+    """Rule of each trainable parameter, by name.
+
+    No decay for parameters of at most one dimension (norms, biases, temperature) and for those that the objective
+    names. With ``layer_decay`` d, layer i of n has d^(n-i) of the learning rate and what comes after has all of it
+    (BEiT, arXiv 2106.08254, appendix; the scales of timm's ``param_groups_layer_decay``).
+    """
+    spared = objective.no_weight_decay()
+    layers = objective.layers() if config.layer_decay < 1 else ()
+    found: dict[str, Rule] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and name not in spared
+            scale = config.layer_decay ** (len(layers) - layer_index(name, layers)) if layers else 1.0
+            found[name] = Rule(scale, config.weight_decay if decayed else 0.0)
+    return found
+
+
+def build(objective: Objective, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over the objective's trainable parameters, in groups of equal rules.
+
+    The order of groups and of parameters in them follows the module, so that it is the same in every process.
+    """
+    groups: dict[Rule, list[Tensor]] = {}
+    parameters = dict(objective.named_parameters())
+    for name, rule in rules(objective, config).items():
+        groups.setdefault(rule, []).append(parameters[name])
+    described: list[dict[str, Any]] = [
+        {"params": members, "lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
+        for rule, members in groups.items()
+    ]
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its part of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -1,0 +1,34 @@
+"""Requests to stop before the end: signals and a stop file. The ranks agree on them in the loop."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_FILE = "stop"
+
+
+class StopRequest:
+    """Whether this rank was asked to stop. The handler only sets a flag: the loop acts when all ranks know."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / STOP_FILE
+        self.reason: str | None = None
+
+    def listen(self) -> None:
+        """Take the stop signals; a second SIGINT interrupts at once."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def asked(self) -> bool:
+        """Whether a signal came or the stop file is there."""
+        if self.reason is None and self.file.exists():
+            self.reason = f"{self.file} exists"
+        return self.reason is not None
