@@ -1,0 +1,1 @@
+"""Modules and maths that objectives and evaluations are built of."""

@@ -1,0 +1,72 @@
+"""The decoder of a masked autoencoder: from the tokens of visible patches to a prediction for every patch.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022), section 3 and appendix A.1.
+Shape letters: B samples, N patches, P prefix tokens, V visible patches, D encoder width, E decoder width, T targets.
+"""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from pipeline.nn.positions import sincos_2d
+
+
+def init_xavier(module: nn.Module) -> None:
+    """MAE's initial weights: Xavier-uniform for every linear layer, biases zero. For ``nn.Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Decoder(nn.Module):
+    """Mask tokens where patches were hidden, fixed positions, transformer blocks, a linear prediction per patch.
+
+    Args:
+        width: D, of the encoder.
+        targets: T, numbers to predict per patch.
+        prefix: P, tokens before the patches; they are decoded along, at position zero.
+        grid: rows and columns of patches.
+        dim: E.
+        depth: transformer blocks.
+        heads: attention heads; must divide E.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self, width: int, targets: int, prefix: int, grid: tuple[int, int], *, dim: int, depth: int, heads: int
+    ) -> None:
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.prefix = prefix
+        self.embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        table = torch.cat([torch.zeros(prefix, dim), sincos_2d(dim, grid)])
+        self.register_buffer("positions", table[None], persistent=False)
+        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.norm = norm(dim)
+        self.predict = nn.Linear(dim, targets)
+        self.apply(init_xavier)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
+        """Predictions for all patches.
+
+        Args:
+            tokens: float[B,P+V,D].
+            keep: int64[B,V], numbers of the visible patches, in the order of ``tokens``.
+            hidden: int64[B,N-V], the other patches.
+
+        Returns:
+            float[B,N,T], patches in their order in the image.
+        """
+        x = self.embed(tokens)
+        b, p = len(x), self.prefix
+        masks = self.mask_token.to(x.dtype).expand(b, hidden.shape[1], -1)
+        restore = torch.cat([keep, hidden], dim=1).argsort(dim=1)
+        patches = torch.cat([x[:, p:], masks], dim=1).gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([x[:, :p], patches], dim=1) + self.positions.to(x.dtype)
+        return self.predict(self.norm(self.blocks(x))[:, p:])

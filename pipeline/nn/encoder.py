@@ -1,0 +1,116 @@
+"""Image encoders: any timm backbone by name, between uint8 images and one feature vector per image.
+
+Weights are drawn from torch's global generator when a backbone is built. Whoever builds an objective seeds that
+generator first, with the same seed on every rank; nothing here depends on the rank.
+"""
+
+from typing import Annotated, Any, Literal
+
+import timm
+from pydantic import Field, model_validator
+from timm.models._manipulate import group_with_matcher
+from torch import Tensor, nn
+
+from pipeline.config.schema import Strict
+from pipeline.core.errors import ConfigError
+from pipeline.core.registry import suggest
+from pipeline.nn.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
+
+Pool = Literal["cls", "mean", "native"]
+
+
+class EncoderConfig(Strict):
+    """The settings that every objective on a timm backbone shares."""
+
+    encoder: str = "vit_base_patch16_224"
+    """Name of a timm model; its size follows the data's image size."""
+    encoder_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of ``timm.create_model``: depth, embed_dim, num_heads, drop_path_rate, ..."""
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] = IMAGENET_MEAN
+    """Of each channel, for values from 0 to 1; their number is the number of channels."""
+    std: Annotated[tuple[float, ...], Field(min_length=1)] = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _channels(self) -> "EncoderConfig":
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"'mean' has {len(self.mean)} channels and 'std' {len(self.std)}; give one of each")
+        if min(self.std) <= 0:
+            raise ValueError("'std' must be positive")
+        return self
+
+
+def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed: Any) -> nn.Module:
+    """A timm model without classifier, for images of ``image_size`` (height, width), with fresh weights.
+
+    Args:
+        config: name, arguments and channels.
+        image_size: height and width.
+        fixed: arguments of ``timm.create_model`` that the objective decides, so that the user may not.
+
+    Raises:
+        ConfigError: no such model, or it does not take the arguments.
+    """
+    name, args = config.encoder, dict(config.encoder_args)
+    fixed = {"num_classes": 0, "in_chans": len(config.mean)} | fixed
+    base = name.split(".", 1)[0]
+    if not timm.is_model(base):
+        raise ConfigError(f"encoder: timm has no model {name!r}; {suggest(base, timm.list_models())[:200]}")
+    default = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if default is not None and default.fixed_input_size:
+        fixed["img_size"] = image_size
+    if clash := sorted(args.keys() & fixed.keys()):
+        raise ConfigError(f"encoder_args: {', '.join(clash)} cannot be set here; it follows from data and objective")
+    try:
+        return timm.create_model(name, pretrained=False, **args, **fixed)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"timm cannot build {name!r} for {image_size[0]}x{image_size[1]} images with encoder_args {args}: "
+            f"{error or repr(error)}"
+        ) from error
+
+
+def backbone_layers(backbone: nn.Module, prefix: str) -> tuple[tuple[str, ...], ...]:
+    """Full parameter names of a timm model, layer by layer from the input, without what belongs to a classifier.
+
+    Args:
+        backbone: a timm model without classifier.
+        prefix: what stands before the backbone's names in the objective's.
+    """
+    head = "~head"  # matches no pattern, so it falls into the last group, together with a norm after pooling
+    names = [(name, None) for name, _ in backbone.named_parameters()] + [(head, None)]
+    layers = group_with_matcher(iter(names), backbone.group_matcher(coarse=False))
+    return tuple(tuple(prefix + name for name in layers[key]) for key in sorted(layers) if head not in layers[key])
+
+
+class ImageEncoder(nn.Module):
+    """uint8[B,C,H,W] to float[B,D]: normalise, backbone, pool. Shares the modules it is given.
+
+    Args:
+        normalize: from uint8 to what the backbone is trained on.
+        backbone: a timm model without classifier.
+        pool: "cls" takes the class token and "mean" the mean over patch tokens, both of token outputs [B,T,D];
+            "native" takes what the backbone pools itself.
+    """
+
+    def __init__(self, normalize: Normalize, backbone: nn.Module, pool: Pool) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.backbone = backbone
+        self.pool = pool
+
+    @property
+    def dim(self) -> int:
+        """D, the size of a feature vector."""
+        return self.backbone.head_hidden_size if self.pool == "native" else self.backbone.num_features
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Features of a batch, in the precision of the backbone's output."""
+        x = self.backbone(to_weights(self.normalize(image), self.backbone))
+        if self.pool == "native":
+            return x
+        return x[:, 0] if self.pool == "cls" else x[:, self.backbone.num_prefix_tokens :].mean(dim=1)
+
+
+def to_weights(x: Tensor, module: nn.Module) -> Tensor:
+    """``x`` in the precision of the module's weights, which some engines hold in bf16; autocast may still lower it."""
+    return x.to(next(module.parameters()).dtype)

@@ -1,0 +1,98 @@
+"""Supervised classification: any timm backbone and a linear classifier, trained by cross-entropy.
+
+The baseline beside every self-supervised method, and the objective of fine-tuning. Label smoothing is that of
+Szegedy et al., "Rethinking the Inception Architecture" (2016). Shape letters: B samples, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
+from pipeline.nn.encoder import EncoderConfig, ImageEncoder, backbone_layers, create_backbone
+from pipeline.nn.images import Normalize, tile
+
+SHOWN = 8
+"""Samples in the showcase."""
+
+
+class Config(EncoderConfig):
+    """Settings of supervised training; drop path and the like go into ``encoder_args``."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the target that is spread over all classes."""
+
+
+class Supervised(Objective):
+    """Backbone with its own pooling, then a linear classifier."""
+
+    def __init__(self, config: Config, facts: DataFacts) -> None:
+        super().__init__()
+        if len(facts.classes) < 2:
+            raise ConfigError(
+                f"objective 'supervised' needs a data set with at least two classes, this one has "
+                f"{len(facts.classes)}; build it from a source with labels"
+            )
+        self.needs = {"image": f"uint8[B,{len(config.mean)},H,W]", "label": "int64[B]"}
+        self.config = config
+        self.classes = facts.classes
+        backbone = create_backbone(config, facts.image_size)
+        self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
+        self.head = nn.Linear(self.encoder.dim, len(facts.classes))
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        self._labels_checked = False
+
+    def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
+        """Cross-entropy; "top1", and "top5" where there are at least five classes, are parts of the micro-batch."""
+        label = batch["label"]
+        if not self._labels_checked:  # once: it waits for the device
+            self._check_labels(label)
+        logits = self.logits(batch["image"])
+        loss = functional.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing)
+        best = logits.detach().topk(min(5, len(self.classes)), dim=1).indices == label[:, None]
+        metrics = {"top1": best[:, :1].any(dim=1).float().mean()}
+        if len(self.classes) >= 5:
+            metrics["top5"] = best.any(dim=1).float().mean()
+        return StepOutput(loss, metrics)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """uint8[B,C,H,W] to float32[B,K]."""
+        return self.head(self.encoder(image)).float()
+
+    def _check_labels(self, label: Tensor) -> None:
+        low, high = int(label.min()), int(label.max())
+        if low < 0 or high >= len(self.classes):
+            raise DataError(
+                f"labels run from {low} to {high}, but the manifest names {len(self.classes)} classes "
+                f"(0 to {len(self.classes) - 1}); rebuild the shards or mend the manifest's classes"
+            )
+        self._labels_checked = True
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The backbone with its own pooling."""
+        return {"image": self.encoder}
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm names for the backbone: positions and class token."""
+        named = self.encoder.backbone.no_weight_decay() if hasattr(self.encoder.backbone, "no_weight_decay") else set()
+        return {f"encoder.backbone.{name}" for name, _ in self.encoder.backbone.named_parameters() if name in named}
+
+    def layers(self) -> Sequence[Sequence[str]]:
+        """Stem and blocks, as timm groups them; the classifier and a norm after pooling come after the last."""
+        return backbone_layers(self.encoder.backbone, "encoder.backbone.")
+
+    def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
+        """A row of images, and under them what they are and what they are taken for."""
+        image = batch["image"][:SHOWN]
+        predicted = self.logits(image).argmax(dim=1)
+        pairs = zip(batch["label"][:SHOWN].tolist(), predicted.tolist(), strict=True)
+        said = ", ".join(
+            self.classes[true] + ("" if true == guess else f" (taken for {self.classes[guess]})")
+            for true, guess in pairs
+        )
+        return {"predictions": Picture(tile([image]), f"From left to right: {said}")}

@@ -1,0 +1,146 @@
+"""What every objective must do, for all that are found in the folder."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.schema import Strict
+from pipeline.core import registry
+from pipeline.core.protocols import Batch, StepContext
+from tests.contracts.components import CONTEXT, SMOKE, build_objective, make_batch
+
+NAMES = registry.names("pipeline.objectives")
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    return {field: value[rows] for field, value in batch.items()}
+
+
+def test_each_objective_has_a_smoke_config_and_no_smoke_config_is_left_over():
+    assert sorted(p.stem for p in SMOKE.glob("*.toml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_config_is_strict_and_says_who_it_follows(name):
+    module = registry.module("pipeline.objectives", name)
+    assert issubclass(module.Config, Strict)
+    assert module.__doc__ is not None and len(module.__doc__.split("\n")) > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(name):
+    objective = build_objective(name).train()
+    loss, _ = objective(make_batch(objective, name), CONTEXT)
+    assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
+    loss.backward()
+    trainable = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    assert trainable
+    assert [n for n, p in trainable.items() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [n for n, p in trainable.items() if not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_context_gives_the_same_loss_and_another_seed_or_step_does_not_change_the_batch(name):
+    objective = build_objective(name).train()
+    batch = make_batch(objective, name)
+    before = copy.deepcopy(batch)
+    torch.manual_seed(1)
+    first = objective(batch, CONTEXT).loss
+    torch.manual_seed(2)
+    assert torch.equal(first, objective(batch, CONTEXT).loss)
+    assert all(torch.equal(batch[field], before[field]) for field in before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mean_over_parts_of_a_batch_is_the_loss_of_the_batch(name):
+    objective = build_objective(name).train().double()
+    batch = make_batch(objective, name)
+    whole = objective(batch, CONTEXT)
+    parts = [objective(part(batch, rows), CONTEXT) for rows in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close((parts[0].loss + parts[1].loss) / 2, whole.loss, rtol=1e-5, atol=1e-6)
+    for key, value in whole.metrics.items():
+        torch.testing.assert_close((parts[0].metrics[key] + parts[1].metrics[key]) / 2, value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_are_detached_scalars_under_the_same_keys(name):
+    objective = build_objective(name).train()
+    batch = make_batch(objective, name)
+    first = objective(batch, CONTEXT).metrics
+    later = objective(part(batch, slice(0, 2)), StepContext(9, CONTEXT.clock)).metrics
+    assert list(first) == list(later)
+    for value in first.values():
+        assert value.shape == () and not value.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encoders_map_images_to_one_vector_each(name):
+    objective = build_objective(name).eval()
+    batch = make_batch(objective, name)
+    channels, height, width = batch["image"].shape[1:]
+    own = set(objective.state_dict())
+    for encoder in objective.encoders().values():
+        image = torch.randint(0, 256, (3, channels, height, width), dtype=torch.uint8)
+        with torch.no_grad():
+            features = encoder(image)
+            again = encoder(image[1:])
+        assert features.shape == (3, encoder.dim) and features.is_floating_point()
+        torch.testing.assert_close(features[1:], again, rtol=1e-5, atol=1e-5)
+        assert {id(p) for p in encoder.parameters()} <= {id(p) for p in objective.parameters()}
+    assert set(objective.state_dict()) == own
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_showcase_gives_pictures_and_leaves_the_objective_as_it_was(name):
+    objective = build_objective(name).train()
+    batch = make_batch(objective, name)
+    before = copy.deepcopy(objective.state_dict())
+    with torch.no_grad():
+        pictures = objective.showcase(batch, CONTEXT)
+    assert pictures
+    for picture in pictures.values():
+        assert picture.image.dtype == np.uint8 and picture.image.ndim == 3 and picture.image.shape[2] == 3
+        assert picture.image.std() > 0 and picture.caption
+    assert objective.training
+    assert all(torch.equal(value, before[key]) for key, value in objective.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_round_trip(name):
+    objective = build_objective(name).train()
+    batch = make_batch(objective, name)
+    expected = objective(batch, CONTEXT).loss
+    state = copy.deepcopy(objective.state_dict())
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert not torch.equal(expected, objective(batch, CONTEXT).loss)
+    objective.load_state_dict(state)
+    assert torch.equal(expected, objective(batch, CONTEXT).loss)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "bf16 weights"])
+def test_bf16_is_finite_and_close(name, weights):
+    objective = build_objective(name).train()
+    batch = make_batch(objective, name)
+    exact = objective(batch, CONTEXT).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
+        loss = objective.to(weights)(batch, CONTEXT).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.03)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_facts_name_parameters_that_exist(name):
+    objective = build_objective(name)
+    names = {n for n, _ in objective.named_parameters()}
+    assert objective.no_weight_decay() <= names
+    for prefix in (p for layer in objective.layers() for p in layer):
+        assert any(n == prefix or n.startswith(prefix + ".") for n in names), prefix
