@@ -31,6 +31,16 @@ class Layer(NamedTuple):
     values: Table
 
 
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | SuiteConfig:
+    """A suite if the file has ``[[evals]]``, else a run.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    suite = any("evals" in layer.values for layer in read_layers(Path(path)))
+    return load_suite(path, overrides) if suite else load_run(path, overrides)
+
+
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration of a run, from a file and ``key.path=value`` overrides.
 

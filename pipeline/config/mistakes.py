@@ -22,7 +22,7 @@ M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]
 """Keys and places in lists, from the top of the file to a value."""
 
-_NAMES = {
+_NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",

@@ -1,0 +1,68 @@
+"""``sluice check``: all that can be known of a configuration before it runs, the quick part first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config.load import load
+from pipeline.config.mistakes import Mistakes
+from pipeline.config.resolve import Plan, resolve
+from pipeline.config.schema import RunConfig
+from pipeline.core import manifest
+from pipeline.core.errors import DataError
+
+
+def check(path: Path, overrides: Sequence[str], procs: int) -> None:
+    """Print the plan of a run, or say that a suite is sound.
+
+    First, without torch: keys, types and values; then the data set and the plan; then, importing them, the settings
+    of the components.
+
+    Raises:
+        ConfigError: with every mistake that was found.
+    """
+    from pipeline.core import components
+
+    title = str(path)
+    config = load(path, overrides)
+    problems: list[str] = []
+    if isinstance(config, RunConfig):
+        try:
+            data = manifest.load(config.data.train)
+            print(plan_table(config, resolve(config, data.samples, procs, title)), flush=True)
+        except DataError as error:
+            problems.append(f"data.train: {error}")
+        except Mistakes as mistakes:
+            problems += mistakes.problems
+    try:
+        if isinstance(config, RunConfig):
+            components.check_run(config, title)
+        else:
+            components.check_suite(config, title)
+    except Mistakes as mistakes:
+        problems += mistakes.problems
+    if problems:
+        raise Mistakes(title, problems)
+    print(f"{path} is sound")
+
+
+def plan_table(config: RunConfig, plan: Plan) -> str:
+    """What a run will do, in a dozen lines."""
+    every = {"log": plan.log_every, "checkpoint": plan.checkpoint_every, "showcase": plan.showcase_every}
+    rows = {
+        "objective": config.objective.name,
+        "engine": f"{config.engine.name}, {config.engine.precision}"
+        + (f", ZeRO {config.engine.zero}" if config.engine.name == "deepspeed" else ""),
+        "data": f"{config.data.train}: {plan.samples:,} samples",
+        "global batch": f"{plan.global_batch:,} = {plan.world_size} ranks x {plan.micro_batch} samples"
+        f" x {plan.accumulation} accumulated",
+        "length": f"{config.run.length} = {plan.total_steps:,} steps = {plan.total_samples:,} samples",
+        "epoch": f"{plan.steps_per_epoch:,.6g} steps",
+        "learning rate": f"{plan.peak_lr:.4g} at most, {plan.schedule}, {plan.warmup_steps:,} steps of warm-up"
+        + (f", {plan.cooldown_steps:,} of cool-down" if plan.cooldown_steps else ""),
+        "every": ", ".join(f"{name} {steps:,} steps" if steps else f"{name} never" for name, steps in every.items()),
+        "run folder": config.run.folder,
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())

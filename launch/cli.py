@@ -1,0 +1,112 @@
+"""The ``sluice`` command. Modules are imported by the command that needs them, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from pipeline.core.errors import SluiceError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From sharded streams of images to evaluated checkpoints.",
+)
+
+Config = Annotated[Path, typer.Argument(help="Configuration file (TOML).")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", default_factory=list, help="Override a value: optimizer.lr=1e-3. May be repeated."
+    ),
+]
+Procs = Annotated[int, typer.Option(min=1, help="Processes (ranks) on this machine.")]
+
+
+@app.command(
+    "prep",
+    help="Turn folders, tables and tars into verified shards.",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def prep(context: typer.Context) -> None:
+    """Hand the rest of the line to ``launch.prep``, which imports what reads and writes images."""
+    from launch.prep import app as prep_app
+
+    prep_app(args=context.args, prog_name="sluice prep")
+
+
+@app.command("check")
+def check(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
+    """Check a configuration and show what a run of it would do."""
+    from launch.check import check as run_check
+
+    run_check(config, overrides, procs)
+
+
+@app.command("train")
+def train(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
+    """Train on this machine; resumes when the run folder holds a checkpoint."""
+    from launch import local
+    from pipeline.config.load import load_run
+
+    raise typer.Exit(local.train(load_run(config, overrides), config, overrides, procs))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
+    suite: Annotated[Path, typer.Argument(help="Suite of evaluations (TOML).")],
+    random_init: Annotated[
+        bool, typer.Option("--random-init", help="Evaluate untrained weights of the same shape, for comparison.")
+    ] = False,
+) -> None:
+    """Run a suite of evaluations on a checkpoint; the newest whole one, if a run is named."""
+    from pipeline.config.load import load_suite
+
+    load_suite(suite)
+    folder, checkpoint = _run_and_checkpoint(run)
+    arguments = ["eval", "--run", str(folder), "--suite", str(suite)]
+    if checkpoint:
+        arguments += ["--checkpoint", str(checkpoint)]
+    _become([*arguments, *["--random-init"] * random_init])
+
+
+@app.command("report")
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write report.html into the run folder: curves, pictures, results."""
+    folder, _ = _run_and_checkpoint(run)
+    _become(["report", "--run", str(folder)])
+
+
+def _run_and_checkpoint(path: Path) -> tuple[Path, Path | None]:
+    """The run folder (it holds config.toml) and the checkpoint inside it that ``path`` names, if any."""
+    from pipeline.core.errors import LaunchError
+
+    for folder in (path, *path.parents):
+        if (folder / "config.toml").is_file():
+            return folder, None if folder == path else path
+    raise LaunchError(f"{path} is neither a run folder nor a checkpoint in one: no config.toml there or above")
+
+
+def _become(arguments: list[str]) -> NoReturn:
+    """Replace this process by ``pipeline.run``, so that signals and the exit code are its own."""
+    from launch.local import child_environment, run_command
+
+    sys.stdout.flush()
+    os.execve(sys.executable, run_command(arguments), child_environment(procs=1))
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend are one message and exit code 2, without a traceback."""
+    try:
+        app()
+    except SluiceError as error:
+        print(f"sluice: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,197 @@
+"""Start the processes of a run, hand on requests to stop, leave none behind, and say how it ended.
+
+DeepSpeed's launcher returns 0 when its own child died of a signal, hands no signal on, and may leave ranks behind that
+go on training (reference: deepspeed/launcher/runner.py and launch.py, 0.19). So it is given a session of its own; a
+request to stop reaches the ranks as a file and as a signal; when the launcher is gone, the rest of its session is
+killed; and the outcome is read from the ``state.json`` that the run keeps, not from the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
+from pipeline.core.errors import LaunchError
+
+STATE = "state.json"
+"""Kept by the run in its folder: {"outcome": "running" | "finished" | "requeue" | "failed", "exit_code": int, ...}."""
+STOP = "stop"
+"""When this file appears in the run folder, the ranks save and end."""
+CRASH = 1
+"""Exit code of a run that ended without saying why."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+KILL_SECONDS = 10.0
+"""How long killed processes may take to go; longer when one is stuck in the kernel, and then no signal helps."""
+
+
+def supervise(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> int:
+    """Run ``command`` until it and all that it started have ended.
+
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the run to save and stop; a second SIGINT kills it. Should this process
+    itself be killed, the processes of the run are killed too.
+
+    Args:
+        command: the run, or its launcher.
+        folder: the run's folder; made if it is not there.
+        environment: of the run.
+
+    Returns:
+        0 finished, 2 something to mend, 70 not finite, 75 saved after a request to stop, 1 anything else.
+
+    Raises:
+        LaunchError: the run's folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP).unlink(missing_ok=True)
+    except OSError as error:
+        raise LaunchError(f"cannot write the run folder {folder}: {error.strerror}; set run.folder") from error
+    before = _stamp(folder / STATE)
+    with _stop_requests(folder) as requests:
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        guard = _start_guard(child.pid)
+        try:
+            requests.attach(child.pid)
+            status = child.wait()
+        finally:
+            kill_session(child.pid)
+            child.wait()
+            guard.communicate(b"over\n")
+    fresh = _stamp(folder / STATE) != before
+    return _exit_code(folder / STATE if fresh else None, status)
+
+
+class _Requests:
+    """What has been asked of the run by signals to this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.session: int | None = None
+        self.seen: list[int] = []
+
+    def attach(self, session: int) -> None:
+        """From now on there are processes to tell; tell them what was asked meanwhile."""
+        self.session = session
+        if self.seen:
+            self._tell(session)
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        again = signum == signal.SIGINT and signal.SIGINT in self.seen
+        self.seen.append(signum)
+        if self.session is None:
+            return
+        if again:
+            os.killpg(self.session, signal.SIGKILL)
+        else:
+            self._tell(self.session)
+
+    def _tell(self, session: int) -> None:
+        (self.folder / STOP).touch()
+        # Only those that have a handler: launchers and loader workers would die of it, and so would a rank that is
+        # still starting (it finds the file).
+        for process in session_members(session):
+            if process.catches(signal.SIGUSR1):
+                process.send(signal.SIGUSR1)
+        print("sluice: asked to stop; the run saves first (Ctrl-C twice kills it)", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _stop_requests(folder: Path) -> Iterator[_Requests]:
+    requests = _Requests(folder)
+    handled = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    old = {s: signal.signal(s, requests) for s in handled}
+    try:
+        yield requests
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def _start_guard(session: int) -> subprocess.Popen[bytes]:
+    """A process that kills the session as soon as this one is gone without having said that all is over."""
+    script = 'read -r over || kill -KILL -- "-$1"'
+    return subprocess.Popen(["sh", "-c", script, "sh", str(session)], stdin=subprocess.PIPE, start_new_session=True)
+
+
+class Process:
+    """A process of a session, as /proc shows it."""
+
+    def __init__(self, pid: int, status: str) -> None:
+        self.pid = pid
+        self._facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+
+    @property
+    def over(self) -> bool:
+        """Dead, though nobody may have asked for its exit code yet."""
+        return self._facts["State"][0] in "ZX"
+
+    def catches(self, signum: int) -> bool:
+        """Whether it has a handler for the signal."""
+        return bool(int(self._facts["SigCgt"], 16) >> (signum - 1) & 1)
+
+    def send(self, signum: int) -> None:
+        """Send a signal, unless it is gone."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signum)
+
+
+def session_members(session: int) -> list[Process]:
+    """The processes of a session that are not over."""
+    members: list[Process] = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        try:
+            if os.getsid(pid) == session:
+                members.append(Process(pid, Path(entry.path, "status").read_text()))
+        except (ProcessLookupError, FileNotFoundError):
+            continue  # gone since the folder was listed
+    return [m for m in members if not m.over]
+
+
+def kill_session(session: int) -> None:
+    """Kill what is left of a session, and wait until it is gone."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while (left := session_members(session)) and time.monotonic() < deadline:
+        for process in left:
+            process.send(signal.SIGKILL)
+        time.sleep(0.02)
+    if left:
+        pids = ", ".join(str(p.pid) for p in left)
+        print(f"sluice: processes {pids} do not die; look at them before starting again", file=sys.stderr)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes whenever the file is replaced."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _exit_code(state: Path | None, status: int) -> int:
+    """What the run says of its end; where it says nothing, what its launcher says, if that can be believed.
+
+    Args:
+        state: the run's state file, None if this run did not write it.
+        status: exit code of the launcher, negative for a signal.
+    """
+    facts: dict[str, Any] = json.loads(state.read_text(encoding="utf-8")) if state else {"outcome": "unknown"}
+    if facts["outcome"] in ("finished", "requeue"):
+        return FINISHED if facts["outcome"] == "finished" else REQUEUE
+    if facts["outcome"] == "failed":
+        return facts["exit_code"]
+    return status if status in (CONFIG, NONFINITE) else CRASH
