@@ -1,0 +1,1 @@
+"""The stream: order of samples, shard reading, decoding, loader processes."""

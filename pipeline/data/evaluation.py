@@ -1,0 +1,76 @@
+"""The evaluation stream: every sample once, in order, shared out over the ranks without padding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from pipeline.config.schema import Image
+from pipeline.core.manifest import load
+from pipeline.core.protocols import Batch
+from pipeline.data.assemble import Assembler, EvalPlan
+from pipeline.data.reader import check_shard
+from pipeline.data.stream import assemble_here
+from pipeline.data.workers import Workers
+
+
+class OrderedStream:
+    """A rank's part of a data set; see :func:`open_eval`. It can be walked any number of times."""
+
+    def __init__(self, assembler: Assembler, *, classes: tuple[str, ...], samples: int, workers: int) -> None:
+        self.classes = classes
+        self.samples = samples
+        self._assembler = assembler
+        self._wanted = workers
+        self._workers: Workers | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches; the last one may be smaller.
+
+        Raises:
+            DataError: a sample cannot be used; none is replaced here.
+        """
+        if self._wanted and self._workers is None:
+            self._workers = Workers(self._assembler, self._wanted)
+        for made in self._workers.batches(0) if self._workers else assemble_here(self._assembler, 0):
+            yield made.batch
+
+    def close(self) -> None:
+        """Stop workers and release files."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+        self._assembler.close()
+
+
+def open_eval(
+    folder: str | os.PathLike[str],
+    image: Image,
+    fields: Sequence[str],
+    *,
+    batch: int,
+    workers: int,
+    rank: int,
+    world: int,
+) -> OrderedStream:
+    """The stream of one rank: samples [rank, rank + 1) * N / world.
+
+    Args:
+        folder: a data set.
+        image: geometry; "center" or "resize" crops give the same pixels on every pass.
+        fields: fields of a batch.
+        batch: samples of a batch on this rank.
+        workers: loader processes; they start with the first batch. 0: none.
+        rank: this rank.
+        world: number of ranks.
+
+    Raises:
+        ConfigError: an unknown field.
+        DataError: no manifest, or a shard is missing or its size is not the manifest's.
+    """
+    manifest = load(folder)
+    for shard in manifest.shards[rank::world]:
+        check_shard(manifest, shard)
+    plan = EvalPlan(rank * manifest.samples // world, (rank + 1) * manifest.samples // world, batch)
+    assembler = Assembler(manifest, fields, image, 0, plan)
+    return OrderedStream(assembler, classes=manifest.classes, samples=manifest.samples, workers=workers)
