@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from pipeline.core.random import SampleRandom
 
 Batch = dict[str, Tensor]
 """Field name to tensor. Always holds ``"id"``: int64[B], the sample's number in its manifest, and ``"epoch"``:
-int64[B], the epoch that delivered it. Images are ``"image"``: uint8[B,3,H,W] (``"image1"``, ``"image2"`` for a second
-view), labels ``"label"``: int64[B]."""
+int64[B], the epoch that delivered it. Images are ``"image"``: uint8[B,3,H,W] (``"image2"`` for a second view), labels
+``"label"``: int64[B]."""
 
 
 class StepOutput(NamedTuple):
@@ -129,6 +129,10 @@ class Stream(Protocol):
         """Raise :class:`~pipeline.core.errors.CheckpointError` if ``state`` is of another order than this stream's."""
         ...
 
+    def ledger(self) -> list[dict[str, Any]]:
+        """This rank's samples that could not be used and were replaced since the last call; plain JSON values."""
+        ...
+
     def close(self) -> None:
         """Stop workers and release files."""
         ...
@@ -137,8 +141,8 @@ class Stream(Protocol):
 class Engine(Protocol):
     """Owns the optimizer and all that depends on how the model is spread over ranks."""
 
-    def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
-        """The objective's forward, under the engine's precision, with the batch on the engine's device."""
+    def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
+        """The objective's forward under the engine's precision; ``last`` says which micro-batch ends the step."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -161,6 +165,8 @@ class Result(NamedTuple):
     split: str
     stderr: float | None = None
     """Standard error of ``value``; None where none is known."""
+    better: Literal["higher", "lower"] | None = "higher"
+    """Which way is good, for marking the best model; None where neither is."""
 
 
 class EvalStream(Protocol):
