@@ -1,0 +1,93 @@
+"""Where a run came from, written into its folder before the first step: ``config.toml`` and ``provenance.json``.
+
+Each start of the run, also after a crash, adds an entry; none is overwritten. Changes that were not committed lie
+beside it as ``code-DIGEST.diff``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pipeline
+from pipeline.config.load import dump
+from pipeline.config.resolve import Plan
+from pipeline.config.schema import RunConfig
+from pipeline.core.manifest import replace_file
+
+CONFIG_FILE = "config.toml"
+FILE = "provenance.json"
+PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "accelerate", "webdataset", "numpy", "Pillow", "pydantic")
+
+
+def write(folder: str | os.PathLike[str], config: RunConfig, plan: Plan) -> None:
+    """Write the resolved configuration and add an entry for this start. On rank 0 only.
+
+    Args:
+        folder: the run's folder, which exists.
+        config: the run, every default filled in.
+        plan: the run in numbers.
+    """
+    folder = Path(folder)
+    commit, diff = code_state(Path(pipeline.__file__).parent)
+    changes = f"code-{hashlib.sha256(diff).hexdigest()[:12]}.diff" if diff else None
+    if changes:
+        replace_file(folder / changes, diff)
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "commit": commit,
+        "uncommitted": changes,
+        "versions": versions(),
+        "plan": asdict(plan),
+    }
+    replace_file(folder / CONFIG_FILE, dump(config).encode())
+    replace_file(folder / FILE, json.dumps([*read(folder), entry], indent=1).encode() + b"\n")
+
+
+def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The entries of all starts so far, oldest first."""
+    path = Path(folder) / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def code_state(source: Path) -> tuple[str | None, bytes]:
+    """The commit that ``source`` is checked out from, and what was changed since in tracked files.
+
+    Returns:
+        None and nothing for code that was installed rather than checked out, or where there is no git.
+    """
+
+    def git(*arguments: str) -> bytes:
+        command = ["git", "-C", str(source), *arguments]
+        return subprocess.run(command, check=True, capture_output=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # in a checkout, but not of this project: a site-packages
+        return git("rev-parse", "HEAD").decode().strip(), git("diff", "HEAD", "--binary")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return None, b""
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this project and of the packages that decide its numbers; None for one that is not installed."""
+    found: dict[str, str | None] = {"sluice": pipeline.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
