@@ -1,0 +1,110 @@
+"""What every evaluation of frozen features must do, for all that are found in the folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.config.schema import Strict
+from pipeline.core import registry
+from pipeline.core.protocols import Evaluation, Result
+from pipeline.dist.group import process_group
+from tests.contracts.components import ListStream, build_evaluation
+
+NAMES = registry.names("pipeline.evals")
+CLASSES = 6
+SETTINGS = {"knn": {"k": (5, 20)}}
+"""Where an evaluation's defaults ask for more than the tiny streams hold."""
+
+
+class Flat(nn.Module):
+    """Pixels as features, moved by a parameter so that the device is known."""
+
+    dim = 3 * 4 * 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(self.dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.flatten(1).float() / 255 + self.shift
+
+
+def streams(noise: float, seed: int = 0, rank: int = 0, world: int = 1) -> dict[str, ListStream]:
+    """Each class is a random picture; ``noise`` from 0 (clean) to 1 (nothing else) hides it."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.rand(CLASSES, 3, 4, 4, generator=generator)
+    made = {}
+    for name, samples in (("train", 241), ("val", 103)):
+        label = torch.arange(samples) % CLASSES
+        clutter = torch.rand(samples, 3, 4, 4, generator=generator)
+        image = ((1 - noise) * pictures[label] + noise * clutter).mul(255).to(torch.uint8)
+        made[name] = ListStream(image, label, rank, world)
+    return made
+
+
+def run(name: str, streams: dict[str, ListStream]) -> dict[str, Result]:
+    with torch.no_grad():
+        results = list(build_evaluation(name, **SETTINGS.get(name, {})).run({"image": Flat().eval()}, streams))
+    return {r.name: r for r in results}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_an_evaluation_with_a_strict_config(name):
+    module = registry.module("pipeline.evals", name)
+    assert issubclass(module.Config, Strict) and module.__doc__
+    assert isinstance(build_evaluation(name), Evaluation)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_perfect_features_score_one(name, lone_group):
+    results = run(name, streams(noise=0.0))
+    scores = [r for r in results.values() if "/top" in r.name]
+    assert scores and all(r.value == 1.0 and r.n == 103 and r.split == "val" and r.stderr == 0 for r in scores)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_features_score_by_chance(name, lone_group):
+    values = [r.value for seed in range(4) for r in run(name, streams(1.0, seed)).values() if "/top1" in r.name]
+    # 4 x 103 trials at 1/6: standard error 0.018
+    assert abs(sum(values) / len(values) - 1 / CLASSES) < 0.06
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_prefixed_and_values_are_plain_numbers(name, lone_group):
+    results = run(name, streams(0.6))
+    assert all(key.startswith(f"{name}/") for key in results)
+    assert json.dumps(list(results.values()), allow_nan=False)
+
+
+def evaluate_on_ranks(folder, noise):
+    with process_group(timeout_minutes=1):
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for name in NAMES:
+            found = [tuple(r) for r in run(name, streams(noise, 0, rank, world)).values()]
+            (folder / f"{name}-{world}-{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.mark.world_size(1)
+def test_on_one_rank(folder):
+    evaluate_on_ranks(folder, 0.6)
+
+
+@pytest.mark.world_size(2)
+def test_on_two_ranks(folder):
+    evaluate_on_ranks(folder, 0.6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rank_of_every_world_reports_the_same(name, folder):
+    first, *others = [(folder / f"{name}-{part}.json").read_text() for part in ("1-0", "2-0", "2-1")]
+    assert others == [first, first] and 0.2 < json.loads(first)[0][1] < 1

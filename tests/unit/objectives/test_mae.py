@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import Clock, DataFacts, StepContext
+from pipeline.nn.images import patchify
+from pipeline.objectives.mae import MAE, Config
+from tests.parity import plain_mae
+
+CTX = StepContext(seed=1, clock=Clock(0, 0, 100))
+
+
+def build(size=(32, 32), patch=8, **settings):
+    args = {"patch_size": patch, "embed_dim": 32, "depth": 2, "num_heads": 2} | settings.pop("encoder_args", {})
+    decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    torch.manual_seed(0)
+    return MAE(Config(encoder="vit_tiny_patch16_224", encoder_args=args, **decoder | settings), DataFacts(size, ()))
+
+
+def batch(size=(32, 32), samples=4, channels=3):
+    image = torch.randint(0, 256, (samples, channels, *size), dtype=torch.uint8, generator=torch.manual_seed(5))
+    return {"image": image, "id": torch.arange(samples), "epoch": torch.zeros(samples, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "width", "depth", "heads", "ratio", "norm_pix"),
+    [
+        ((32, 32), 8, 32, 2, (2, 2), 0.75, True),
+        ((64, 64), 16, 48, 3, (3, 4), 0.5, True),
+        ((24, 48), 8, 64, 1, (4, 1), 0.9, False),
+    ],
+)
+def test_loss_and_gradient_equal_the_plain_transcription(size, patch, width, depth, heads, ratio, norm_pix):
+    args = {"embed_dim": width, "depth": depth, "num_heads": heads[0]}
+    model = build(
+        size, patch, encoder_args=args, decoder_depth=depth, decoder_heads=heads[1], mask_ratio=ratio, norm_pix=norm_pix
+    )
+    with torch.no_grad():  # nothing at its initial zero or one
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    data = batch(size)
+    keep, hidden = model.masks(data, CTX)
+    noise = torch.empty(4, keep.shape[1] + hidden.shape[1])
+    noise.scatter_(1, torch.cat([keep, hidden], dim=1), torch.arange(noise.shape[1]).float().expand_as(noise))
+    assert keep.shape[1] == int(noise.shape[1] * (1 - ratio))
+
+    loss = model(data, CTX).loss
+    loss.backward()
+    weights = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std))
+    expected = plain_mae.loss(
+        weights,
+        model.decoder.positions,
+        (data["image"] / 255 - mean) / std,
+        noise,
+        patch=patch,
+        keep=keep.shape[1],
+        heads=heads,
+        norm_pix=norm_pix,
+    )
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_targets_have_no_mean_and_unit_variance_in_each_patch_even_with_bf16_weights():
+    model = build().to(torch.bfloat16)
+    x = model.normalize(batch()["image"])
+    target = model.targets(x)
+    assert target.dtype == torch.float32 and target.shape == (4, 16, 192)
+    numpy = patchify(x, (8, 8)).double().numpy()
+    expected = (numpy - numpy.mean(-1, keepdims=True)) / np.sqrt(numpy.var(-1, ddof=1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(target.numpy(), expected, atol=1e-5)
+
+
+def test_a_flat_patch_is_no_reason_for_nan():
+    model = build()
+    data = batch()
+    data["image"].fill_(200)
+    loss = model(data, CTX).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_masks_follow_the_sample_and_not_its_place_in_the_batch():
+    model, data = build(), batch()
+    keep, _ = model.masks(data, CTX)
+    backwards = {name: value.flip(0) for name, value in data.items()}
+    assert torch.equal(model.masks(backwards, CTX)[0].flip(0), keep)
+    later = data | {"epoch": data["epoch"] + 1}
+    assert not torch.equal(model.masks(later, CTX)[0], keep)
+
+
+def test_initial_weights_are_those_of_the_paper():
+    model = build(encoder_args={"embed_dim": 64})
+    weights = dict(model.named_parameters())
+    for name, parameter in weights.items():
+        if name.endswith(("proj.weight", "qkv.weight", "fc1.weight", "fc2.weight", "embed.weight", "predict.weight")):
+            matrix = parameter.detach().flatten(1)
+            bound = (6 / sum(matrix.shape)) ** 0.5
+            assert matrix.abs().max() <= bound and abs(matrix.std() - bound / 3**0.5) < 0.06 * bound, name
+        elif name.endswith("bias") and "norm" not in name and "patch_embed" not in name:
+            assert not parameter.any(), name
+    assert 0.01 < weights["encoder.cls_token"].std() < 0.03 and 0.01 < weights["decoder.mask_token"].std() < 0.03
+    assert not weights["encoder.pos_embed"].requires_grad and not weights["encoder.pos_embed"][:, 0].any()
+    assert model.no_weight_decay() == set() and weights["encoder.cls_token"].ndim > 1  # decayed, as in the paper
+
+
+def test_a_perfect_decoder_is_shown_as_the_original():
+    model, data = build(), batch()
+    model.reconstruct = lambda x, keep, hidden: model.targets(x)
+    picture = model.showcase(data, CTX)["reconstruction"].image
+    original, seen, rebuilt, pasted = (picture[r * 34 : r * 34 + 32] for r in range(4))
+    assert abs(rebuilt.astype(int) - original).max() <= 1 and abs(pasted.astype(int) - original).max() <= 1
+    grey = np.round(np.array(model.config.mean) * 255)
+    assert 0.6 < (abs(seen[:, :32] - grey).max(-1) < 1).mean() < 0.9
+
+
+@pytest.mark.parametrize(("ratio", "visible"), [(0.99, 0), (1e-18, 16)])
+def test_a_mask_that_leaves_nothing_to_see_or_to_predict_is_refused(ratio, visible):
+    with pytest.raises(ConfigError, match=f"leaves {visible} visible"):
+        build(mask_ratio=ratio)
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(ValidationError, match="does not divide"):
+        Config(decoder_dim=16, decoder_heads=3)
+    with pytest.raises(ConfigError, match="global_pool cannot be set"):
+        build(encoder_args={"global_pool": "avg"})
+
+
+def test_an_encoder_without_class_token_is_pooled_over_patches():
+    with_cls, without = build(), build(encoder_args={"class_token": False})
+    assert with_cls.encoders()["image"].pool == "cls" and without.encoders()["image"].pool == "mean"
+    assert without(batch(), CTX).loss.isfinite()
+
+
+def test_any_number_of_channels():
+    model = build(mean=(0.5,) * 4, std=(0.25,) * 4)
+    data = batch(channels=4)
+    assert model.needs == {"image": "uint8[B,4,H,W]"}
+    assert model(data, CTX).loss.isfinite() and model.showcase(data, CTX)["reconstruction"].image.shape[2] == 3

@@ -1,0 +1,93 @@
+import math
+
+import pytest
+import torch
+
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.protocols import Clock, DataFacts, StepContext
+from pipeline.objectives.supervised import Config, Supervised
+
+CTX = StepContext(seed=1, clock=Clock(0, 0, 100))
+VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def build(classes=6, encoder="vit_tiny_patch16_224", encoder_args=VIT, **settings):
+    torch.manual_seed(0)
+    names = tuple(f"c{i}" for i in range(classes))
+    return Supervised(Config(encoder=encoder, encoder_args=encoder_args, **settings), DataFacts((32, 32), names))
+
+
+def batch(label):
+    image = torch.randint(0, 256, (len(label), 3, 32, 32), dtype=torch.uint8)
+    ids = torch.arange(len(label))
+    return {"image": image, "label": torch.tensor(label), "id": ids, "epoch": torch.zeros_like(ids)}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_and_hits_from_the_logits_by_hand(smoothing):
+    model = build(label_smoothing=smoothing)
+    rows = [[2.0, 1.0, 0.0, -1.0, -2.0, -3.0], [0.0, 3.0, 1.0, -1.0, 0.5, 2.0], [0.1, 0.2, 0.3, 0.4, 0.5, 0.0]]
+    label = [0, 3, 1]  # first, last of six, fourth
+    model.logits = lambda image: torch.tensor(rows)
+    out = model(batch(label), CTX)
+    expected = 0.0
+    for row, truth in zip(rows, label, strict=True):
+        log_sum = math.log(sum(math.exp(v) for v in row))
+        target = [smoothing / 6 + (1 - smoothing) * (i == truth) for i in range(6)]
+        expected += sum(t * (log_sum - v) for t, v in zip(target, row, strict=True)) / 3
+    assert out.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert out.metrics["top1"].item() == pytest.approx(1 / 3) and out.metrics["top5"].item() == pytest.approx(2 / 3)
+
+
+def test_few_classes_have_no_top5():
+    assert list(build(classes=4)(batch([0, 3]), CTX).metrics) == ["top1"]
+
+
+@pytest.mark.parametrize("label", [[0, 6], [-1, 2]])
+def test_labels_outside_the_classes_are_named_before_they_reach_the_loss(label):
+    with pytest.raises(DataError, match=rf"labels run from {min(label)} to {max(label)}.*6 classes"):
+        build()(batch(label), CTX)
+
+
+def test_no_classes_is_a_config_error():
+    with pytest.raises(ConfigError, match="at least two classes"):
+        build(classes=0)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "args"), [("resnet10t", {}), ("vit_tiny_patch16_224", VIT | {"global_pool": "avg"})]
+)
+def test_any_backbone_learns(encoder, args):
+    model = build(encoder=encoder, encoder_args=args).train()
+    data = batch([0, 1, 2, 3])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = model(data, CTX).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert model.encoders()["image"].eval()(data["image"]).shape == (4, model.encoders()["image"].dim)
+
+
+def test_drop_path_applies():
+    model = build(encoder_args=VIT | {"drop_path_rate": 0.5}).train()
+    data = batch([0, 1, 2, 3])
+    torch.manual_seed(0)
+    one, other = model(data, CTX).loss, model(data, CTX).loss
+    assert one != other
+    model.eval()
+    assert model(data, CTX).loss == model(data, CTX).loss
+
+
+def test_positions_and_class_token_are_not_decayed():
+    assert build().no_weight_decay() == {"encoder.backbone.cls_token", "encoder.backbone.pos_embed"}
+
+
+def test_the_showcase_names_truth_and_mistakes():
+    model = build()
+    model.logits = lambda image: torch.eye(6)[[0, 2]]
+    caption = model.showcase(batch([0, 1]), CTX)["predictions"].caption
+    assert caption.endswith("c0, c1 (taken for c2)")
