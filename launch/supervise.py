@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -107,7 +107,7 @@ class _Requests:
 
 
 @contextmanager
-def _stop_requests(folder: Path) -> Iterator[_Requests]:
+def _stop_requests(folder: Path) -> Generator[_Requests]:
     requests = _Requests(folder)
     handled = [s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     old = {s: signal.signal(s, requests) for s in handled}

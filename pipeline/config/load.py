@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Sequence
+from datetime import date, time
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -134,7 +135,7 @@ def parse_overrides(overrides: Iterable[str]) -> Table:
         except ValueError as error:
             problems.append(f"cannot read {override!r}: {error}")
             continue
-        merged = merge(merged, reduce(lambda inner, k: {k: inner}, reversed(keys), cast("Any", value)))
+        merged = merge(merged, reduce(lambda inner, k: {k: inner}, reversed(keys), value))
     if problems:
         raise mistakes.Mistakes("--set", problems)
     return merged
@@ -153,10 +154,9 @@ def parse_value(text: str) -> Any:
         if text[:1] in ("[", "{", '"', "'"):
             raise ValueError(f"not a TOML value ({error})") from error
         return text
-    value = parsed["value"]
     # A date (2026-01-31) may well be the name of a folder, and nothing in a configuration is a date.
-    plain = len(parsed) == 1 and isinstance(value, str | int | float | list | dict)
-    return value if plain else text
+    value: Any = parsed["value"]
+    return text if len(parsed) > 1 or isinstance(value, date | time) else value
 
 
 def _contains(values: Any, where: mistakes.Path) -> bool:

@@ -104,12 +104,13 @@ def _explain(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDe
     """Where a mistake is, what it is, and whether it only says that no branch of a union fits."""
     path, annotation, in_union = _walk(model, values, details)
     kind = details["type"]
+    context: dict[str, Any] = details.get("ctx", {})
     if kind == "missing":
         return path, f"missing; expected {_describe(annotation)}", False
     if kind == "extra_forbidden":
         return path, f"unknown key ({suggest(str(path[-1]), _keys_beside(model, path))})", False
     if kind == "value_error":
-        return path, str(details["ctx"]["error"]), False
+        return path, str(context["error"]), False
     value: Any = reduce(lambda inside, key: inside[key], path, cast("Any", values))
     if in_union and kind.endswith("_type"):
         return path, f"expected {_describe(annotation)}, found {_show(value)}", True
@@ -118,9 +119,9 @@ def _explain(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDe
         return path, f"{details['msg'][0].lower()}{details['msg'][1:]}, found {_show(value)}", False
     hint = ""
     if kind == "literal_error" and isinstance(value, str):
-        close = difflib.get_close_matches(value, re.findall("'([^']*)'", details["ctx"]["expected"]), n=1)
+        close = difflib.get_close_matches(value, re.findall("'([^']*)'", context["expected"]), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return path, f"expected {form.format(**details.get('ctx', {}))}, found {_show(value)}{hint}", False
+    return path, f"expected {form.format(**context)}, found {_show(value)}{hint}", False
 
 
 def _walk(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetails) -> tuple[Path, Any, bool]:

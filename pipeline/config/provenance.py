@@ -1,7 +1,7 @@
 """Where a run came from, written into its folder before the first step: ``config.toml`` and ``provenance.json``.
 
-Each start of the run, also after a crash, adds an entry; none is overwritten. Changes that were not committed lie
-beside it as ``code-DIGEST.diff``.
+A run that is started again keeps what was written before under "earlier". Changes that were not committed lie beside
+it as ``code-DIGEST.diff``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "accelerate", "webdatas
 
 
 def write(folder: str | os.PathLike[str], config: RunConfig, plan: Plan) -> None:
-    """Write the resolved configuration and add an entry for this start. On rank 0 only.
+    """Write the resolved configuration and where this start of the run comes from. On rank 0 only.
 
     Args:
         folder: the run's folder, which exists.
@@ -42,26 +42,28 @@ def write(folder: str | os.PathLike[str], config: RunConfig, plan: Plan) -> None
     changes = f"code-{hashlib.sha256(diff).hexdigest()[:12]}.diff" if diff else None
     if changes:
         replace_file(folder / changes, diff)
-    entry = {
+    before = read(folder)
+    facts = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "folder": os.getcwd(),
         "host": platform.node(),
         "system": platform.platform(),
-        "python": platform.python_version(),
-        "commit": commit,
-        "uncommitted": changes,
-        "versions": versions(),
+        "world_size": plan.world_size,
         "plan": asdict(plan),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "git": {"commit": commit, "dirty": bool(diff), "diff": changes},
+        "earlier": [*before.pop("earlier"), before] if before else [],
     }
     replace_file(folder / CONFIG_FILE, dump(config).encode())
-    replace_file(folder / FILE, json.dumps([*read(folder), entry], indent=1).encode() + b"\n")
+    replace_file(folder / FILE, json.dumps(facts, indent=1).encode() + b"\n")
 
 
-def read(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The entries of all starts so far, oldest first."""
+def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was written last; empty if nothing was."""
     path = Path(folder) / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def code_state(source: Path) -> tuple[str | None, bytes]:

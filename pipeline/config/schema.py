@@ -208,6 +208,8 @@ class SuiteConfig(Strict):
 
     streams: Annotated[dict[str, Text], Field(min_length=1)]
     """Name to data set folder, e.g. {train = "shards/train", val = "shards/val"}."""
+    fields: tuple[str, ...] = ("image", "label")
+    """Fields of the manifests that a batch holds."""
     image: Image | None = None
     """Geometry for evaluation; left out: centre crop at the run's training size."""
     batch: Positive = 256
