@@ -9,10 +9,14 @@ class SluiceError(Exception):
     """Base of all errors that are the user's to mend."""
 
     exit_code = 2
+    everywhere = False
+    """Raised on every rank alike, so that rank 0 alone need print it."""
 
 
 class ConfigError(SluiceError):
     """A mistake in a configuration file or on the command line."""
+
+    everywhere = True
 
 
 class DataError(SluiceError):
@@ -20,7 +24,9 @@ class DataError(SluiceError):
 
 
 class CheckpointError(SluiceError):
-    """A checkpoint that cannot be written, read or trusted."""
+    """A checkpoint that cannot be written, read or trusted; the ranks agree on it."""
+
+    everywhere = True
 
 
 class LaunchError(SluiceError):
@@ -31,3 +37,4 @@ class NonFiniteError(SluiceError):
     """A loss or gradient norm that is not finite; raised on every rank in the same step."""
 
     exit_code = 70
+    everywhere = True

@@ -8,13 +8,16 @@ A data set is a folder (or URL) with plain WebDataset tars, ``manifest.json``, `
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.core.errors import DataError
 
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 FORMAT = "sluice-manifest"
 VERSION = 1
 FILE = "manifest.json"
+SIZES = "sizes.json"
+"""Shard name to number of samples, as open_clip reads it."""
+FIELDS = {"image": ("jpg", "jpeg", "png", "webp"), "label": ("cls",), "caption": ("txt",), "metadata": ("json",)}
+"""Fields with a name of their own; any other extension is a field named like itself."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,11 @@ class Manifest:
     fields: dict[str, tuple[str, ...]]
     """Field name to the tar extensions that carry it: {"image": ("jpg", "png"), "label": ("cls",)}."""
     classes: tuple[str, ...] = ()
-    statistics: dict[str, Any] = field(default_factory=dict)
-    made: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict[str, Any])
+    made: dict[str, Any] = field(default_factory=dict[str, Any])
     """How it was made: source, options, seed, version."""
+    tokenizer: dict[str, Any] = field(default_factory=dict[str, Any])
+    """{"file": name beside the manifest, "sha256": its hash}; empty when none was trained."""
 
     @cached_property
     def samples(self) -> int:
@@ -93,11 +102,13 @@ def parse(text: str, root: str, where: str) -> Manifest:
         DataError: not a manifest, of another version, or with parts missing or changed.
     """
     try:
-        body = json.loads(text)
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
+        read = json.loads(text)
+        body = cast("dict[str, Any]", read if isinstance(read, dict) else {})
+        if body.get("format") != FORMAT:
             raise DataError(f"{where} is not a manifest; make one with `sluice prep index`")
         if body["version"] != VERSION:
             raise DataError(f"{where} has version {body['version']}, this program reads {VERSION}; rebuild it")
+        _check(body)
         manifest = Manifest(
             root=root,
             shards=tuple(Shard(**s) for s in body["shards"]),
@@ -105,12 +116,32 @@ def parse(text: str, root: str, where: str) -> Manifest:
             classes=tuple(body["classes"]),
             statistics=body["statistics"],
             made=body["made"],
+            tokenizer=body["tokenizer"],
         )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where} is damaged ({error!r}); rebuild it with `sluice prep index`") from error
-    if body["fingerprint"] != manifest.fingerprint:
+    if body.get("fingerprint") != manifest.fingerprint:
         raise DataError(f"{where} was changed by hand: its fingerprint does not fit its shards")
     return manifest
+
+
+def _check(body: dict[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError for what is not of the right kind."""
+    if any(type(body[name]) is not dict for name in ("fields", "statistics", "made", "tokenizer")):
+        raise TypeError("fields, statistics, made and tokenizer are tables")
+    words = [*body["classes"], *(e for extensions in body["fields"].values() for e in extensions)]
+    if any(type(word) is not str for word in words):
+        raise TypeError("classes and extensions are words")
+    seen: set[str] = set()
+    for s in body["shards"]:
+        name = s["name"]
+        if type(name) is not str or not name or ".." in name.split("/") or name[0] == "/" or name in seen:
+            raise ValueError(f"shard name {name!r} is not a unique path inside the folder")
+        if any(type(s[count]) is not int or s[count] < 0 for count in ("samples", "bytes")):
+            raise ValueError(f"{name}: samples and bytes are counts")
+        if not re.fullmatch("[0-9a-f]{64}", s["sha256"]):
+            raise ValueError(f"{name}: sha256 is not 64 hex digits")
+        seen.add(name)
 
 
 def load(folder: str | os.PathLike[str]) -> Manifest:
@@ -127,9 +158,111 @@ def load(folder: str | os.PathLike[str]) -> Manifest:
             f"no manifest at {path} ({error.strerror}); build shards with `sluice prep build`, "
             f"or index existing ones with `sluice prep index {folder}`"
         ) from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); rebuild it with `sluice prep index`") from error
     return parse(text, str(folder), str(path))
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that at any moment, also after a crash, the name holds the old content or all of the new."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sizes_json(manifest: Manifest) -> str:
+    """The text of ``sizes.json``."""
+    return json.dumps({s.name: s.samples for s in manifest.shards}, indent=1) + "\n"
+
+
+def save(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
+    """Write ``sizes.json`` and then ``manifest.json``, each atomically."""
+    replace_file(Path(folder) / SIZES, sizes_json(manifest).encode())
+    replace_file(Path(folder) / FILE, manifest.as_json().encode())
 
 
 def index_name(shard: str) -> str:
     """File name of a shard's index: ``x-000000.tar`` has ``x-000000.idx``."""
     return shard.removesuffix(".tar") + ".idx"
+
+
+def index_bytes(index: ShardIndex, shard: Shard, fields: Sequence[str]) -> bytes:
+    """The content of a shard's index file: the same index gives the same bytes.
+
+    It names its own columns, so that shards made before a field came into the data set keep their files.
+    """
+    import numpy as np
+
+    def packed(words: Sequence[str]) -> np.ndarray:
+        return np.frombuffer("\0".join(words).encode(), np.uint8)
+
+    target = io.BytesIO()
+    sha256 = np.frombuffer(bytes.fromhex(shard.sha256), np.uint8)
+    columns = {"fields": packed(fields), "keys": packed(index.keys), "offset": index.offset, "size": index.size}
+    np.savez(target, allow_pickle=False, **columns, sha256=sha256)
+    return target.getvalue()
+
+
+def parse_index(data: bytes, shard: Shard, fields: Sequence[str], where: str) -> ShardIndex:
+    """Read a shard's index file; its columns become those of ``fields``. ``where`` names it in errors.
+
+    Raises:
+        DataError: damaged, or made for another content of the shard.
+    """
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as body:
+            keys, own = (_unpack(body[name].tobytes()) for name in ("keys", "fields"))
+            offset, size, sha256 = body["offset"], body["size"], body["sha256"].tobytes().hex()
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{where} is damaged ({error!r}); renew it with `sluice prep index`") from error
+    if sha256 != shard.sha256:
+        raise DataError(f"{where} was made for another content of {shard.name}; renew it with `sluice prep index`")
+    shape = (shard.samples, len(own))
+    fits = len(keys) == shard.samples and all(a.dtype == np.int64 and a.shape == shape for a in (offset, size))
+    if not fits or (offset < -1).any() or (size < -1).any() or (offset + size > shard.bytes).any():
+        raise DataError(f"{where} does not fit {shard.name} in the manifest; renew it with `sluice prep index`")
+    if tuple(own) != tuple(fields):
+        absent = np.full((shard.samples, 1), -1)
+        columns = [own.index(name) if name in own else len(own) for name in fields]
+        offset, size = (np.concatenate([a, absent], 1)[:, columns] for a in (offset, size))
+    return ShardIndex(keys, offset, size)
+
+
+def _unpack(data: bytes) -> tuple[str, ...]:
+    return tuple(data.decode().split("\0")) if data else ()
+
+
+def load_index(manifest: Manifest, shard: Shard) -> ShardIndex:
+    """The index of one shard of a local data set.
+
+    Raises:
+        DataError: missing, damaged, or made for another content of the shard.
+    """
+    path = Path(manifest.root) / index_name(shard.name)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"no index at {path} ({error.strerror}); renew it with `sluice prep index`") from error
+    return parse_index(data, shard, tuple(manifest.fields), str(path))

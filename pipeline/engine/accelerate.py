@@ -1,12 +1,17 @@
-"""Accelerate: one process to a few GPUs. The only file that knows it."""
+"""Accelerate: one process to a few GPUs. The only file that knows it.
+
+Precision and placement are Accelerate's. The gradients are averaged here, in buckets of a fixed order after the last
+backward, and not by torch's DistributedDataParallel: that one rebuilds its buckets after the first step, so that a
+resumed run adds in another order than an undisturbed one and differs in the last bits.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config.resolve import Plan
@@ -18,46 +23,71 @@ from pipeline.engine import optimizers
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.fragments import Slot
 
+BUCKET_ELEMENTS = 2**24
+
 
 class AccelerateEngine(BaseEngine):
-    """The objective under Accelerate's data parallelism; bf16 is autocast over fp32 parameters."""
+    """The objective under Accelerate; bf16 is autocast over fp32 parameters."""
 
     replicated = True
 
     def __init__(
         self, objective: Objective, config: EngineConfig, optimizer: OptimizerConfig, plan: Plan, place: Place
     ) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
-        # Data parallelism otherwise rebuilds its buckets after the first step, which changes the order of sums: a run
-        # that was resumed would differ in the last bits from one that was not. Torch then says that it costs time.
-        exact = DistributedDataParallelKwargs(find_unused_parameters=True)
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        from accelerate import Accelerator
 
         self.place = place
         self.objective = objective
         self.clip = optimizer.clip
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
-            cpu=place.device.type == "cpu",
-            kwargs_handlers=[exact],
-        )
         self.accumulation = plan.accumulation
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=place.device.type == "cpu"
+        )
         self.optimizer = optimizers.build(objective.to(place.device), optimizer)
-        self.model = self.accelerator.prepare_model(objective)
+        self.trained = [p for p in objective.parameters() if p.requires_grad]
+        for tensor in objective.state_dict().values():  # all ranks begin as rank 0 does
+            dist.broadcast(tensor, src=0)
+        # evaluation_mode: no DistributedDataParallel
+        self.model = self.accelerator.prepare_model(objective, evaluation_mode=True)
 
     def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
-        # data parallelism decides in the forward whether the backward will be followed by a reduction
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
-            return self.model(batch, ctx)
+        return self.model(batch, ctx)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
-            self.accelerator.backward(loss / self.accumulation)
+        self.accelerator.backward(loss / self.accumulation)
+        if last and self.place.world_size > 1:
+            self._average()
+
+    def _average(self) -> None:
+        """Replace every gradient by its mean over the ranks; a parameter that a rank did not use counts as zero."""
+        pending = []
+        for bucket in self._buckets():
+            for p in bucket:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            flat = torch.cat([p.grad.reshape(-1) for p in bucket if p.grad is not None])
+            pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, work in pending:
+            assert work is not None
+            work.wait()
+            flat /= self.place.world_size
+            for p, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = mean.view_as(p)
+
+    def _buckets(self) -> Iterator[list[Tensor]]:
+        """The trainable parameters, in their order, in runs of about BUCKET_ELEMENTS."""
+        bucket: list[Tensor] = []
+        for p in self.trained:
+            bucket.append(p)
+            if sum(q.numel() for q in bucket) >= BUCKET_ELEMENTS:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
 
     def update(self, lr: float) -> Tensor:
         optimizers.set_lr(self.optimizer, lr)
-        norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

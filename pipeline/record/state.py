@@ -1,0 +1,53 @@
+"""``state.json``: where a run is and how it ended, for the launcher, ``sluice status`` and the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pipeline.core.manifest import replace_file
+from pipeline.record.files import dumps
+
+FILE = "state.json"
+Outcome = Literal["running", "finished", "failed", "requeue"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a run between two updates of the file."""
+
+    outcome: Outcome
+    exit_code: int | None
+    """None while it runs; the meaning of codes is in :mod:`pipeline.config.exitcodes`."""
+    step: int
+    """Updates done at the last checkpoint, or at the end."""
+    attempt: int
+    """How often the run was started before."""
+    error: str | None = None
+    time: str = ""
+    """Of this entry; set on writing."""
+
+
+def read_state(folder: Path) -> State | None:
+    """The last entry; None when there is none, or none that can be read (it says nothing that matters for resuming)."""
+    try:
+        return State(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Replace the entry, at once."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    replace_file(folder / FILE, dumps(asdict(replace(state, time=now)), indent=1).encode() + b"\n")
+
+
+def close_state(folder: Path, outcome: Outcome, exit_code: int, *, step: int | None = None, error: str = "") -> None:
+    """Write how the run ended, unless another rank has: the first one knows the cause, the rest its consequences."""
+    state = read_state(folder)
+    if state is not None and state.outcome == "running":
+        step = state.step if step is None else step
+        write_state(folder, replace(state, outcome=outcome, exit_code=exit_code, step=step, error=error or None))

@@ -1,0 +1,88 @@
+"""``python -m pipeline.run train --config FILE``: one rank. `sluice train` starts as many as are asked for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.config import load
+from pipeline.config.exitcodes import FINISHED
+from pipeline.core.errors import SluiceError
+from pipeline.record.state import close_state
+
+CRASH = 1
+"""Exit code of what only a bug, the machine or another rank can cause: worth another try."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Every outcome is an exit code; what the user can mend is one message without a traceback."""
+    args = _parser().parse_args(argv)
+    if args.command == "train":
+        from pipeline.run.train import train
+
+        return guarded(lambda: train(args.config, args.overrides), lambda: _run_folder(args.config, args.overrides))
+    if args.command == "eval":
+        from pipeline.run.evaluate import evaluate
+
+        return guarded(
+            lambda: evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides), lambda: None
+        )
+
+    from pipeline.record.report import write_report
+
+    def report() -> int:
+        print(write_report(args.run))
+        return FINISHED
+
+    return guarded(report, lambda: None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.run", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train")
+    train.add_argument("--config", required=True)
+    train.add_argument("--set", action="append", default=[], dest="overrides")
+    evaluate = commands.add_parser("eval")
+    evaluate.add_argument("--run", required=True)
+    evaluate.add_argument("--suite", required=True)
+    evaluate.add_argument("--checkpoint")
+    evaluate.add_argument("--random-init", action="store_true")
+    evaluate.add_argument("--set", action="append", default=[], dest="overrides")
+    report = commands.add_parser("report")
+    report.add_argument("--run", required=True)
+    return parser
+
+
+def guarded(work: Callable[[], int], folder: Callable[[], Path | None]) -> int:
+    """Do the work; on an error, print it once, note it in the run's state and give its exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return work()
+    except SluiceError as error:
+        code, text = error.exit_code, str(error)
+        if rank == 0 or not error.everywhere:
+            print(f"sluice: {f'rank {rank}: ' if rank else ''}{text}", file=sys.stderr, flush=True)
+    except Exception as error:
+        code, text = CRASH, f"rank {rank}: {type(error).__name__}: {error}"
+        traceback.print_exc()
+    run = folder()
+    if run is not None and run.is_dir():
+        close_state(run, "failed", code, error=text)
+    return code
+
+
+def _run_folder(config: str, overrides: Sequence[str]) -> Path | None:
+    """The folder of the run, if its configuration can be read at all."""
+    try:
+        return Path(load.load_run(config, overrides).run.folder)
+    except SluiceError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""From configuration to parts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import closing
+
+import numpy as np
+import torch
+
+from pipeline.config.resolve import Plan
+from pipeline.config.schema import RunConfig
+from pipeline.core import registry
+from pipeline.core.components import OBJECTIVES, check_component
+from pipeline.core.errors import CheckpointError
+from pipeline.core.manifest import Manifest
+from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, Stream
+from pipeline.data.stream import open_stream
+from pipeline.dist.group import Place
+from pipeline.engine.base import BaseEngine
+from pipeline.engine.checkpoint import Saved
+from pipeline.engine.fragments import MODEL, Spec
+
+SHOWN = 8
+"""Samples in a showcase."""
+
+
+def build_objective(config: RunConfig, data: DataFacts, title: str) -> Objective:
+    """The objective with its initial weights, a function of the run's seed: the same on every rank.
+
+    Args:
+        config: the run.
+        data: image size and classes.
+        title: what the configuration is called in a message.
+    """
+    settings = check_component(OBJECTIVES, config.objective, title, ("objective",))
+    make: Callable[..., Objective] = registry.component(OBJECTIVES, config.objective.name, Objective)
+    random.seed(config.run.seed)
+    np.random.seed(config.run.seed % 2**32)
+    torch.manual_seed(config.run.seed)
+    return make(settings, data)
+
+
+def build_engine(config: RunConfig, objective: Objective, plan: Plan, place: Place) -> BaseEngine:
+    """The engine that the configuration names; only that one is imported."""
+    if config.engine.name == "deepspeed":
+        from pipeline.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(objective, config.engine, config.optimizer, plan, place)
+    from pipeline.engine.accelerate import AccelerateEngine
+
+    return AccelerateEngine(objective, config.engine, config.optimizer, plan, place)
+
+
+def build_stream(config: RunConfig, manifest: Manifest, plan: Plan, place: Place) -> Stream:
+    """This rank's part of the training stream; its loader processes start in the background."""
+    return open_stream(
+        config.data,
+        manifest,
+        seed=config.run.seed,
+        global_batch=plan.global_batch,
+        micro_batch=plan.micro_batch,
+        rank=place.rank,
+        world=place.world_size,
+    )
+
+
+def sample_batch(config: RunConfig, manifest: Manifest) -> Batch:
+    """A few samples, the same on every rank and in every attempt: for showcases, and to check what comes."""
+    count = min(SHOWN, manifest.samples)
+    data = config.data.model_copy(update={"workers": 0, "lanes": None})
+    few = open_stream(data, manifest, seed=config.run.seed, global_batch=count, micro_batch=count, rank=0, world=1)
+    with closing(few):
+        return next(few.batches(0))[0]
+
+
+def model_specs(saved: Saved) -> dict[str, Spec]:
+    """The tensors of the model in a checkpoint."""
+    return {name: spec for name, spec in saved.tensors.items() if name.startswith(MODEL + "/")}
+
+
+def check_model(saved: Saved, expected: dict[str, Spec]) -> None:
+    """Hold a checkpoint's model against the one that was built.
+
+    Raises:
+        CheckpointError: they differ in a name, a shape or a type.
+    """
+    stored = model_specs(saved)
+    different = sorted(n for n in stored.keys() | expected.keys() if stored.get(n) != expected.get(n))
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{saved.folder} is of another model: {len(different)} tensors differ, first {name} "
+            f"(checkpoint: {_say(stored.get(name))}, configuration: {_say(expected.get(name))}); "
+            "use the objective of the checkpoint, or start a new run in another folder"
+        )
+
+
+def _say(spec: Spec | None) -> str:
+    return "absent" if spec is None else f"{spec.dtype}{list(spec.shape)}"
+
+
+def resume(engine: BaseEngine, stream: Stream, saved: Saved, total_samples: int) -> Clock:
+    """Bring engine and stream to where ``saved`` is.
+
+    Raises:
+        CheckpointError: it is of another model or of another order of samples.
+    """
+    stream.check(saved.state["stream"])
+    check_model(saved, engine.expected())
+    engine.make_state(saved.tensors)
+    saved.fill(engine.held(), engine.place.rank)
+    engine.publish()
+    return Clock(saved.state["step"], saved.state["samples"], total_samples)

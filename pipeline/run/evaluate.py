@@ -1,0 +1,140 @@
+"""A suite of evaluations on a checkpoint, or on the same model untrained."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+
+from pipeline.config import load
+from pipeline.config.exitcodes import FINISHED
+from pipeline.config.schema import Component, Image, RunConfig, SuiteConfig
+from pipeline.core import registry
+from pipeline.core.components import EVALS, check_component
+from pipeline.core.errors import ConfigError
+from pipeline.core.manifest import load as load_manifest
+from pipeline.core.protocols import DataFacts, Evaluation, Objective
+from pipeline.data.evaluation import OrderedStream, open_eval
+from pipeline.dist.group import Place, process_group
+from pipeline.engine.checkpoint import CheckpointStore, Saved, read_manifest, verify_file
+from pipeline.engine.fragments import MODEL, Spec, named_tensors, whole
+from pipeline.record.report import write_report
+from pipeline.record.results import add_results, rows, table
+from pipeline.run.build import build_objective, check_model
+from pipeline.run.train import CHECKPOINTS
+
+RANDOM = "random init"
+
+
+def load_weights(objective: Objective, saved: Saved, rank: int) -> None:
+    """Fill a whole model from a checkpoint, whatever engine and world size wrote it."""
+    tensors = named_tensors(objective)
+    check_model(saved, {f"{MODEL}/{n}": Spec(tuple(t.shape), str(t.dtype)[6:]) for n, t in tensors.items()})
+    saved.fill([whole(f"{MODEL}/{name}", tensor) for name, tensor in tensors.items()], rank)
+
+
+def find_checkpoint(run: Path, named: str | None, place: Place) -> Saved:
+    """The checkpoint that was named, or the newest whole one of the run.
+
+    Raises:
+        ConfigError: the run has none.
+        CheckpointError: the named one is not whole.
+    """
+    if named is not None:
+        saved = read_manifest(Path(named))
+        for name, facts in saved.files.items():
+            verify_file(saved.folder / name, facts)
+        return saved
+    newest = CheckpointStore(run / CHECKPOINTS, place, 1, lambda text: print(text, file=sys.stderr)).newest()
+    if newest is None:
+        raise ConfigError(f"{run} holds no checkpoint; train it first, or add --random-init")
+    return newest
+
+
+def evaluate(run: str, suite: str, checkpoint: str | None, random_init: bool, overrides: Sequence[str]) -> int:
+    """Run a suite, record its results in the run's folder, renew the report and print the table."""
+    plan = load.load_suite(suite, overrides)
+    with ExitStack() as stack:
+        place = stack.enter_context(process_group(timeout_minutes=60))
+        folder = Path(run)
+        config = load.load_run(folder / "config.toml")
+        if random_init:
+            manifest = load_manifest(config.data.train)
+            facts = DataFacts(config.data.image.shape, manifest.classes)
+            objective, model = build_objective(config, facts, run), (RANDOM, None)
+        else:
+            saved = find_checkpoint(folder, checkpoint, place)
+            config = RunConfig.model_validate(saved.state["config"])
+            known = saved.state["facts"]
+            height, width = known["image_size"]
+            objective = build_objective(config, DataFacts((height, width), tuple(known["classes"])), str(saved.folder))
+            load_weights(objective, saved, place.rank)
+            model = (f"step {saved.step}", saved.step)
+        objective.to(place.device).eval().requires_grad_(False)
+        settings = [check_component(EVALS, c, suite, ("evals", n)) for n, c in enumerate(plan.evals)]
+        streams = _open_streams(plan, config, place, stack)
+        for component, own in zip(plan.evals, settings, strict=True):
+            _run_one(component, own, objective, streams, folder, model, plan, place)
+        if place.first:
+            table(add_results(folder, ()), sys.stdout)
+            write_report(folder)
+    return FINISHED
+
+
+def _open_streams(suite: SuiteConfig, config: RunConfig, place: Place, stack: ExitStack) -> dict[str, OrderedStream]:
+    """The suite's data sets, in the run's geometry unless the suite has its own."""
+    image = suite.image or Image(size=config.data.image.size, crop="center")
+    return {
+        name: stack.enter_context(
+            closing(
+                open_eval(
+                    folder,
+                    image,
+                    suite.fields,
+                    batch=suite.batch,
+                    workers=suite.workers,
+                    rank=place.rank,
+                    world=place.world_size,
+                )
+            )
+        )
+        for name, folder in suite.streams.items()
+    }
+
+
+def _run_one(
+    component: Component,
+    settings: BaseModel,
+    objective: Objective,
+    streams: dict[str, OrderedStream],
+    folder: Path,
+    model: tuple[str, int | None],
+    suite: SuiteConfig,
+    place: Place,
+) -> None:
+    """Run one evaluation and record its results at once: what is measured is kept, whatever comes after.
+
+    Raises:
+        ConfigError: the objective has not the encoders that the evaluation uses.
+    """
+    evaluation = registry.component(EVALS, component.name, Evaluation)(settings)  # pyright: ignore[reportCallIssue]
+    encoders = objective.encoders()
+    missing = [n for n in evaluation.needs if n not in encoders]
+    if missing:
+        raise ConfigError(
+            f"evaluation {component.name!r} needs the encoder {missing[0]!r}; this objective has "
+            f"{', '.join(encoders) or 'none'}"
+        )
+    with torch.no_grad():
+        results = list(evaluation.run(encoders, streams))
+    if place.first:
+        name, step = model
+        digest = hashlib.sha256(suite.model_dump_json().encode()).hexdigest()[:16]
+        prints = {n: load_manifest(f).fingerprint for n, f in suite.streams.items()}
+        new = rows(results, model=name, step=step, evaluation=component.name, config=digest, manifests=prints)
+        add_results(folder, new)

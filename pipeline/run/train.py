@@ -1,0 +1,193 @@
+"""One rank of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config import load, provenance
+from pipeline.config.exitcodes import FINISHED, REQUEUE
+from pipeline.config.resolve import Plan, learning_rate, resolve
+from pipeline.config.schema import RunConfig
+from pipeline.core import manifest as manifests
+from pipeline.core.contract import check_batch
+from pipeline.core.protocols import Batch, Clock, StepContext, Stream
+from pipeline.data.stream import facts
+from pipeline.dist.group import Place, from_first, process_group
+from pipeline.engine.actions import Action
+from pipeline.engine.base import BaseEngine
+from pipeline.engine.checkpoint import CheckpointStore
+from pipeline.engine.loop import Outcome, fit
+from pipeline.engine.meter import Meter
+from pipeline.engine.stopping import StopRequest
+from pipeline.record.files import Lines
+from pipeline.record.recorder import Recorder
+from pipeline.record.report import write_report
+from pipeline.record.state import State, close_state, read_state, write_state
+from pipeline.run.build import build_engine, build_objective, build_stream, resume, sample_batch
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Job:
+    """The parts of a training run on one rank, and what is done with them every so often."""
+
+    config: RunConfig
+    place: Place
+    plan: Plan
+    manifest: manifests.Manifest
+    engine: BaseEngine
+    stream: Stream
+    store: CheckpointStore
+    meter: Meter
+    sample: Batch
+    recorder: Recorder | None
+    """On rank 0."""
+    attempt: int
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return Path(self.config.run.folder)
+
+    def learning_rate(self, samples: int) -> float:
+        """Of the update that starts after ``samples`` samples."""
+        return learning_rate(self.plan, samples)
+
+    def log(self, clock: Clock) -> None:
+        """One line of metrics, and this rank's bad samples."""
+        line = self.meter.line(clock, self.learning_rate(clock.samples - self.plan.global_batch))
+        line["epoch"] = clock.step / self.plan.steps_per_epoch
+        if self.recorder is not None:
+            self.recorder.log(line.pop("step"), line)
+        bad = self.stream.ledger()
+        if bad:
+            with closing(Lines(self.folder / f"ledger-{self.place.rank:05d}.jsonl")) as ledger:
+                for sample in bad:
+                    ledger.append(sample)
+
+    def checkpoint(self, clock: Clock) -> None:
+        """Save everything that resuming and evaluating need."""
+        data = facts(self.manifest, self.config.data.image)
+        state = {
+            "step": clock.step,
+            "samples": clock.samples,
+            "stream": self.stream.state(clock.step),
+            "config": self.config.model_dump(mode="json", exclude_none=True),
+            "facts": {"image_size": data.image_size, "classes": data.classes},
+            "versions": provenance.versions(),
+        }
+        self.store.save(clock.step, self.engine.written(), state)
+        if self.place.first:
+            write_state(self.folder, State("running", None, clock.step, self.attempt))
+
+    def showcase(self, clock: Clock) -> None:
+        """The objective's pictures."""
+        objective = self.engine.objective
+        objective.eval()
+        with torch.no_grad(), self.engine.whole_parameters():
+            ctx = StepContext(self.config.run.seed, clock, training=False)
+            pictures = objective.showcase(self.engine.move(self.sample), ctx)
+        objective.train()
+        if self.recorder is not None:
+            self.recorder.pictures(clock.step, pictures)
+
+    def actions(self) -> list[Action]:
+        """In the order in which they run: a line that is in the log belongs to the checkpoint that follows it."""
+        return [
+            Action("log", self.plan.log_every, self.log),
+            Action("checkpoint", self.plan.checkpoint_every, self.checkpoint),
+            Action("showcase", self.plan.showcase_every, self.showcase),
+        ]
+
+    def end(self, outcome: Outcome, clock: Clock, stop: StopRequest) -> int:
+        """Say how it ended, on rank 0, and give the exit code."""
+        code = FINISHED if outcome is Outcome.FINISHED else REQUEUE
+        if self.recorder is not None:
+            if outcome is Outcome.STOPPED:
+                self.recorder.note(f"stopped at step {clock.step}: {stop.reason or 'another rank was asked to'}")
+                stop.file.unlink(missing_ok=True)
+            name = "finished" if outcome is Outcome.FINISHED else "requeue"
+            close_state(self.folder, name, code, step=clock.step)
+            self.recorder.note(f"report: {write_report(self.folder)}")
+        return code
+
+
+def train(path: str, overrides: Sequence[str]) -> int:
+    """Train, on this rank, to the end or until asked to stop. Returns the exit code."""
+    config = load.load_run(path, overrides)
+    stop = StopRequest(Path(config.run.folder))
+    stop.listen()
+    with ExitStack() as stack:
+        place = stack.enter_context(process_group(config.engine.timeout_minutes))
+        manifest = manifests.load(config.data.train)
+        plan = resolve(config, manifest.samples, place.world_size, path)
+        stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
+        job, clock = _prepare(path, config, place, manifest, plan, stream, stack)
+        outcome, clock = fit(
+            engine=job.engine,
+            stream=stream,
+            clock=clock,
+            global_batch=plan.global_batch,
+            seed=config.run.seed,
+            learning_rate=job.learning_rate,
+            actions=job.actions(),
+            meter=job.meter,
+            stop=stop,
+        )
+        return job.end(outcome, clock, stop)
+
+
+def _prepare(
+    path: str,
+    config: RunConfig,
+    place: Place,
+    manifest: manifests.Manifest,
+    plan: Plan,
+    stream: Stream,
+    stack: ExitStack,
+) -> tuple[Job, Clock]:
+    """Build what trains, bring it to the newest checkpoint, and say that the run runs."""
+    folder = Path(config.run.folder)
+    sample = sample_batch(config, manifest)
+    objective = build_objective(config, facts(manifest, config.data.image), path)
+    check_batch(objective.needs, sample, config.objective.name)
+    engine = build_engine(config, objective, plan, place)
+    attempt = _begin(folder, config, plan, place)
+
+    notes: list[str] = []
+    store = CheckpointStore(folder / CHECKPOINTS, place, config.run.keep, notes.append)
+    saved = store.newest()
+    clock = Clock(0, 0, plan.total_samples)
+    if saved is not None:
+        clock = resume(engine, stream, saved, plan.total_samples)
+        notes.append(f"resumed from {saved.folder} at step {clock.step}")
+
+    recorder = None
+    if place.first:
+        text = load.dump(config)
+        recorder = Recorder(
+            folder, total_steps=plan.total_steps, attempt=attempt, step=clock.step, config=text
+        )
+        stack.enter_context(closing(recorder))
+        for note in notes:
+            recorder.note(note)
+    meter = Meter(place.device, place.world_size)
+    return Job(config, place, plan, manifest, engine, stream, store, meter, sample, recorder, attempt), clock
+
+
+def _begin(folder: Path, config: RunConfig, plan: Plan, place: Place) -> int:
+    """Say that the run runs, before its first step; returns how often it was started before."""
+    attempt = 0
+    if place.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = read_state(folder)
+        attempt = before.attempt + 1 if before else 0
+        write_state(folder, State("running", None, before.step if before else 0, attempt))
+        provenance.write(folder, config, plan)
+    return from_first(attempt)
