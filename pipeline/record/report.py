@@ -1,0 +1,352 @@
+"""``report.html``: all that a run has to show, in one page that needs nothing else, neither files nor network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from pipeline.config import provenance
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.manifest import replace_file
+from pipeline.record.curves import Curves, chart, curves
+from pipeline.record.files import dumps, read_lines
+from pipeline.record.formats import duration, short
+from pipeline.record.metrics import FILE as METRICS
+from pipeline.record.metrics import History, read_history
+from pipeline.record.recorder import NOTES
+from pipeline.record.results import FILE as RESULTS
+from pipeline.record.results import Line, Row, lines, models, read_results
+from pipeline.record.showcase import Shown, read_pictures
+from pipeline.record.state import State, read_state
+
+FILE = "report.html"
+PICTURE_BYTES = 1_200_000
+"""Most bytes of pictures in a page, before base64; steps are left out, evenly, until they fit."""
+_PICTURE_SIDE = 1200
+_PICTURE_STEPS = 8
+_ENLARGED = 160
+"""Pixels of the shorter side to which tiny pictures are enlarged, so that their own pixels can be seen."""
+_STATES = {"finished": "finished", "running": "running", "failed": "failed", "requeue": "stopped, to be resumed"}
+_PLACED = {"samples", "epoch", "attempt", "step", "data_digest", "step_seconds"}
+"""Quantities of a metrics line that have no curve of their own."""
+_KNOWN: dict[str, tuple[str, dict[str, bool]]] = {
+    "lr": ("Learning rate", {"from_zero": True}),
+    "grad_norm": ("Gradient norm", {}),
+    "samples_per_second": ("Samples per second", {"from_zero": True}),
+    "data_wait": ("Time waiting for data", {"percent": True, "from_zero": True}),
+    "memory_gb": ("Memory, GB", {"from_zero": True}),
+}
+
+
+def write_report(run_folder: str | os.PathLike[str]) -> Path:
+    """Write the page of a run, finished or not, and return its path.
+
+    What the run has not got yet (results, pictures, more than one line of metrics) is left out of the page.
+
+    Raises:
+        ConfigError: not a run's folder.
+        DataError: a file in it is damaged.
+    """
+    folder = Path(run_folder)
+    if not any((folder / name).exists() for name in (METRICS, RESULTS, provenance.CONFIG_FILE)):
+        raise ConfigError(f"{folder} is not a run's folder: it has no {METRICS}, {RESULTS} or {provenance.CONFIG_FILE}")
+    path = folder / FILE
+    replace_file(path, _page(folder.resolve()).encode())
+    return path
+
+
+def _page(folder: Path) -> str:
+    history = read_history(folder)
+    state, starts = read_state(folder), _starts(folder)
+    data = curves(history.rows) if history.rows else None
+    body = [
+        _header(folder.name, state, starts),
+        _tiles(history.rows, state, starts),
+        _results(read_results(folder)),
+        _curves(data, history) if data else "<h2>Curves</h2><p class=soft>No metrics were logged yet.</p>",
+        _showcase(read_pictures(folder)),
+        _origin(folder, starts),
+    ]
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    embedded = (
+        {"x": data.x, "step": data.step, "series": _rounded(data)} if data else {"x": [], "step": [], "series": {}}
+    )
+    # The policy is a promise that the browser keeps: this page loads nothing.
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{escape(folder.name)} - Sluice</title><style>{_asset("page.css")}</style></head>
+<body>{"".join(body)}<footer>Written by Sluice, {now}.</footer><dialog></dialog>
+<script type="application/json" id="curves">{_in_script(embedded)}</script>
+<script>{_asset("page.js")}</script></body></html>
+"""
+
+
+def _asset(name: str) -> str:
+    return resources.files("pipeline.record").joinpath(name).read_text(encoding="utf-8")
+
+
+def _in_script(value: Any) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    return dumps(value).replace("<", "\\u003c")
+
+
+def _rounded(data: Curves) -> dict[str, list[float | None]]:
+    return {
+        name: [None if v is None else float(f"{v:.5g}") for v in series.mean]
+        for name, series in data.series.items()
+        if name not in _PLACED
+    }
+
+
+def _starts(folder: Path) -> list[dict[str, Any]]:
+    """The provenance of each start of the run, oldest first.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        last = provenance.read(folder)
+    except ValueError as error:
+        path = folder / provenance.FILE
+        raise DataError(f"{path} is damaged ({error}); remove it to write the report without it") from error
+    return [*last.pop("earlier", []), last] if last else []
+
+
+def _header(name: str, state: State | None, starts: Sequence[Mapping[str, Any]]) -> str:
+    first, last = (starts[0], starts[-1]) if starts else ({}, {})
+    world, git = last.get("world_size"), last.get("git", {})
+    commit = f"git <code>{escape(git['commit'][:10])}</code>" if git.get("commit") else ""
+    about = (
+        f"started {escape(_moment(first['time']))}" if "time" in first else "",
+        escape(str(last.get("host", ""))),
+        f"{world} process{'es' if world > 1 else ''}" if world else "",
+        commit + (" with uncommitted changes" if git.get("dirty") else ""),
+        f"as of {escape(_moment(state.time))}" if state and state.outcome == "running" else "",
+    )
+    chip = f'<span class="state {state.outcome}">{_STATES[state.outcome]}</span>' if state else ""
+    return (
+        f'<header><p class="brand">Sluice run</p><div class="title"><h1>{escape(name)}</h1>{chip}</div>'
+        f'<p class="about">{"".join(f"<span>{a}</span>" for a in about if a)}</p>'
+        + (f'<pre class="command">$ {escape(shlex.join(last["command"]))}</pre>' if "command" in last else "")
+        + (f'<pre class="error">{escape(state.error)}</pre>' if state and state.error else "")
+        + "</header>"
+    )
+
+
+def _moment(iso: str) -> str:
+    """An ISO 8601 time without its punctuation."""
+    return iso.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _tiles(rows: Sequence[dict[str, Any]], state: State | None, starts: Sequence[Mapping[str, Any]]) -> str:
+    """The run in a few numbers; one that the metrics do not give has no tile."""
+    last = rows[-1] if rows else {}
+    step = max(state.step if state else 0, last.get("step", 0))
+    total = starts[-1].get("plan", {}).get("total_steps") if starts else None
+    speeds = [row["samples_per_second"] for row in rows if "samples_per_second" in row]
+    waits = [row["data_wait"] for row in rows if "data_wait" in row]
+    seconds = _training_seconds(rows)
+    attempt = max(state.attempt if state else 0, *(row.get("attempt", 0) for row in rows), 0)
+    tiles = {
+        "Steps": f"{step:,}" + (f" / {total:,}" if total and total != step else ""),
+        "Samples": short(last["samples"]) if "samples" in last else None,
+        "Epochs": f"{last['epoch']:.4g}" if "epoch" in last else None,
+        "Loss": short(last["loss"]) if "loss" in last else None,
+        "Samples/s": short(statistics.median(speeds), 3) if speeds else None,
+        "Data wait": f"{statistics.fmean(waits):.1%}" if waits else None,
+        "Training time": duration(seconds) if seconds else None,
+        "Restarts": str(attempt) if attempt else None,
+    }
+    shown = [f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in tiles.items() if text is not None]
+    return f'<dl class="tiles">{"".join(shown)}</dl>'
+
+
+def _training_seconds(rows: Sequence[dict[str, Any]]) -> float:
+    """Time spent in the steps that count: each line's seconds per step, times the steps since the line before."""
+    before, total = 0, 0.0
+    for row in rows:
+        total += row.get("step_seconds", math.nan) * (row["step"] - before)
+        before = row["step"]
+    return total if math.isfinite(total) else 0.0
+
+
+def _results(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "<h2>Results</h2><p class=soft>No evaluation was run yet.</p>"
+    head = "".join(f"<th>{escape(model)}</th>" for model in models(rows))
+    found = lines(rows)
+    foot = "" if all(line.comparable for line in found) else "* Measured with different settings or on different data."
+    return (
+        f'<h2>Results</h2><div class="wide"><table><thead><tr><th>Metric</th>{head}</tr></thead>'
+        f'<tbody>{"".join(map(_result_line, found))}</tbody></table></div><p class="soft">{foot}</p>'
+        f"{_trends(found)}"
+    )
+
+
+def _trends(found: Sequence[Line]) -> str:
+    """Charts of the metrics that were measured at three checkpoints or more."""
+    figures = []
+    for line in found:
+        points = [{"step": c.step, line.metric: c.value} for c in line.measured if c.step]
+        if len(points) >= 3:
+            figures.append(chart(f"{line.metric}, {line.split}", [line.metric], curves(points)))
+    return (
+        f'<h3>Over training <small>against steps</small></h3><div class="charts">{"".join(figures)}</div>'
+        if figures
+        else ""
+    )
+
+
+def _result_line(line: Line) -> str:
+    arrow = {"higher": " &uarr;", "lower": " &darr;"}.get(line.measured[-1].better or "", "")
+    sizes = " / ".join(f"{n:,}" for n in dict.fromkeys(c.n for c in line.measured))
+    head = (
+        f"<th>{escape(line.metric)}{arrow}{'' if line.comparable else ' *'}"
+        f"<small>{escape(line.evaluation)} on {escape(line.split)}, n = {sizes}</small></th>"
+    )
+    cells = []
+    for row, text in zip(line.cells, line.texts(), strict=True):
+        value, _, error = text.partition(" +- ")
+        error = f' <span class="error-bar">&plusmn; {error}</span>' if error else ""
+        best = ' class="best"' if row is not None and row.value == line.best else ""
+        cells.append(f"<td{best}>{value}{error}</td>")
+    return f"<tr>{head}{''.join(cells)}</tr>"
+
+
+def _curves(data: Curves, history: History) -> str:
+    """Loss, the objective's metrics (those with a common prefix together), then the optimizer's and the speed."""
+    own: dict[str, list[str]] = {}
+    for name in data.series:
+        if name not in _PLACED and name not in _KNOWN and name != "loss":
+            own.setdefault(name.partition("/")[0], []).append(name)
+    figures = [chart("Loss", ["loss"], data)] if "loss" in data.series else []
+    for prefix, names in own.items():
+        for start in range(0, len(names), 6):  # as many as there are colours
+            figures.append(chart(prefix if len(names) > 1 else names[0], names[start : start + 6], data))
+    figures += [chart(title, [name], data, **how) for name, (title, how) in _KNOWN.items() if name in data.series]
+    keys = []
+    if data.restarts:
+        keys.append("<i></i>restart.")
+    broken = _not_finite(history.rows)
+    if broken:
+        keys.append(f"<b>&times;</b> not finite: {escape('; '.join(broken))}.")
+    if history.torn:
+        keys.append(f"{history.torn} torn line(s) of the metrics were skipped.")
+    return (
+        f'<h2>Curves <small>against {data.unit}</small></h2><div class="charts linked">{"".join(figures)}</div>'
+        f'<p class="keys">{" &nbsp; ".join(keys)}</p>'
+    )
+
+
+def _not_finite(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Where values are not finite, in words: the first three, and how many more."""
+    found = [
+        f"{name} is {value} at step {row['step']:,}"
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    return found[:3] + ([f"and {len(found) - 3} more"] if len(found) > 3 else [])
+
+
+def _showcase(pictures: dict[int, list[Shown]]) -> str:
+    """A row per step, from the first to the last: as many steps, evenly spread, as fit into the page."""
+    if not pictures:
+        return ""
+    chosen = _spread(list(pictures), _PICTURE_STEPS)
+    encoded = {step: [_encode(shown) for shown in pictures[step]] for step in chosen}
+    while len(chosen) > 1 and sum(len(shot.data) for step in chosen for shot in encoded[step]) > PICTURE_BYTES:
+        chosen = _spread(chosen, len(chosen) - 1)
+    sections = [
+        f'<section><h3>Step {step:,}</h3><div class="shots">{"".join(map(_shot, encoded[step]))}</div></section>'
+        for step in chosen
+    ]
+    more = f" <small>{len(chosen)} of {len(pictures)} steps</small>" if len(chosen) < len(pictures) else ""
+    return f'<h2>Showcase{more}</h2><div class="steps">{"".join(sections)}</div>'
+
+
+def _spread(steps: list[int], count: int) -> list[int]:
+    """At most ``count`` of the steps, evenly, the last one always, the first one if there is room for two."""
+    if count >= len(steps):
+        return steps
+    return [steps[-1 - i * (len(steps) - 1) // max(count - 1, 1)] for i in range(count)][::-1]
+
+
+class _Shot(NamedTuple):
+    shown: Shown
+    data: bytes
+    width: int
+    height: int
+
+
+def _encode(shown: Shown) -> _Shot:
+    """A picture for the page: WebP, of limited width and height."""
+    with Image.open(shown.path) as file:
+        image = file.convert("RGB")
+    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    data = io.BytesIO()
+    image.save(data, "WEBP", quality=82, lossless=min(image.size) <= _ENLARGED // 2)
+    return _Shot(shown, data.getvalue(), image.width, image.height)
+
+
+def _shot(shot: _Shot) -> str:
+    shown, data, width, height = shot
+    scale = max(1, _ENLARGED // min(width, height))
+    kind = ' class="small"' if scale > 1 else ""
+    source = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+    return (
+        f'<figure style="width:{width * scale}px"><img{kind} src="{source}" alt="{escape(shown.name)}" '
+        f'width="{width * scale}" height="{height * scale}">'
+        f"<figcaption><b>{escape(shown.name)}</b> {escape(shown.caption)}</figcaption></figure>"
+    )
+
+
+def _origin(folder: Path, starts: Sequence[Mapping[str, Any]]) -> str:
+    """Notes of the run, the resolved configuration and the provenance, folded."""
+    parts = []
+    notes, _ = read_lines(folder / NOTES)
+    if notes:
+        parts.append(_folded("Notes", _facts([(_moment(note["time"]), note["text"]) for note in notes])))
+    config = folder / provenance.CONFIG_FILE
+    if config.exists():
+        parts.append(_folded("Configuration", f"<pre>{escape(config.read_text(encoding='utf-8'))}</pre>"))
+    before: dict[str, str] = {}
+    for number, start in enumerate(starts, start=1):
+        flat = dict(_flat(start))
+        changed = [(k, v) for k, v in flat.items() if before.get(k) != v]
+        title = f"Start {number}: what was different" if before else "Provenance"
+        parts.append(_folded(title, _facts(changed)))
+        before = flat
+    return "<h2>Origin</h2>" + "".join(parts) if parts else ""
+
+
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>{body}</details>"
+
+
+def _facts(pairs: Sequence[tuple[str, str]]) -> str:
+    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in pairs)
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """Nested values as (dotted path, text)."""
+    if isinstance(value, Mapping):
+        return [pair for k, v in value.items() for pair in _flat(v, f"{path}.{k}" if path else str(k))]
+    if isinstance(value, list):
+        return [(path, shlex.join(map(str, value)))]
+    return [(path, str(value))]

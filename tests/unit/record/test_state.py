@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from pipeline.record.state import State, close_state, read_state, write_state
+
+
+def test_what_is_written_is_read_with_its_time(tmp_path):
+    assert read_state(tmp_path) is None
+    write_state(tmp_path, State("running", None, 7, 1))
+    state = read_state(tmp_path)
+    assert state is not None
+    assert state == State("running", None, 7, 1, None, json.loads((tmp_path / "state.json").read_text())["time"])
+    assert state.time.endswith("+00:00")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"outcome": "running"}'])
+def test_an_entry_that_cannot_be_read_is_none(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    assert read_state(tmp_path) is None
+
+
+def test_the_first_rank_to_say_how_it_ended_is_believed(tmp_path):
+    write_state(tmp_path, State("running", None, 7, 1))
+    close_state(tmp_path, "failed", 70, error="loss is nan")
+    close_state(tmp_path, "failed", 1, step=9, error="connection reset")
+    state = read_state(tmp_path)
+    assert state is not None
+    assert (state.outcome, state.exit_code, state.step, state.attempt, state.error) == (
+        "failed",
+        70,
+        7,
+        1,
+        "loss is nan",
+    )
+
+
+def test_the_end_names_its_step(tmp_path):
+    write_state(tmp_path, State("running", None, 7, 1))
+    close_state(tmp_path, "finished", 0, step=9)
+    state = read_state(tmp_path)
+    assert state is not None and (state.outcome, state.step, state.error) == ("finished", 9, None)
