@@ -8,28 +8,18 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image as PillowImage
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.config.schema import Image
 from pipeline.core.random import SampleRandom
+from pipeline.data.jpeg import MAGIC, Box, Jpeg
 
 _TRIES = 10
-_JPEG = b"\xff\xd8\xff"
-
-
-class Box(NamedTuple):
-    """A window of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 class Geometry(NamedTuple):
@@ -40,25 +30,54 @@ class Geometry(NamedTuple):
     mirror: bool
 
 
-def decode_rgb(data: memoryview) -> Tensor:
-    """An image file as uint8[3,h,w].
+class Stored(Protocol):
+    """An image file of which windows can be decoded."""
+
+    size: tuple[int, int]
+
+    def window(self, box: Box) -> Tensor:
+        """uint8[3,h,w], the pixels of a window."""
+        ...
+
+
+class _Other:
+    """An image file that is not a JPEG, decoded as a whole by Pillow."""
+
+    def __init__(self, data: memoryview) -> None:
+        try:
+            with PillowImage.open(io.BytesIO(data)) as image:
+                # Pillow warns when a transparent colour of a palette goes straight to RGB.
+                has_palette_alpha = image.mode == "P" and "transparency" in image.info
+                rgb = (image.convert("RGBA") if has_palette_alpha else image).convert("RGB")
+        except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
+            raise ValueError(f"not a readable image ({error})") from error
+        self.size = (rgb.height, rgb.width)
+        self._pixels = (
+            torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(*self.size, 3).permute(2, 0, 1)
+        )
+
+    def window(self, box: Box) -> Tensor:
+        return _cut(self._pixels, box)
+
+
+def open_image(data: memoryview) -> Stored:
+    """An image file by its content.
 
     Raises:
         ValueError: not a readable image.
     """
-    if bytes(data[:3]) == _JPEG:
-        try:
-            return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise ValueError(f"not a readable JPEG ({str(error).splitlines()[0]})") from error
-    try:
-        with PillowImage.open(io.BytesIO(data)) as image:
-            has_palette_alpha = image.mode == "P" and "transparency" in image.info
-            rgb = (image.convert("RGBA") if has_palette_alpha else image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({error})") from error
-    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
+    return Jpeg(data) if bytes(data[: len(MAGIC)]) == MAGIC else _Other(data)
+
+
+def _cut(pixels: Tensor, box: Box) -> Tensor:
+    return pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all."""
+    top, left = min(b.top for b in boxes), min(b.left for b in boxes)
+    bottom, right = max(b.top + b.height for b in boxes), max(b.left + b.width for b in boxes)
+    return Box(top, left, bottom - top, right - left)
 
 
 def random_box(size: tuple[int, int], image: Image, numbers: Sequence[float]) -> Box:
@@ -80,7 +99,7 @@ def random_box(size: tuple[int, int], image: Image, numbers: Sequence[float]) ->
     # No shape fits: the whole image, cut in its middle to the nearest ratio allowed.
     ratio = min(max(w / h, image.ratio[0]), image.ratio[1])
     width, height = min(w, round(h * ratio)), min(h, round(w / ratio))
-    return Box((h - height) // 2, (w - width) // 2, height, width)
+    return Box((h - height) // 2, (w - width) // 2, max(height, 1), max(width, 1))
 
 
 def resize(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -93,9 +112,8 @@ def center(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
     (h, w), (height, width) = pixels.shape[1:], shape
     factor = max(height / h, width / w)
     covering = (max(height, int(h * factor)), max(width, int(w * factor)))
-    resized = resize(pixels, covering)
     top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
-    return resized[:, top : top + height, left : left + width]
+    return _cut(resize(pixels, covering), Box(top, left, height, width))
 
 
 class ImageDecoder:
@@ -125,25 +143,24 @@ class ImageDecoder:
             views.append([Geometry(c, self._image.flip and m < 0.5) for c, m in zip(crop, coin, strict=True)])
         return [list(views) for views in zip(*views, strict=True)]
 
-    def decode(self, data: memoryview, geometry: list[Geometry]) -> list[Tensor]:
+    def decode(self, data: memoryview, geometry: Sequence[Geometry]) -> list[Tensor]:
         """One stored image to its views, each uint8[3,H,W].
 
         Raises:
             ValueError: not a readable image.
         """
-        pixels = decode_rgb(data)
-        return [self._view(pixels, view) for view in geometry]
-
-    def _view(self, pixels: Tensor, view: Geometry) -> Tensor:
-        shape, crop = self._image.shape, self._image.crop
-        if crop == "center":
-            return center(pixels, shape)
-        if crop == "resize":
-            return resize(pixels, shape)
-        box = random_box((pixels.shape[1], pixels.shape[2]), self._image, view.crop)
-        window = pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
-        resized = resize(window, shape)
-        return resized.flip(-1) if view.mirror else resized
+        stored, shape = open_image(data), self._image.shape
+        if self._image.crop != "random_resized":
+            fit = center if self._image.crop == "center" else resize
+            return [fit(stored.window(Box(0, 0, *stored.size)), shape)] * len(geometry)
+        boxes = [random_box(stored.size, self._image, view.crop) for view in geometry]
+        around = _around(boxes)
+        pixels, views = stored.window(around), []
+        for box, view in zip(boxes, geometry, strict=True):
+            inside = Box(box.top - around.top, box.left - around.left, box.height, box.width)
+            resized = resize(_cut(pixels, inside), shape)
+            views.append(resized.flip(-1) if view.mirror else resized)
+        return views
 
 
 def decode_label(data: memoryview, classes: int) -> int:
