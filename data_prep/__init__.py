@@ -1,0 +1,1 @@
+"""Preparing shards: any images in, verified WebDataset shards out."""

@@ -1,0 +1,332 @@
+"""Building a data set: records in, splits of verified shards out; atomic, resumable, the same bytes every time.
+
+In the output folder: one data set per split (``train/``, ``val/``: tars, indexes, manifest.json, sizes.json),
+``rejects.jsonl`` with every input that was not written, ``duplicates.jsonl`` where duplicates are reported, and
+``build.json``, which says what was built and is written last. ``.build/`` holds the notes of an unfinished build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.duplicates import Seen
+from data_prep.options import Options
+from data_prep.prepare import Sample, prepared
+from data_prep.record import Record, Source, split_of
+from data_prep.shards import WORK, Note, SplitWriter, fields_of, finished, read_note
+from data_prep.statistics import Statistics
+from data_prep.store import Store, open_store
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.manifest import FILE, SIZES, Manifest, Shard, parse, sizes_json
+
+DONE = "build.json"
+REJECTS = "rejects.jsonl"
+DUPLICATES = "duplicates.jsonl"
+
+
+@dataclass
+class Counts:
+    """How far a build is. ``inputs = samples + rejects`` at all times."""
+
+    inputs: int = 0
+    samples: int = 0
+    rejects: int = 0
+    bytes: int = 0
+    """Of the samples written since the start of this process."""
+    resumed: int = 0
+    """Inputs that finished shards covered already."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """The result of a build."""
+
+    manifests: dict[str, Manifest]
+    """Split name to data set."""
+    counts: Counts
+
+
+def build(
+    source: Source,
+    out: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    append: bool = False,
+    progress: Callable[[Counts], None] | None = None,
+) -> Built:
+    """Build ``out``, or go on where an interrupted build stopped; a build that is complete is only checked.
+
+    Args:
+        source: What to read.
+        out: Folder or fsspec URL.
+        options: What to do; the default keeps images as they are and puts 5 % into "val".
+        append: Add the source's samples to a complete data set, as new shards.
+        progress: Called after each input.
+
+    Raises:
+        ConfigError: ``out`` holds something else, or was made with other options.
+        DataError: the input changed, cannot be read, or the output cannot be written.
+    """
+    store = open_store(out)
+    try:
+        return _Build(source, store, options or Options(), append, progress or (lambda counts: None)).run()
+    except OSError as error:
+        raise DataError(
+            f"building {store.where} stopped: {error}. Finished shards are kept; "
+            "mend the cause and give the same command to go on"
+        ) from error
+    finally:
+        store.close()
+
+
+class _Build:
+    def __init__(
+        self, source: Source, store: Store, options: Options, append: bool, progress: Callable[[Counts], None]
+    ) -> None:
+        self.source = source
+        self.store = store
+        self.options = options
+        self.append = append
+        self.progress = progress
+        self.counts = Counts()
+        self.seen = Seen(options.duplicates)
+        self.writers: dict[str, SplitWriter] = {}
+        self.parts: list[dict[str, Any]] = []
+        self.bases: dict[str, Manifest] = {}
+
+    def run(self) -> Built:
+        names = self.source.classes
+        classes = f"{len(names)} names, sha256 {hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:12]}"
+        plan = {"source": self.source.describe(), "classes": classes, "options": self.options.facts()}
+        plan = json.loads(json.dumps(plan))
+        if self._complete(plan):
+            return Built(self._manifests(), self.counts)
+        self._resume(plan)
+        try:
+            self._write()
+        except BaseException:
+            for writer in self.writers.values():
+                writer.abort()
+            raise
+        return self._finish(plan)
+
+    # -- where to begin
+
+    def _complete(self, plan: dict[str, Any]) -> bool:
+        """Whether there is nothing to do; reads what is there already."""
+        try:
+            self.parts = json.loads(self.store.read(DONE))["parts"]
+        except FileNotFoundError:
+            if self.append:
+                raise ConfigError(f"nothing to append to: {self.store.where} holds no complete build") from None
+            return False
+        last = self.parts[-1]
+        if not self.append or last["plan"] == plan | {"append": True}:
+            self._compare(last["plan"], plan | ({"append": True} if self.append else {}))
+            if self._inputs() == last["inputs"]:
+                self.store.remove(WORK)
+                self.counts = Counts(**last["counts"])
+                return True
+            if not self.append:
+                raise DataError(
+                    f"{self.store.where} is complete, but the input has changed since; build into a new folder, "
+                    "or append what is new"
+                )
+        return False
+
+    def _compare(self, there: dict[str, Any], plan: dict[str, Any]) -> None:
+        changes = list(_differences(there, plan))
+        if changes:
+            raise ConfigError(
+                f"{self.store.where} was begun with other settings ({'; '.join(changes)}); "
+                "give the same ones, or build into a new folder"
+            )
+
+    def _inputs(self) -> dict[str, str]:
+        """Digest of the source's records for each split, without reading any image."""
+        writers: dict[str, SplitWriter] = {}
+        for record in self.source:
+            split = self._split(record)
+            writer = writers.setdefault(split, SplitWriter(self.store, split, self.options, 0, []))
+            writer.resume_at = 1
+            writer.covers(0, record)
+        return {split: writers[split].inputs for split in sorted(writers)}
+
+    def _resume(self, plan: dict[str, Any]) -> None:
+        plan = plan | ({"append": True} if self.append else {}) | {"part": len(self.parts)}
+        try:
+            self._compare(json.loads(self.store.read(f"{WORK}/plan.json")), plan)
+        except FileNotFoundError:
+            if any(name.endswith(".tar") for name in self.store.names("train")) and not self.append:
+                raise ConfigError(
+                    f"{self.store.where}/train holds shards of another origin; use a new folder"
+                ) from None
+            self.store.write(f"{WORK}/plan.json", json.dumps(plan).encode())
+        self.bases = self._read_bases()
+        notes: dict[str, list[Note]] = {}
+        for split, number in finished(self.store):
+            note = read_note(self.store, split, number)
+            self._recall(note)
+            notes.setdefault(split, []).append(note.light())
+        self.writers = {split: self._writer(split, done) for split, done in notes.items()}
+
+    def _read_bases(self) -> dict[str, Manifest]:
+        """The manifests that this part adds to, as they were before it began."""
+        name = f"{WORK}/base.json"
+        if not self.parts:
+            return {}
+        try:
+            texts = json.loads(self.store.read(name))
+        except FileNotFoundError:
+            texts = {split: manifest.as_json() for split, manifest in self._manifests().items()}
+            self.store.write(name, json.dumps(texts).encode())
+        return {split: parse(text, f"{self.store.where}/{split}", name) for split, text in texts.items()}
+
+    def _recall(self, note: Note) -> None:
+        for place, key, prints in note.prints:
+            self.seen.add([bytes.fromhex(p) for p in prints], place, key)
+        self.counts.samples += note.shard["samples"]
+        self.counts.rejects += len(note.rejects)
+        self.counts.resumed = self.counts.inputs = self.counts.samples + self.counts.rejects
+
+    def _writer(self, split: str, notes: list[Note]) -> SplitWriter:
+        base = self.bases.get(split)
+        return SplitWriter(self.store, split, self.options, len(base.shards) if base else 0, notes)
+
+    # -- reading and writing
+
+    def _split(self, record: Record) -> str:
+        return record.split or split_of(record.identity, self.options.splits, self.options.seed)
+
+    def _todo(self) -> Iterator[tuple[int, str, Record]]:
+        """Records that no finished shard covers, with their place in the input and their split."""
+        self.places = 0
+        for place, record in enumerate(self.source):
+            self.places = place + 1
+            split = self._split(record)
+            if split not in self.writers:
+                self.writers[split] = self._writer(split, [])
+            if not self.writers[split].covers(place, record):
+                yield place, split, record
+        for writer in self.writers.values():
+            if writer.resume_at > self.places:
+                writer.resume_at = self.places
+            writer.check_inputs()
+
+    def _write(self) -> None:
+        for (place, split, record), outcome in prepared(self._todo(), self.options):
+            writer = self.writers[split]
+            if isinstance(outcome, Sample) and outcome.prints:
+                outcome = self._judge(writer, place, record, outcome)
+            if isinstance(outcome, Sample):
+                writer.add(place, record, outcome)
+                self.counts.samples += 1
+                self.counts.bytes += outcome.facts.image_bytes
+            else:
+                writer.reject(place, record, outcome)
+                self.counts.rejects += 1
+            self.counts.inputs += 1
+            self.progress(self.counts)
+
+    def _judge(self, writer: SplitWriter, place: int, record: Record, sample: Sample) -> Sample | str:
+        """Look for duplicates."""
+        reason = self.seen.like(sample.prints, place)
+        if reason is not None and self.options.duplicates.action == "drop":
+            return reason
+        if reason is not None:
+            writer.report(place, record, reason)
+        self.seen.add(sample.prints, place, record.key)
+        return sample
+
+    # -- the end
+
+    def _finish(self, plan: dict[str, Any]) -> Built:
+        for writer in self.writers.values():
+            writer.close_shard(self.places)
+        assert self.counts.inputs == self.counts.samples + self.counts.rejects == self.places, self.counts
+        if self.counts.samples == 0:
+            first = next((line["reason"] for w in self.writers.values() for line in w.rejects), "the source is empty")
+            raise DataError(f"no sample came out of {self.places} inputs; the first reason: {first}")
+        self._write_lines(REJECTS, "rejects")
+        if self.options.duplicates.action == "report":
+            self._write_lines(DUPLICATES, "duplicates")
+        part = {
+            "plan": plan | ({"append": True} if self.append else {}),
+            "inputs": {split: self.writers[split].inputs for split in sorted(self.writers)},
+            "counts": {"inputs": self.places, "samples": self.counts.samples, "rejects": self.counts.rejects},
+        }
+        manifests = dict(self.bases)
+        for split, writer in sorted(self.writers.items()):
+            if writer.notes:
+                manifests[split] = self._manifest(split, writer.notes, part)
+                self.store.write(f"{split}/{SIZES}", sizes_json(manifests[split]).encode())
+                self.store.write(f"{split}/{FILE}", manifests[split].as_json().encode())
+        done = {"splits": sorted(manifests), "parts": [*self.parts, part]}
+        self.store.write(DONE, (json.dumps(done, indent=1) + "\n").encode())
+        self.store.remove(WORK)
+        return Built(manifests, self.counts)
+
+    def _write_lines(self, name: str, kind: str) -> None:
+        """Write ``rejects.jsonl`` or ``duplicates.jsonl``: what earlier parts wrote, then this part in input order."""
+        staged = self.store.staging(name)
+        with open(staged, "w", encoding="utf-8") as f:
+            for line in self._earlier_lines(name):
+                if json.loads(line)["part"] < len(self.parts):
+                    f.write(line + "\n")
+            for line in heapq.merge(*(self._lines(w, kind) for w in self.writers.values()), key=lambda x: x["input"]):
+                f.write(json.dumps({"part": len(self.parts), **line}, ensure_ascii=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        self.store.publish(staged, name)
+
+    def _earlier_lines(self, name: str) -> list[str]:
+        try:
+            return self.store.read(name).decode().splitlines() if self.parts else []
+        except FileNotFoundError:
+            return []
+
+    def _lines(self, writer: SplitWriter, kind: str) -> Iterator[dict[str, Any]]:
+        for number in range(len(writer.notes)):
+            yield from getattr(read_note(self.store, writer.split, number), kind)
+        yield from getattr(writer, kind)
+
+    def _manifest(self, split: str, notes: list[Note], part: dict[str, Any]) -> Manifest:
+        base = self.bases.get(split)
+        statistics = Statistics.from_json(base.statistics) if base else Statistics()
+        extensions = {e for known in base.fields.values() for e in known} if base else set()
+        for note in notes:
+            statistics.merge(Statistics.from_json(note.statistics))
+            extensions.update(note.extensions)
+        made = {"parts": [*(base.made["parts"] if base else ()), part["plan"] | {"inputs": part["inputs"].get(split)}]}
+        return Manifest(
+            root=f"{self.store.where}/{split}",
+            shards=(*(base.shards if base else ()), *(Shard(**note.shard) for note in notes)),
+            fields=fields_of(sorted(extensions)),
+            classes=tuple(self.source.classes),
+            statistics=statistics.as_json(),
+            made=made,
+            tokenizer=base.tokenizer if base else {},
+        )
+
+    def _manifests(self) -> dict[str, Manifest]:
+        found = {}
+        for split in json.loads(self.store.read(DONE))["splits"]:
+            where = f"{self.store.where}/{split}"
+            found[split] = parse(self.store.read(f"{split}/{FILE}").decode(), where, f"{where}/{FILE}")
+        return found
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """What differs between two tables of plain values, one line each."""
+    for key in sorted({*there, *here}):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{path}{key}.")
+        elif old != new:
+            yield f"{path}{key}: {old!r} there, {new!r} now"

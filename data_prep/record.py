@@ -1,0 +1,131 @@
+"""What sources give: records that name a sample without holding its image, and safe unique keys for them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+KEY_LENGTH = 80
+"""Longest key in bytes: with the longest extension it still fits a tar header's 100."""
+_UNSAFE = re.compile(rb"[^A-Za-z0-9_\-]")
+
+
+class Rejected(Exception):
+    """This sample cannot be used. The message is the reason, written to ``rejects.jsonl``."""
+
+
+class Payload(Protocol):
+    """Where the bytes of an image come from; read in a worker, so it must be picklable and small."""
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            Rejected: this one cannot be had.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Inline:
+    """Bytes that the source already holds."""
+
+    data: bytes
+
+    def read(self) -> bytes:
+        """The bytes."""
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file on this machine."""
+
+    path: str
+
+    def read(self) -> bytes:
+        """The file's content. A file that vanished or may not be read stops the build: OSError passes through."""
+        with open(self.path, "rb") as f:
+            return f.read()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One input sample."""
+
+    key: str
+    """WebDataset key: unique in the source, safe as a path (see :func:`safe_key`)."""
+    identity: str
+    """What decides the sample's split: the same whatever other data there is."""
+    image: Payload
+    stamp: str = ""
+    """Changes when the input changes: size and time of a file, hash of inline bytes."""
+    label: int | None = None
+    caption: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    split: str | None = None
+    """Set by sources that come with splits; otherwise a hash of the identity decides."""
+    extension: str = ""
+    """What the input's name claims it to be ("jpg"); empty when nothing is claimed."""
+
+
+class Source(Protocol):
+    """An ordered, repeatable stream of records."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels; empty without labels."""
+        ...
+
+    @property
+    def total(self) -> int | None:
+        """Number of records, where it is known beforehand."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was asked for, as plain JSON values: kept in the manifest and compared when a build is resumed."""
+        ...
+
+    def __iter__(self) -> Iterator[Record]:
+        """All records, in an order that depends on the input alone."""
+        ...
+
+
+def safe_key(text: str) -> str:
+    """A name that can escape from no folder and holds no dot, and differs whenever ``text`` differs.
+
+    Slashes separate folders and stay; all other bytes but ASCII letters, digits, ``_`` and ``-`` become ``%XX``.
+    What would be too long keeps its beginning and gets a hash.
+    """
+    parts = [p for p in text.split("/") if p]
+    lossless = "/".join(parts) == text
+    key = "/".join(_UNSAFE.sub(_percent, p.encode("utf-8", "surrogateescape")).decode() for p in parts)
+    if len(key) > KEY_LENGTH or not lossless or not key:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+        key = f"{key[: KEY_LENGTH - 21].rstrip('/')}~{digest}"
+    return key
+
+
+def _percent(match: re.Match[bytes]) -> bytes:
+    return b"%%%02X" % match.group()[0]
+
+
+def split_of(identity: str, splits: Mapping[str, float], seed: int) -> str:
+    """The split that ``identity`` falls into: a hash against the parts in ``splits``; the rest is "train"."""
+    digest = hashlib.sha256(f"{seed}\0{identity}".encode("utf-8", "surrogateescape")).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    for name, part in splits.items():
+        if place < part:
+            return name
+        place -= part
+    return "train"
+
+
+def file_stamp(path: Path) -> str:
+    """Size and time of change of a file."""
+    status = path.stat()
+    return f"{status.st_size}:{status.st_mtime_ns}"

@@ -1,0 +1,162 @@
+"""Where a build writes: a local folder, or any fsspec target. Names appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.manifest import replace_file, sync_folder
+
+
+class Store(Protocol):
+    """A folder of named files; names hold "/" for sub-folders."""
+
+    where: str
+
+    def names(self, folder: str) -> list[str]:
+        """Files directly in ``folder`` (names relative to it), sorted; empty when there is none."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file atomically."""
+        ...
+
+    def staging(self, name: str) -> Path:
+        """A local path for a large file that will be published as ``name``."""
+        ...
+
+    def publish(self, staged: Path, name: str) -> None:
+        """Bring a finished local file, already on disk, under its name atomically."""
+        ...
+
+    def remove(self, folder: str) -> None:
+        """Remove a folder and all in it, if it is there."""
+        ...
+
+    def close(self) -> None:
+        """Remove what was staged and not published."""
+        ...
+
+
+class LocalStore:
+    """A folder on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.where = str(root)
+        self._staged: set[Path] = set()
+
+    def names(self, folder: str) -> list[str]:
+        """See :class:`Store`."""
+        try:
+            return sorted(e.name for e in os.scandir(self.root / folder) if e.is_file())
+        except FileNotFoundError:
+            return []
+
+    def read(self, name: str) -> bytes:
+        """See :class:`Store`."""
+        return (self.root / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """See :class:`Store`."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
+
+    def staging(self, name: str) -> Path:
+        """See :class:`Store`. Always the same name, so that what a killed process left is overwritten."""
+        path = (self.root / name).with_name(f".{Path(name).name}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._staged.add(path)
+        return path
+
+    def publish(self, staged: Path, name: str) -> None:
+        """See :class:`Store`."""
+        os.replace(staged, self.root / name)
+        self._staged.discard(staged)
+        sync_folder((self.root / name).parent)
+
+    def remove(self, folder: str) -> None:
+        """See :class:`Store`."""
+        shutil.rmtree(self.root / folder, ignore_errors=False) if (self.root / folder).exists() else None
+
+    def close(self) -> None:
+        """See :class:`Store`."""
+        for path in self._staged:
+            path.unlink(missing_ok=True)
+        self._staged.clear()
+
+
+class RemoteStore:
+    """An fsspec target. Object stores make an upload visible when it is complete; elsewhere a rename does."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self._fs: Any
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self.where = url
+        self._spool = Path(tempfile.mkdtemp(prefix="sluice-prep-"))
+
+    def names(self, folder: str) -> list[str]:
+        """See :class:`Store`."""
+        try:
+            entries = self._fs.ls(f"{self._root}/{folder}", detail=True, refresh=True)
+        except FileNotFoundError:
+            return []
+        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
+
+    def read(self, name: str) -> bytes:
+        """See :class:`Store`."""
+        return self._fs.cat_file(f"{self._root}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        """See :class:`Store`."""
+        staged = self.staging(name)
+        staged.write_bytes(data)
+        self.publish(staged, name)
+
+    def staging(self, name: str) -> Path:
+        """See :class:`Store`."""
+        return self._spool / name.replace("/", "%")
+
+    def publish(self, staged: Path, name: str) -> None:
+        """See :class:`Store`."""
+        final = f"{self._root}/{name}"
+        part = f"{self._root}/{name}.part"
+        self._fs.makedirs(final.rsplit("/", 1)[0], exist_ok=True)
+        self._fs.put_file(str(staged), part)
+        self._fs.mv(part, final)
+        staged.unlink()
+
+    def remove(self, folder: str) -> None:
+        """See :class:`Store`."""
+        if self._fs.exists(f"{self._root}/{folder}"):
+            self._fs.rm(f"{self._root}/{folder}", recursive=True)
+
+    def close(self) -> None:
+        """See :class:`Store`."""
+        shutil.rmtree(self._spool)
+
+
+def open_store(target: str | os.PathLike[str]) -> Store:
+    """The store for a folder or URL.
+
+    Raises:
+        ConfigError: a URL without the package that reads it.
+    """
+    text = os.fspath(target)
+    if "://" not in text:
+        return LocalStore(Path(text))
+    try:
+        return RemoteStore(text)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"cannot write to {text}: {error}; install fsspec and the package for this scheme") from error
