@@ -1,92 +1,24 @@
 """Fixtures for all tests. World size is a marker: ``@pytest.mark.world_size(2)`` runs the test body in two gloo ranks.
 
-The ranks are forked from a server that has already imported torch and its friends, so they start in milliseconds and
-in a clean state. Fixtures are made once, in pytest's own process, and handed to every rank; they must be picklable.
+Fixtures are made once, in pytest's own process, and handed to every rank; they must be picklable.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
-import socket
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-RANK_TIMEOUT = 240.0
-"""Seconds after which a rank that has not answered is killed and the test fails."""
-
-
-def free_port() -> int:
-    """A port that is free at this moment on loopback."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What a launcher sets for one rank of a gloo group on this machine."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def _rank_main(connection: Connection, environment: dict[str, str], body: Callable[..., None], kwargs: Any) -> None:
-    os.environ.update(environment)
-    import torch
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    try:
-        body(**kwargs)
-    except BaseException:
-        connection.send(traceback.format_exc())
-    else:
-        connection.send(None)
-    connection.close()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+from tests.ranks import start_ranks
 
 
 def run_ranks(world: int, body: Callable[..., None], **kwargs: Any) -> None:
-    """Run ``body(**kwargs)`` in ``world`` processes with a launcher's environment; fail with all ranks' tracebacks.
-
-    ``body`` must be importable (defined at the top of a test file).
-    """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "deepspeed", "accelerate", "sklearn"])
-    port = free_port()
-    ranks = []
-    for rank in range(world):
-        here, there = context.Pipe()
-        process = context.Process(target=_rank_main, args=(there, rank_environment(rank, world, port), body, kwargs))
-        process.start()
-        there.close()
-        ranks.append((process, here))
-    problems = []
-    for rank, (process, here) in enumerate(ranks):
-        try:
-            problem = here.recv() if here.poll(RANK_TIMEOUT) else f"no answer within {RANK_TIMEOUT:.0f} s"
-        except EOFError:
-            process.join()
-            problem = f"died with exit code {process.exitcode}"
-        if problem:
-            problems.append(f"--- rank {rank} of {world} ---\n{problem}")
-    for process, _ in ranks:
-        process.join(1 if problems else 20)
-        process.kill()
+    """Run ``body(**kwargs)`` in ``world`` ranks; fail with all their tracebacks."""
+    ended = start_ranks(world, body, **kwargs)
+    problems = [f"--- rank {rank} of {world} ---\n{e.problem}" for rank, e in enumerate(ended) if e.problem]
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
 
@@ -110,3 +42,40 @@ def lone_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--update-golden`` writes the goldens anew; review the difference before committing it."""
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from this run")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``golden("parameters/mae.txt", text, rel=0)``: compare with the file of that name under tests/golden.
+
+    Text must be equal word for word; words that are numbers may differ by the relative ``rel``.
+    """
+
+    def compare(name: str, text: str, rel: float = 0.0) -> None:
+        path = Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"no golden {name}; write it with `pytest --update-golden` and review it"
+        for number, (found, kept) in enumerate(
+            zip_longest(text.splitlines(), path.read_text().splitlines(), fillvalue=""), start=1
+        ):
+            pairs = zip_longest(found.split(), kept.split(), fillvalue="")
+            assert all(a == b or _close(a, b, rel) for a, b in pairs), (
+                f"{name}, line {number}\n  found:  {found}\n  golden: {kept}\n"
+                "If the change is wanted, write the goldens anew with `pytest --update-golden`."
+            )
+
+    return compare
+
+
+def _close(a: str, b: str, rel: float) -> bool:
+    try:
+        return rel > 0 and float(a) == pytest.approx(float(b), rel=rel)
+    except ValueError:
+        return False

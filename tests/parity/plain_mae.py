@@ -6,6 +6,7 @@ code with the project: tests compare losses with it, the benchmark its speed. We
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +52,24 @@ def patches_of(imgs: Tensor, p: int) -> Tensor:
     return torch.einsum("nchpwq->nhwpqc", x).reshape(n, h * w, p * p * c)
 
 
+def positions_1d(dim: int, pos: np.ndarray) -> np.ndarray:
+    omega = np.arange(dim // 2, dtype=float)
+    omega /= dim / 2.0
+    omega = 1.0 / 10000**omega
+    out = np.einsum("m,d->md", pos.reshape(-1), omega)
+    return np.concatenate([np.sin(out), np.cos(out)], axis=1)
+
+
+def positions_2d(dim: int, height: int, width: int) -> Tensor:
+    """[1,1+L,dim]; the class token's row is zero."""
+    grid_h = np.arange(height, dtype=np.float32)
+    grid_w = np.arange(width, dtype=np.float32)
+    grid = np.meshgrid(grid_w, grid_h)  # here w goes first
+    table = np.concatenate([positions_1d(dim // 2, grid[0]), positions_1d(dim // 2, grid[1])], axis=1)
+    table = np.concatenate([np.zeros([1, dim]), table], axis=0)
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
 def random_masking(x: Tensor, noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the patches of least noise; the mask is 0 where kept and 1 where removed."""
     n, length, dim = x.shape
@@ -65,7 +84,6 @@ def random_masking(x: Tensor, noise: Tensor, keep: int) -> tuple[Tensor, Tensor,
 
 def loss(
     w: Weights,
-    positions: Tensor,
     imgs: Tensor,
     noise: Tensor,
     *,
@@ -77,8 +95,7 @@ def loss(
     """The loss of one batch.
 
     Args:
-        w: weights under "encoder." and "decoder.".
-        positions: the decoder's table, [1,1+L,E].
+        w: weights, without position tables, under "encoder." and "decoder.".
         imgs: normalised, [N,3,H,W].
         noise: [N,L]; the ``keep`` patches of least noise are visible.
         patch: side of a patch in pixels.
@@ -88,9 +105,10 @@ def loss(
     """
     x = F.conv2d(imgs, w["encoder.patch_embed.proj.weight"], w["encoder.patch_embed.proj.bias"], stride=patch)
     x = x.flatten(2).transpose(1, 2)
-    x = x + w["encoder.pos_embed"][:, 1:, :]
+    pos_embed = positions_2d(x.shape[2], imgs.shape[2] // patch, imgs.shape[3] // patch)
+    x = x + pos_embed[:, 1:, :]
     x, mask, ids_restore = random_masking(x, noise, keep)
-    cls_token = w["encoder.cls_token"] + w["encoder.pos_embed"][:, :1, :]
+    cls_token = w["encoder.cls_token"] + pos_embed[:, :1, :]
     x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x), dim=1)
     x = norm(w, "encoder.norm", blocks(w, "encoder.blocks", x, heads[0]))
 
@@ -98,7 +116,8 @@ def loss(
     mask_tokens = w["decoder.mask_token"].repeat(x.shape[0], ids_restore.shape[1] + 1 - x.shape[1], 1)
     x_ = torch.cat([x[:, 1:, :], mask_tokens], dim=1)
     x_ = torch.gather(x_, 1, ids_restore.unsqueeze(-1).repeat(1, 1, x.shape[2]))
-    x = torch.cat([x[:, :1, :], x_], dim=1) + positions
+    x = torch.cat([x[:, :1, :], x_], dim=1)
+    x = x + positions_2d(x.shape[2], imgs.shape[2] // patch, imgs.shape[3] // patch)
     x = norm(w, "decoder.norm", blocks(w, "decoder.blocks", x, heads[1]))
     pred = linear(w, "decoder.predict", x)[:, 1:, :]
 
