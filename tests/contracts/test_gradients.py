@@ -1,0 +1,107 @@
+"""The gradient is the same at every world size, accumulation and engine, in norm and direction, for every objective.
+
+The loss alone would not show it: losses agree while gradients are off by a factor of the world size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config.schema import EngineConfig
+from pipeline.config.schema import Optimizer as OptimizerConfig
+from pipeline.core import registry
+from pipeline.core.protocols import Objective
+from pipeline.dist.group import Place, process_group
+from pipeline.engine import optimizers
+from pipeline.engine.base import BaseEngine
+from tests.contracts.components import CONTEXT, build_objective, make_batch
+from tests.ranks import start_ranks
+
+NAMES = registry.names("pipeline.objectives")
+ENGINES = [("accelerate", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+GLOBAL_BATCH = 8
+RATE = 1000.0
+"""So large that the rounding of `weight - rate * gradient` does not hide the gradient."""
+
+
+class Plan:
+    """The part of a plan that engines use."""
+
+    def __init__(self, world: int, accumulation: int) -> None:
+        self.global_batch, self.accumulation = GLOBAL_BATCH, accumulation
+        self.micro_batch = GLOBAL_BATCH // world // accumulation
+
+
+def descent(objective: Objective, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Plain gradient descent, whose update is the gradient."""
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    return torch.optim.SGD([{"params": parameters, "lr_scale": 1.0}], lr=1.0)
+
+
+def gradient_of(engine: BaseEngine, name: str, place: Place, plan: Plan) -> tuple[float, NDArray[np.float64]]:
+    """Norm, as the engine tells it, and gradient, as the weights have moved by it."""
+    with engine.whole_parameters():
+        before = [p.detach().clone() for p in engine.objective.parameters() if p.requires_grad]
+    batch = make_batch(engine.objective, name, GLOBAL_BATCH)
+    for index in range(plan.accumulation):
+        first = place.rank * GLOBAL_BATCH // place.world_size + index * plan.micro_batch
+        part = {field: value[first : first + plan.micro_batch] for field, value in batch.items()}
+        last = index == plan.accumulation - 1
+        engine.backward(engine.forward(part, CONTEXT, last=last).loss, last=last)
+    norm = float(engine.update(RATE))
+    with engine.whole_parameters():
+        after = [p.detach().clone() for p in engine.objective.parameters() if p.requires_grad]
+    moved = [(a.double() - b.double()) / RATE for a, b in zip(before, after, strict=True)]
+    return norm, torch.cat([m.flatten() for m in moved]).numpy()
+
+
+def all_gradients(accumulations: list[int], names: list[str]) -> dict[Any, tuple[float, NDArray[np.float64]]]:
+    """Of every objective under every engine, on one rank of a group."""
+    optimizers.build = descent
+    found = {}
+    with process_group(2.0) as place:
+        for accumulation in accumulations:
+            plan = Plan(place.world_size, accumulation)
+            for engine_name, stage in ENGINES:
+                for name in names:
+                    zero = {"zero": stage} if engine_name == "deepspeed" else {}
+                    config = EngineConfig(
+                        name=engine_name, precision="fp32", micro_batch=plan.micro_batch, **zero
+                    )
+                    objective = build_objective(name).train()
+                    if engine_name == "deepspeed":
+                        from pipeline.engine.deepspeed import DeepSpeedEngine as Engine
+                    else:
+                        from pipeline.engine.accelerate import AccelerateEngine as Engine
+                    engine = Engine(objective, config, OptimizerConfig(lr=1.0), plan, place)
+                    found[name, engine_name, stage, accumulation] = gradient_of(engine, name, place, plan)
+    return found
+
+
+def oracle(name: str) -> NDArray[np.float64]:
+    """Autograd on the whole batch, in this process, without any engine."""
+    objective = build_objective(name).train()
+    objective(make_batch(objective, name, GLOBAL_BATCH), CONTEXT).loss.backward()
+    gradients = [p.grad for p in objective.parameters() if p.requires_grad]
+    return torch.cat([g.double().flatten() for g in gradients if g is not None]).numpy()
+
+
+@pytest.mark.parametrize(("world", "accumulations"), [(1, [1, 2, 4]), (2, [1, 2, 4]), (4, [1, 2])])
+def test_the_gradient_does_not_depend_on_ranks_accumulation_or_engine(world, accumulations):
+    ended = start_ranks(world, all_gradients, accumulations=accumulations, names=NAMES)
+    assert [e.problem for e in ended] == [None] * world
+    for name in NAMES:
+        expected = oracle(name)
+        size = np.linalg.norm(expected)
+        assert size > 1e-3
+        for rank, end in enumerate(ended):
+            for (other, *how), (norm, gradient) in end.value.items():
+                if other == name:
+                    error = np.linalg.norm(gradient - expected) / size
+                    assert error < 1e-5, f"{name} on rank {rank} of {world}, {how}: off by {error:.1e}"
+                    assert norm == pytest.approx(size, rel=1e-5), (name, rank, world, how)

@@ -1,0 +1,99 @@
+"""Ranks for tests: processes forked from a server that has already imported torch and its friends.
+
+They start in milliseconds and in a clean state, with the environment that a launcher gives.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+RANK_TIMEOUT = 240.0
+"""Seconds after which a rank that has not answered is killed."""
+
+
+class Ended(NamedTuple):
+    """How a rank ended."""
+
+    exit_code: int | None
+    """None: it had to be killed; negative: the signal that it died of."""
+    value: Any
+    """What the body returned."""
+    problem: str | None
+    """The traceback, or that it died or did not answer."""
+
+
+def free_port() -> int:
+    """A port that is free at this moment on loopback."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a launcher sets for one rank of a gloo group on this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _rank_main(connection: Connection, environment: dict[str, str], body: Callable[..., Any], kwargs: Any) -> None:
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        answer = (body(**kwargs), None)
+    except BaseException:
+        answer = (None, traceback.format_exc())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    connection.send(answer)
+    connection.close()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def start_ranks(world: int, body: Callable[..., Any], **kwargs: Any) -> list[Ended]:
+    """Run ``body(**kwargs)`` in ``world`` processes and wait for all of them.
+
+    ``body`` must be importable (defined at the top of a test file), ``kwargs`` and what it returns picklable.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "deepspeed", "accelerate", "sklearn"])
+    port = free_port()
+    ranks = []
+    for rank in range(world):
+        here, there = context.Pipe()
+        process = context.Process(target=_rank_main, args=(there, rank_environment(rank, world, port), body, kwargs))
+        process.start()
+        there.close()
+        ranks.append((process, here))
+    ended = []
+    for process, here in ranks:
+        value, problem = None, None
+        try:
+            value, problem = here.recv() if here.poll(RANK_TIMEOUT) else (None, f"no answer in {RANK_TIMEOUT:.0f} s")
+        except EOFError:
+            process.join()
+            problem = f"died with exit code {process.exitcode}"
+        process.join(20 if problem is None else 5)
+        process.kill()
+        ended.append(Ended(process.exitcode, value, problem))
+    return ended
