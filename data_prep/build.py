@@ -110,11 +110,11 @@ class _Build:
         self._resume(plan)
         try:
             self._write()
+            return self._finish(plan)
         except BaseException:
             for writer in self.writers.values():
                 writer.abort()
             raise
-        return self._finish(plan)
 
     # -- where to begin
 

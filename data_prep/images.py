@@ -31,7 +31,8 @@ from PIL import Image, ImageOps
 from data_prep.options import ImageOptions
 from data_prep.record import Rejected
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is opened. Pillow calls some JPEGs MPO (several pictures in one file); the first one is used."""
 EXTENSIONS = {
     "jpg": "JPEG",
     "jpeg": "JPEG",

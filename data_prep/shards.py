@@ -172,8 +172,9 @@ class SplitWriter:
         """Finish the shard that is being written, if any; it covers all records before ``until``."""
         if self._tar is None:
             return
-        tar, self._tar = self._tar, None
+        tar = self._tar
         sha256 = tar.finish()
+        self._tar = None
         shard = Shard(self._name, len(self._keys), tar.bytes, sha256)
         extensions = sorted({m.extension for places in self._members for m in places})
         fields = tuple(fields_of(extensions))

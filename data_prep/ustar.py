@@ -25,7 +25,7 @@ class Member(NamedTuple):
 # Everything of a header but name, size and checksum: mode 0644, owner 0:0 without names, time 0, a regular file.
 _MIDDLE = b"0000644\0" + b"0000000\0" * 2
 _AFTER_SIZE = b"00000000000\0"
-_TAIL = b" 0" + b"\0" * 100 + b"ustar\x0000" + b"\0" * 64 + b"0000000\0" * 2 + b"\0" * 167
+_TAIL = b" 0" + b"\0" * 100 + b"ustar\x0000" + b"\0" * 247
 _FIXED_SUM = sum(_MIDDLE) + sum(_AFTER_SIZE) + sum(_TAIL) - ord(" ") + 8 * ord(" ")
 
 
@@ -65,10 +65,12 @@ class TarWriter:
 
     def finish(self) -> str:
         """Write the end, push it to the disk and return the archive's sha256."""
-        self._write(bytes(2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            self._write(bytes(2 * BLOCK + -(self.bytes + 2 * BLOCK) % RECORD))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
         return self._hash.hexdigest()
 
     def abort(self) -> None:

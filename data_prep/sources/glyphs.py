@@ -85,7 +85,7 @@ BLOCKS = (
 """Where characters are taken from, in this order."""
 LEAST_FACES = 8
 """A character must exist in so many typefaces, held-out ones among them."""
-ALIKE = 0.78
+ALIKE = 0.8
 """Overlap (intersection over union of ink in a common box) above which two characters are the same to the eye."""
 LEAST_INK = 0.3
 """Least width or height of a character, as a part of the letter height: no dots and commas."""
@@ -238,7 +238,10 @@ def _mask(face: int, character: str, side: int, stroke: int) -> Image.Image:
 
 
 def _shape(character: str) -> np.ndarray:
-    """float32[judges, _BOX * _BOX], the ink fitted into a box with its proportions kept; zeros for too little ink."""
+    """float32[judges, _BOX * _BOX], 1 where there is ink, fitted into a box with its proportions kept.
+
+    Zeros for too little ink.
+    """
     shapes = np.zeros((len(_JUDGES), _BOX, _BOX), np.float32)
     for face, shape in zip(_JUDGES, shapes, strict=True):
         image = Image.new("L", (192, 192))
@@ -248,7 +251,7 @@ def _shape(character: str) -> np.ndarray:
             break
         scale = _BOX / max(box[2] - box[0], box[3] - box[1])
         w, h = max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale))
-        ink = np.asarray(image.resize((w, h), Image.Resampling.BOX, box), np.float32) / 255
+        ink = np.asarray(image.resize((w, h), Image.Resampling.BOX, box)) > 127
         top, left = (_BOX - h) // 2, (_BOX - w) // 2
         shape[top : top + h, left : left + w] = ink
     return shapes.reshape(len(_JUDGES), -1)
@@ -258,19 +261,22 @@ def _shape(character: str) -> np.ndarray:
 def alphabet(count: int) -> tuple[str, ...]:
     """The first ``count`` characters (or all there are) that most typefaces draw and that the eye can tell apart."""
     chosen: list[str] = []
-    shapes = np.zeros((0, len(_JUDGES), _BOX * _BOX), np.float32)
-    for code in (code for first, last in BLOCKS for code in range(first, last + 1)):
+    codes = [code for first, last in BLOCKS for code in range(first, last + 1)]
+    shapes = np.zeros((len(_JUDGES), len(codes), _BOX * _BOX), np.float32)
+    for code in codes:
         c = chr(code)
         faces = [t for t in TYPEFACES if has(t, c)]
         judged = all(TYPEFACES[j] in faces for j in _JUDGES)
         if len(faces) < LEAST_FACES or not any(t.held_out for t in faces) or not judged or not unicodedata.name(c, ""):
             continue
         shape = _shape(c)
-        common, union = np.minimum(shapes, shape).sum(-1), np.maximum(shapes, shape).sum(-1)
+        n = len(chosen)
+        common = np.einsum("jns,js->jn", shapes[:, :n], shape)
+        union = shapes[:, :n].sum(-1) + shape.sum(-1, keepdims=True) - common
         if not shape.any(-1).all() or (common > ALIKE * union).any():
             continue
+        shapes[:, n] = shape
         chosen.append(c)
-        shapes = np.concatenate([shapes, shape[None]])
         if len(chosen) == count:
             break
     return tuple(chosen)

@@ -1,0 +1,11 @@
+"""Fixtures of the tests of data_prep."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch):
+    """What survives a loss of power cannot be tested here, and waiting for it takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)

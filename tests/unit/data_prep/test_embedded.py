@@ -1,0 +1,74 @@
+"""The embedded data: glyphs and digits."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+
+from data_prep import images
+from data_prep.build import build
+from data_prep.options import Options
+from data_prep.sources.digits import DigitsSource
+from data_prep.sources.glyphs import TYPEFACES, GlyphsSource, alphabet, has
+from pipeline.core.errors import ConfigError
+from tests.unit.data_prep.samples import members, tree
+
+
+def test_glyphs_are_the_same_every_time(tmp_path):
+    for name in ("a", "b"):
+        build(GlyphsSource(characters=4, samples=2), tmp_path / name, Options())
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    build(GlyphsSource(characters=4, samples=2, seed=1), tmp_path / "c", Options())
+    assert tree(tmp_path / "a") != tree(tmp_path / "c")
+
+
+def test_glyphs_hold_out_typefaces(tmp_path):
+    source = GlyphsSource(characters=6, samples=1, size=64)
+    built = build(source, tmp_path, Options(shard_samples=50))
+    faces = {s: {k.split("-")[1] for k in members(tmp_path / s)} for s in ("train", "val")}
+    assert not faces["train"] & faces["val"]
+    assert faces["val"] == {f"{i:02d}" for i, t in enumerate(TYPEFACES) if t.held_out}
+    assert source.total == built.counts.samples
+    for manifest in built.manifests.values():
+        assert len(manifest.classes) == 6 and len(manifest.statistics["labels"]) == 6
+        assert manifest.statistics["measures"]["width"]["min"] == 64
+
+
+def test_glyphs_have_captions_and_visible_ink():
+    for record in GlyphsSource(characters=12, samples=1):
+        key = record.key.split("-")
+        character, typeface = chr(int(key[0], 16)), TYPEFACES[int(key[1])]
+        assert record.caption.split(" ", 1) == [
+            "an" if typeface.style[0] == "i" else "a",
+            f"{typeface.style} {unicodedata.name(character)}",
+        ]
+        pixels = np.asarray(images.load(record.image.read())[0].convert("L"), float)
+        assert np.ptp(pixels) > 40, "ink and paper differ"
+
+
+def test_the_alphabet_is_large_and_covered():
+    several_hundred = alphabet(400)
+    assert len(several_hundred) == len(set(several_hundred)) == 400
+    assert several_hundred[:50] == alphabet(50)
+    for character in several_hundred[::20]:
+        faces = [t for t in TYPEFACES if has(t, character)]
+        assert any(t.held_out for t in faces) and len(faces) >= 8
+    # look-alikes of other scripts stay out
+    assert not {"\N{GREEK CAPITAL LETTER ALPHA}", "\N{CYRILLIC CAPITAL LETTER A}"} & set(several_hundred)
+    # the TeX fonts draw another sign at "<"
+    assert not has(TYPEFACES[-1], "<") and has(TYPEFACES[-1], "A")
+
+
+def test_impossible_glyphs_are_refused():
+    for wrong in ({"characters": 10_000}, {"characters": 0}, {"samples": 0}, {"size": 4}):
+        with pytest.raises(ConfigError):
+            GlyphsSource(**wrong)
+
+
+def test_digits(tmp_path):
+    built = build(DigitsSource(size=16, limit=60), tmp_path, Options({"val": 0.2}))
+    assert built.counts.samples == 60 and built.manifests["train"].classes[3] == "three"
+    content = members(tmp_path / "train")
+    key = next(iter(content)).split(".")[0]
+    assert content[f"{key}.txt"].decode().split()[-1] == built.manifests["train"].classes[int(content[f"{key}.cls"])]
+    assert images.load(content[f"{key}.png"])[0].size == (16, 16)

@@ -1,0 +1,138 @@
+"""Folders: classes, sidecars, splits, and names that try to misbehave."""
+
+import json
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.build import build
+from data_prep.options import Options
+from data_prep.sources.folder import FolderSource
+from pipeline.core.errors import DataError
+from tests.unit.data_prep.samples import encoded, members, picture, png, stock_reader, tree
+
+
+def write(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def test_sub_folders_are_classes(tmp_path):
+    write(tmp_path / "in", {f"{c}/{i}.png": png(i) for c in ("dog", "cat") for i in range(6)})
+    write(tmp_path / "in", {"cat/deep/x.JPG": _jpeg(), ".hidden/a.png": png(), "cat/.b.png": png(), "dog/note.md": ""})
+    built = build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({"val": 0.3}, shard_samples=3))
+    assert built.manifests["train"].classes == ("cat", "dog")
+    samples = stock_reader(tmp_path / "out/train") + stock_reader(tmp_path / "out/val")
+    assert len(samples) == 13
+    for sample in samples:
+        assert sample["cls"] == (b"0" if sample["__key__"].startswith("cat/") else b"1")
+        name = f"{sample['__key__']}.png" if "png" in sample else "cat/deep/x.JPG"
+        assert sample.get("png", sample.get("jpg")) == (tmp_path / "in" / name).read_bytes()
+
+
+def _jpeg():
+    return encoded(picture(), "JPEG")
+
+
+def test_splits_as_folders(tmp_path):
+    write(tmp_path / "in", {f"{s}/{c}/{i}.png": png(i) for s in ("train", "val") for c in "ab" for i in range(2)})
+    built = build(FolderSource(tmp_path / "in"), tmp_path / "out", Options())
+    assert {s: m.samples for s, m in built.manifests.items()} == {"train": 4, "val": 4}
+    assert built.manifests["val"].classes == ("a", "b")
+
+
+def test_flat_with_sidecars(tmp_path):
+    files = {"a.png": png(1), "a.txt": "a caption\n", "b.png": png(2), "b.json": '{"caption": "from json", "n": 1}'}
+    write(tmp_path / "in", files | {"c.png": png(3), "c.txt": "text wins", "c.json": '{"caption": "not"}', "d.png": png(4)})
+    build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    content = members(tmp_path / "out/train")
+    assert "a.cls" not in content
+    assert content["a.txt"] == b"a caption" and content["b.txt"] == b"from json" and content["c.txt"] == b"text wins"
+    assert json.loads(content["b.json"]) == {"caption": "from json", "n": 1}
+    assert "d.txt" not in content and "d.json" not in content
+
+
+def test_names_alike_stay_apart(tmp_path):
+    names = ["a.png", "a.jpg", "a.PNG", "a.b.png", "a.b.c.png", "a b.png", "a%20b.png", "\u00e4.png", "a~png.png"]
+    write(tmp_path / "in", {n: png(i) if n.lower().endswith("png") else _jpeg() for i, n in enumerate(names)})
+    build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    samples = stock_reader(tmp_path / "out/train")
+    assert len({s["__key__"] for s in samples}) == len(names)
+    assert all(({"png", "jpg"} & set(s)) and "." not in s["__key__"] for s in samples)
+
+
+def test_links_outside_are_not_followed(tmp_path):
+    write(tmp_path, {"secret/s.png": png(9), "in/a.png": png(1), "in/more/b.png": png(2)})
+    (tmp_path / "in/outside.png").symlink_to(tmp_path / "secret/s.png")
+    (tmp_path / "in/inside.png").symlink_to(tmp_path / "in/more/b.png")
+    (tmp_path / "in/folder").symlink_to(tmp_path / "secret")
+    source = FolderSource(tmp_path / "in")
+    assert sorted(r.identity for r in source) == ["a.png", "inside.png", "more/b.png"]
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        FolderSource(tmp_path / "missing")
+    with pytest.raises(DataError, match="no images"):
+        FolderSource(tmp_path)
+    for text in ("{", "[1]"):
+        write(tmp_path, {"a.png": png(), "a.json": text})
+        with pytest.raises(DataError, match=r"a\.json"):
+            build(FolderSource(tmp_path), tmp_path / "out", Options({}))
+
+
+def test_a_file_that_vanishes_stops_the_build_and_it_goes_on(tmp_path):
+    write(tmp_path / "in", {f"{i}.png": png(i) for i in range(9)})
+    build(FolderSource(tmp_path / "in"), tmp_path / "whole", Options({}, shard_samples=2))
+    source = FolderSource(tmp_path / "in")
+    victim = tmp_path / "in" / list(source)[6].identity
+    moved = tmp_path / "moved.png"
+    os.rename(victim, moved)
+    with pytest.raises(DataError, match=rf"{victim.name}.*same command to go on"):
+        build(source, tmp_path / "out", Options({}, shard_samples=2))
+    os.rename(moved, victim)
+    build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}, shard_samples=2))
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+PART = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=12).filter(
+    lambda p: p not in (".", "..") and len(p.encode()) < 60
+)
+NAME = st.tuples(
+    st.lists(PART, max_size=3), PART, st.sampled_from(["png", "PNG", "jpg", "jpeg", "txt", "json", "cls", "x"])
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(NAME, min_size=1, max_size=8), st.sampled_from([1, 3]))
+def test_random_folders(tmp_path_factory, names, shard_samples):
+    root = tmp_path_factory.mktemp("random")
+    (root / "in").mkdir()
+    wanted = 0
+    for i, (folders, stem, extension) in enumerate(names):
+        path = root.joinpath("in", *folders, f"{stem}.{extension}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known = path.exists()
+            path.write_bytes(png(i) if extension.lower() == "png" else _jpeg() if extension[0] == "j" else b"text")
+        except (NotADirectoryError, IsADirectoryError, FileExistsError):
+            continue
+        hidden = any(p.startswith(".") for p in (*folders, path.name))
+        wanted += not known and not hidden and extension.lower() in ("png", "jpg", "jpeg")
+    try:
+        source = FolderSource(root / "in")
+        built = build(source, root / "out", Options({}, shard_samples=shard_samples))
+    except DataError as error:
+        assert "no images" in str(error) or ".json" in str(error)
+        return
+    assert {p.name for p in root.iterdir()} == {"in", "out"}
+    assert {p.name for p in (root / "out").iterdir()} == {"train", "build.json", "rejects.jsonl"}
+    samples = stock_reader(root / "out/train")
+    assert len(samples) == len({s["__key__"] for s in samples}) == built.counts.samples == wanted
+    for sample in samples:
+        assert set(sample) - {"__key__", "__url__", "__local_path__"} <= {"png", "jpg", "cls", "txt", "json"}
+        assert ".." not in sample["__key__"].split("/") and not sample["__key__"].startswith("/")
