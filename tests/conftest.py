@@ -79,3 +79,15 @@ def _close(a: str, b: str, rel: float) -> bool:
         return rel > 0 and float(a) == pytest.approx(float(b), rel=rel)
     except ValueError:
         return False
+
+
+@pytest.fixture(scope="session")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of glyphs, with "train" and "val": 8 characters, several shards."""
+    from data_prep.build import build
+    from data_prep.options import Options
+    from data_prep.sources.glyphs import GlyphsSource
+
+    folder = tmp_path_factory.mktemp("glyphs")
+    build(GlyphsSource(characters=8, samples=1, size=32), folder, Options(shard_samples=20))
+    return folder

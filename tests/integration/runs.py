@@ -1,0 +1,84 @@
+"""Training runs for tests: a tiny configuration, started as real ranks in this checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.protocols import Clock
+from pipeline.run import train as training
+from tests.ranks import Ended, start_ranks
+
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke"
+TIMING = {"samples_per_second", "data_wait", "step_seconds", "memory_gb", "attempt"}
+"""What may differ between two runs of the same thing."""
+
+
+def overrides(folder: Path, shards: Path, *more: str) -> list[str]:
+    """Settings of a run of 12 steps that logs each one and saves every third."""
+    return [
+        f"run.folder='{folder}'",
+        f"data.train='{shards}'",
+        "run.length=12ba",
+        "every.log=1ba",
+        "every.checkpoint=3ba",
+        "every.showcase=0ba",
+        "run.global_batch=8",
+        "engine.micro_batch=2",
+        "optimizer.clip=0.5",
+        *more,
+    ]
+
+
+def run(world: int, objective: str, settings: list[str], hurt: Callable[[], None] | None = None) -> list[Ended]:
+    """Train a smoke config to its end on ``world`` ranks; ``hurt`` is called first in every rank."""
+    return start_ranks(world, rank_body, config=str(SMOKE / f"{objective}.toml"), settings=settings, hurt=hurt)
+
+
+def rank_body(config: str, settings: list[str], hurt: Callable[[], None] | None) -> int:
+    """One rank, through the program's own entry."""
+    from pipeline.run.__main__ import main
+
+    if hurt is not None:
+        hurt()
+    command = ["train", "--config", config]
+    for setting in settings:
+        command += ["--set", setting]
+    return main(command)
+
+
+def codes(ended: list[Ended]) -> list[int | None]:
+    """Exit code that each rank gave, or minus the signal that killed it."""
+    return [e.value if e.problem is None else e.exit_code for e in ended]
+
+
+def die_at(step: int, rank: int = 1) -> None:
+    """Kill this rank, without warning, when ``step`` has been logged and not yet saved."""
+    log = training.Job.log
+
+    def then_die(job: Any, clock: Clock) -> None:
+        log(job, clock)
+        if clock.step == step and job.place.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training.Job.log = then_die  # type: ignore[method-assign]
+
+
+def metrics(folder: Path) -> dict[int, dict[str, Any]]:
+    """Last line of each step, without what depends on the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: {k: v for k, v in line.items() if k not in TIMING} for line in lines}
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are there."""
+    return sorted(int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*") if p.name[5:].isdigit())
+
+
+def notes(folder: Path) -> str:
+    """What the run has said."""
+    return (folder / "notes.jsonl").read_text()

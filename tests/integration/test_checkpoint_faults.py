@@ -1,0 +1,163 @@
+"""Whatever happens to a checkpoint, a run resumes from the newest whole one and says which it passed over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import CheckpointError
+from pipeline.engine import checkpoint
+from tests.integration.runs import codes, metrics, notes, overrides, run, steps_of
+
+OWN = ["engine.name=accelerate", "engine.precision=fp32", "run.keep=9"]
+POINTS = ("before anything", "half a file", "before the manifest", "before the rename", "before latest")
+NEWEST = "step-00000006"
+
+
+def die_in_save(point: str) -> None:
+    """Kill rank 0 or 1 at this point of the second checkpoint."""
+    saves = 0
+    write_fragments, write_text, rename = checkpoint.write_fragments, checkpoint.write_text, os.rename
+    rank = int(os.environ["RANK"])
+
+    def die(now: bool) -> None:
+        if now and saves == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fragments(path: Path, parts: Any) -> Any:
+        nonlocal saves
+        saves += 1
+        die(point == "before anything" and rank == 1)
+        specs = write_fragments(path, parts)
+        if point == "half a file" and rank == 1 and saves == 2:
+            os.truncate(path, path.stat().st_size // 2)
+            die(True)
+        return specs
+
+    def text(path: Path, content: str) -> None:
+        die(point == "before the manifest" and path.name == checkpoint.MANIFEST)
+        die(point == "before latest" and path.name == checkpoint.LATEST)
+        write_text(path, content)
+
+    def move(a: Any, b: Any) -> None:
+        die(point == "before the rename" and "checkpoints" in str(b))
+        rename(a, b)
+
+    checkpoint.write_fragments, checkpoint.write_text, os.rename = fragments, text, move
+
+
+@pytest.fixture(scope="module")
+def whole(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_while_a_checkpoint_is_written(point, whole, glyphs, tmp_path):
+    folder = tmp_path / "run"
+    settings = overrides(folder, glyphs / "train", *OWN)
+    assert -9 in codes(run(2, "supervised", settings, hurt=partial(die_in_save, point)))
+    assert steps_of(folder) == ([3, 6] if point == "before latest" else [3])
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+    assert codes(run(2, "supervised", settings)) == [0, 0]
+    resumed = 6 if point == "before latest" else 3
+    assert f"at step {resumed}" in notes(folder)
+    assert metrics(folder) == metrics(whole)
+    assert steps_of(folder) == [3, 6, 9, 12]
+    assert not list((folder / "checkpoints").glob("*.tmp"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a truncated file": lambda at: os.truncate(at / NEWEST / "rank-00001.safetensors", 100),
+    "a flipped byte": lambda at: flip(at / NEWEST / "rank-00000.safetensors"),
+    "a missing file": lambda at: (at / NEWEST / "rank-00001.safetensors").unlink(),
+    "an empty manifest": lambda at: (at / NEWEST / "checkpoint.json").write_text(""),
+    "a missing manifest": lambda at: (at / NEWEST / "checkpoint.json").unlink(),
+}
+
+
+def up_to_the_second(whole: Path, folder: Path) -> Path:
+    """A copy of a run as it was after its second checkpoint."""
+    shutil.copytree(whole, folder)
+    for later in ("step-00000009", "step-00000012"):
+        shutil.rmtree(folder / "checkpoints" / later)
+    (folder / "checkpoints" / "latest").write_text(NEWEST + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(damage, whole, glyphs, tmp_path):
+    folder = up_to_the_second(whole, tmp_path / "run")
+    DAMAGE[damage](folder / "checkpoints")
+    assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0, 0]
+    said = notes(folder)
+    assert f"passed over checkpoint {folder}/checkpoints/{NEWEST}" in said
+    assert "resumed from" in said and "at step 3" in said
+    assert metrics(folder) == metrics(whole)
+
+
+@pytest.mark.parametrize("latest", [None, "", "step-99999999\n"])
+def test_latest_that_is_missing_or_wrong_changes_nothing(latest, whole, glyphs, tmp_path):
+    folder = up_to_the_second(whole, tmp_path / "run")
+    pointer = folder / "checkpoints" / "latest"
+    pointer.unlink()
+    if latest is not None:
+        pointer.write_text(latest)
+    assert codes(run(1, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0]
+    assert f"resumed from {folder}/checkpoints/{NEWEST} at step 6" in notes(folder)
+
+
+def test_it_never_starts_anew_while_there_are_checkpoints(whole, glyphs, tmp_path, capfd):
+    folder = up_to_the_second(whole, tmp_path / "run")
+    for one in (folder / "checkpoints").glob("step-*"):
+        flip(one / "rank-00000.safetensors")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [2, 2]
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_model_or_another_order_is_refused(whole, glyphs, tmp_path):
+    folder = up_to_the_second(whole, tmp_path / "run")
+    base = overrides(folder, glyphs / "train", *OWN)
+    assert codes(run(1, "supervised", [*base, "objective.encoder_args.depth=3"])) == [2]
+    assert codes(run(1, "supervised", [*base, "run.seed=5"])) == [2]
+    assert codes(run(1, "supervised", [*base, "run.global_batch=4"])) == [2]
+    assert codes(run(1, "supervised", base)) == [0]
+
+
+def test_a_rank_that_cannot_write_leaves_the_old_checkpoints(tmp_path, lone_group, monkeypatch):
+    import torch
+
+    from pipeline.dist.group import Place
+    from pipeline.engine.fragments import whole as fragment
+
+    place = Place(0, 1, 0, torch.device("cpu"), timeout=None)  # type: ignore[arg-type]
+    store = checkpoint.CheckpointStore(tmp_path, place, keep=2)
+    store.save(1, [fragment("model/a", torch.arange(5.0))], {"step": 1})
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_fragments", full)
+    with pytest.raises(CheckpointError, match=r"rank 0: .*No space left on device.*Older checkpoints are untouched"):
+        store.save(2, [fragment("model/a", torch.zeros(5))], {"step": 2})
+    saved = store.newest()
+    assert saved is not None and saved.step == 1
+    found = torch.zeros(5)
+    saved.fill([fragment("model/a", found)], 0)
+    assert torch.equal(found, torch.arange(5.0))

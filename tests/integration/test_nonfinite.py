@@ -1,0 +1,50 @@
+"""A loss that is not finite on one rank stops all ranks in the same step, and nothing of it is saved."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.runs import codes, overrides, run, steps_of
+
+
+def spoil(objective: str, step: int, value: float) -> None:
+    """Give rank 1 a loss of ``value`` in one step."""
+    from pipeline.core import registry
+    from pipeline.core.protocols import Objective, StepOutput
+
+    cls = registry.component("pipeline.objectives", objective, Objective)
+    forward = cls.forward
+
+    def spoilt(self: Any, batch: Any, ctx: Any) -> StepOutput:
+        output = forward(self, batch, ctx)
+        if ctx.clock.step + 1 == step and ctx.training and os.environ["RANK"] == "1":
+            return output._replace(loss=output.loss * value)
+        return output
+
+    cls.forward = spoilt  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("engine", "value"),
+    [
+        (["engine.name=deepspeed", "engine.zero=0"], float("nan")),
+        (["engine.name=deepspeed", "engine.zero=2"], float("inf")),
+        (["engine.name=deepspeed", "engine.zero=3"], float("nan")),
+        (["engine.name=accelerate"], float("nan")),
+    ],
+)
+def test_all_ranks_stop_in_the_same_step(engine, value, glyphs, tmp_path):
+    folder: Path = tmp_path / "run"
+    settings = overrides(folder, glyphs / "train", *engine, "engine.precision=fp32")
+    ended = run(2, "supervised", settings, hurt=partial(spoil, "supervised", 6, value))
+    assert codes(ended) == [70, 70]
+    assert steps_of(folder) == [3]  # step 6 would have been saved
+    state = (folder / "state.json").read_text()
+    assert "step 6: the loss of rank 1 is" in state and '"exit_code": 70' in state
+    assert codes(run(2, "supervised", settings)) == [0, 0]  # a batch that was bad once: the run goes on from step 3
+    assert steps_of(folder) == [6, 9, 12]

@@ -1,0 +1,58 @@
+"""Killed and resumed, a run goes on as if nothing had happened: same batches, same losses, at any world size."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.integration.runs import codes, die_at, metrics, notes, overrides, run, steps_of
+
+ENGINES = {
+    "accelerate": ["engine.name=accelerate"],
+    **{f"zero{stage}": ["engine.name=deepspeed", f"engine.zero={stage}"] for stage in range(4)},
+}
+LENGTH, EVERY = 12, 3
+
+
+def same_course(found: Path, expected: Path) -> None:
+    """The batches are the same, and losses and gradients but for the order of sums."""
+    lines = metrics(found)
+    for number, line in metrics(expected).items():
+        assert lines[number]["data_digest"] == line["data_digest"], number
+        assert lines[number]["loss"] == pytest.approx(line["loss"], rel=1e-5), number
+        assert lines[number]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4), number
+
+
+@pytest.mark.parametrize(
+    ("engine", "objective", "later_engine", "later_world"),
+    [
+        ("accelerate", "mae", "zero1", 4),
+        ("zero0", "mae", "zero0", 4),
+        ("zero1", "supervised", "zero1", 4),
+        ("zero2", "mae", "zero2", 1),
+        ("zero3", "mae", "zero3", 4),
+        ("zero3", "supervised", "accelerate", 1),
+    ],
+)
+def test_killed_at_a_random_step_it_resumes(engine, objective, later_engine, later_world, glyphs, tmp_path):
+    def settings(folder: Path, engine: str) -> list[str]:
+        return overrides(folder, glyphs / "train", *ENGINES[engine], "engine.precision=fp32")
+
+    whole, killed, elsewhere = tmp_path / "whole", tmp_path / "killed", tmp_path / "elsewhere"
+    assert codes(run(2, objective, settings(whole, engine))) == [0, 0]
+    step = random.randint(EVERY + 1, LENGTH - 1)
+    saved = (step - 1) // EVERY * EVERY
+    assert codes(run(2, objective, settings(killed, engine), hurt=partial(die_at, step)))[1] == -9
+    assert steps_of(killed)[-1] == saved, f"killed at step {step}"
+    shutil.copytree(killed, elsewhere)
+
+    assert codes(run(2, objective, settings(killed, engine))) == [0, 0]
+    assert metrics(killed) == metrics(whole), f"killed at step {step}"
+    assert f"step-{saved:08d} at step {saved}" in notes(killed)
+
+    assert codes(run(later_world, objective, settings(elsewhere, later_engine))) == [0] * later_world
+    same_course(elsewhere, whole)
