@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image as PillowImage
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,6 +50,8 @@ class _Other:
                 # Pillow warns when a transparent colour of a palette goes straight to RGB.
                 has_palette_alpha = image.mode == "P" and "transparency" in image.info
                 rgb = (image.convert("RGBA") if has_palette_alpha else image).convert("RGB")
+        except UnidentifiedImageError as error:
+            raise ValueError("not a readable image (of no known format)") from error
         except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
             raise ValueError(f"not a readable image ({error})") from error
         self.size = (rgb.height, rgb.width)

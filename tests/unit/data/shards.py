@@ -50,15 +50,14 @@ def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]], fields=
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     keys = [key for key, _ in samples]
-    offset, size = (np.full((len(keys), len(fields)), -1, np.int64) for _ in range(2))
-    names = list(fields)
+    names = [extension for known in fields.values() for extension in known]
+    offset, size = (np.full((len(keys), len(names)), -1, np.int64) for _ in range(2))
     with tarfile.open(path) as tar:
         for info in tar:
             key, _, extension = info.name.partition(".")
-            column = next((c for c, n in enumerate(names) if extension in fields[n]), None)
-            if column is not None:
-                offset[keys.index(key), column] = info.offset_data
-                size[keys.index(key), column] = info.size
+            if extension in names:
+                offset[keys.index(key), names.index(extension)] = info.offset_data
+                size[keys.index(key), names.index(extension)] = info.size
     content = path.read_bytes()
     shard = Shard(path.name, len(samples), len(content), hashlib.sha256(content).hexdigest())
     (path.parent / index_name(path.name)).write_bytes(index_bytes(ShardIndex(tuple(keys), offset, size), shard, names))
