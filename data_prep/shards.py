@@ -41,14 +41,14 @@ def fields_of(extensions: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {f: tuple(sorted(found[f])) for f in sorted(found, key=lambda f: (rank.get(f, len(rank)), f))}
 
 
-def shard_index(keys: Sequence[str], members: Sequence[Sequence[Member]], fields: Sequence[str]) -> ShardIndex:
-    """The index of one shard from what its samples hold."""
-    column = {name: i for i, name in enumerate(fields)}
+def shard_index(keys: Sequence[str], members: Sequence[Sequence[Member]], extensions: Sequence[str]) -> ShardIndex:
+    """The index of one shard from what its samples hold; columns are extensions."""
+    column = {name: i for i, name in enumerate(extensions)}
     offset = np.full((len(keys), len(column)), -1, np.int64)
     size = offset.copy()
     for row, places in enumerate(members):
         for m in places:
-            c = column[field_of(m.extension)]
+            c = column[m.extension]
             offset[row, c], size[row, c] = m.offset, m.size
     return ShardIndex(tuple(keys), offset, size)
 
@@ -177,8 +177,7 @@ class SplitWriter:
         self._tar = None
         shard = Shard(self._name, len(self._keys), tar.bytes, sha256)
         extensions = sorted({m.extension for places in self._members for m in places})
-        fields = tuple(fields_of(extensions))
-        index = index_bytes(shard_index(self._keys, self._members, fields), shard, fields)
+        index = index_bytes(shard_index(self._keys, self._members, extensions), shard, extensions)
         self._store.write(f"{self.split}/{index_name(self._name)}", index)
         self._store.publish(self._staged, f"{self.split}/{self._name}")
         note = Note(

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -204,10 +204,11 @@ def index_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".idx"
 
 
-def index_bytes(index: ShardIndex, shard: Shard, fields: Sequence[str]) -> bytes:
+def index_bytes(index: ShardIndex, shard: Shard, extensions: Sequence[str]) -> bytes:
     """The content of a shard's index file: the same index gives the same bytes.
 
-    It names its own columns, so that shards made before a field came into the data set keep their files.
+    In the file the columns are ``extensions``, as they are in the tar. The manifest says which field they make, so a
+    shard keeps its file when the data set gets new fields.
     """
     import numpy as np
 
@@ -216,12 +217,12 @@ def index_bytes(index: ShardIndex, shard: Shard, fields: Sequence[str]) -> bytes
 
     target = io.BytesIO()
     sha256 = np.frombuffer(bytes.fromhex(shard.sha256), np.uint8)
-    columns = {"fields": packed(fields), "keys": packed(index.keys), "offset": index.offset, "size": index.size}
-    np.savez(target, allow_pickle=False, **columns, sha256=sha256)
+    arrays = {"extensions": packed(extensions), "keys": packed(index.keys), "offset": index.offset, "size": index.size}
+    np.savez(target, allow_pickle=False, **arrays, sha256=sha256)
     return target.getvalue()
 
 
-def parse_index(data: bytes, shard: Shard, fields: Sequence[str], where: str) -> ShardIndex:
+def parse_index(data: bytes, shard: Shard, fields: Mapping[str, Sequence[str]], where: str) -> ShardIndex:
     """Read a shard's index file; its columns become those of ``fields``. ``where`` names it in errors.
 
     Raises:
@@ -233,20 +234,21 @@ def parse_index(data: bytes, shard: Shard, fields: Sequence[str], where: str) ->
 
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as body:
-            keys, own = (_unpack(body[name].tobytes()) for name in ("keys", "fields"))
+            keys, extensions = (_unpack(body[name].tobytes()) for name in ("keys", "extensions"))
             offset, size, sha256 = body["offset"], body["size"], body["sha256"].tobytes().hex()
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{where} is damaged ({error!r}); renew it with `sluice prep index`") from error
     if sha256 != shard.sha256:
         raise DataError(f"{where} was made for another content of {shard.name}; renew it with `sluice prep index`")
-    shape = (shard.samples, len(own))
+    shape = (shard.samples, len(extensions))
     fits = len(keys) == shard.samples and all(a.dtype == np.int64 and a.shape == shape for a in (offset, size))
     if not fits or (offset < -1).any() or (size < -1).any() or (offset + size > shard.bytes).any():
         raise DataError(f"{where} does not fit {shard.name} in the manifest; renew it with `sluice prep index`")
-    if tuple(own) != tuple(fields):
-        absent = np.full((shard.samples, 1), -1)
-        columns = [own.index(name) if name in own else len(own) for name in fields]
-        offset, size = (np.concatenate([a, absent], 1)[:, columns] for a in (offset, size))
+    # A sample has at most one of a field's extensions; -1 elsewhere, so the largest is the one.
+    columns = [[extensions.index(e) for e in known if e in extensions] for known in fields.values()]
+    offset, size = (
+        np.stack([a[:, c].max(1, initial=-1) for c in columns], 1) if columns else a[:, :0] for a in (offset, size)
+    )
     return ShardIndex(keys, offset, size)
 
 
@@ -265,4 +267,4 @@ def load_index(manifest: Manifest, shard: Shard) -> ShardIndex:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"no index at {path} ({error.strerror}); renew it with `sluice prep index`") from error
-    return parse_index(data, shard, tuple(manifest.fields), str(path))
+    return parse_index(data, shard, manifest.fields, str(path))

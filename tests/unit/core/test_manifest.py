@@ -115,8 +115,8 @@ INDEX = ShardIndex(("a", "b c", "d/\u00e4"), np.arange(6).reshape(3, 2) * 10, np
 
 
 def test_index_round_trip(tmp_path):
-    data = index_bytes(INDEX, MANIFEST.shards[0], ("image", "label"))
-    assert data == index_bytes(INDEX, MANIFEST.shards[0], ("image", "label"))
+    data = index_bytes(INDEX, MANIFEST.shards[0], ("png", "cls"))
+    assert data == index_bytes(INDEX, MANIFEST.shards[0], ("png", "cls"))
     (tmp_path / "a.idx").write_bytes(data)
     back = load_index(replace(MANIFEST, root=str(tmp_path)), MANIFEST.shards[0])
     assert back.keys == INDEX.keys
@@ -126,23 +126,27 @@ def test_index_round_trip(tmp_path):
         load_index(replace(MANIFEST, root=str(tmp_path)), MANIFEST.shards[1])
 
 
-def test_index_columns_follow_the_manifest():
-    data = index_bytes(INDEX, MANIFEST.shards[0], ("image", "label"))
-    back = parse_index(data, MANIFEST.shards[0], ("label", "caption", "image"), "here")
-    np.testing.assert_array_equal(back.offset[:, [2, 0]], INDEX.offset)
-    assert (back.offset[:, 1] == -1).all() and (back.size[:, 1] == -1).all()
+def test_fields_are_made_of_extensions():
+    offset = np.array([[512, -1, 2048], [-1, 4000, 4500], [-1, 4600, -1]])
+    index = replace(INDEX, offset=offset, size=np.where(offset < 0, -1, 5))
+    data = index_bytes(index, MANIFEST.shards[0], ("png", "jpg", "cls"))
+    fields = {"label": ("cls",), "caption": ("txt",), "image": ("jpg", "png")}
+    back = parse_index(data, MANIFEST.shards[0], fields, "here")
+    np.testing.assert_array_equal(back.offset, [[2048, -1, 512], [4500, -1, 4000], [-1, -1, 4600]])
+    assert (back.size[:, 1] == -1).all()
+    assert parse_index(data, MANIFEST.shards[0], {}, "here").offset.shape == (3, 0)
 
 
 def test_index_damage_is_an_error():
     shard = MANIFEST.shards[0]
-    data = index_bytes(INDEX, shard, ("image", "label"))
+    data = index_bytes(INDEX, shard, ("png", "cls"))
     for bad in (b"", b"garbage", data[:100], data[:-30]):
         with pytest.raises(DataError, match="here"):
-            parse_index(bad, shard, ("image", "label"), "here")
+            parse_index(bad, shard, MANIFEST.fields, "here")
     for other in (
         replace(shard, sha256="00" * 32),
         replace(shard, samples=4),
         replace(shard, bytes=54),
     ):
         with pytest.raises(DataError, match="here"):
-            parse_index(data, other, ("image", "label"), "here")
+            parse_index(data, other, MANIFEST.fields, "here")
