@@ -227,7 +227,7 @@ class _Build:
             if isinstance(outcome, Sample):
                 writer.add(place, record, outcome)
                 self.counts.samples += 1
-                self.counts.bytes += outcome.facts.image_bytes
+                self.counts.bytes += len(outcome.members[0][1])
             else:
                 writer.reject(place, record, outcome)
                 self.counts.rejects += 1

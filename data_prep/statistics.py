@@ -15,13 +15,14 @@ MEASURES = ("width", "height", "image_bytes", "caption_length")
 class Facts(NamedTuple):
     """What one stored sample adds."""
 
-    width: int
-    height: int
-    image_bytes: int
+    width: int | None
+    height: int | None
+    """None where the image was not decoded."""
+    image_bytes: int | None
     caption_length: int | None
     """Characters; None without a caption."""
     label: int | None
-    sums: tuple[int, ...]
+    sums: tuple[int, ...] = (0,) * 6
     """Sum of each channel R, G, B, then sum of squares of each, over all pixels (0 to 255)."""
 
 
@@ -52,8 +53,9 @@ class Statistics:
                 self._measure(name, value)
         if facts.label is not None:
             self.labels[facts.label] += 1
-        self.pixels += facts.width * facts.height
-        self.sums = [a + b for a, b in zip(self.sums, facts.sums, strict=True)]
+        if facts.width is not None and facts.height is not None:
+            self.pixels += facts.width * facts.height
+            self.sums = [a + b for a, b in zip(self.sums, facts.sums, strict=True)]
 
     def _measure(self, name: str, value: int) -> None:
         m = self.measures.get(name)

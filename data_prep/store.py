@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,10 @@ class Store(Protocol):
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
+        ...
+
+    def fetch(self, name: str) -> AbstractContextManager[Path]:
+        """A large file as a local one, for as long as the context lasts. Raises FileNotFoundError."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
@@ -64,6 +70,10 @@ class LocalStore:
     def read(self, name: str) -> bytes:
         """See :class:`Store`."""
         return (self.root / name).read_bytes()
+
+    def fetch(self, name: str) -> AbstractContextManager[Path]:
+        """See :class:`Store`."""
+        return nullcontext(self.root / name)
 
     def write(self, name: str, data: bytes) -> None:
         """See :class:`Store`."""
@@ -117,6 +127,16 @@ class RemoteStore:
     def read(self, name: str) -> bytes:
         """See :class:`Store`."""
         return self._fs.cat_file(f"{self._root}/{name}")
+
+    @contextmanager
+    def fetch(self, name: str) -> Iterator[Path]:
+        """See :class:`Store`."""
+        path = self.staging(name)
+        self._fs.get_file(f"{self._root}/{name}", str(path))
+        try:
+            yield path
+        finally:
+            path.unlink()
 
     def write(self, name: str, data: bytes) -> None:
         """See :class:`Store`."""

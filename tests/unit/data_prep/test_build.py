@@ -94,7 +94,7 @@ def test_shards_are_limited_by_bytes(tmp_path):
 
 def test_statistics(tmp_path):
     records = [Record(str(i), str(i), Inline(png(i, (10 + i, 20))), label=i % 2, caption="x" * i) for i in range(7)]
-    statistics = build(ListSource(records, ("a", "b")), tmp_path, Options({}, 3)).manifests["train"].statistics
+    statistics = build(ListSource(records, ("a", "b")), tmp_path, Options({}, shard_samples=3)).manifests["train"].statistics
     from data_prep.images import load as decode
 
     pixels = np.concatenate([np.asarray(decode(r.image.data)[0]).reshape(-1, 3) for r in records]) / 255

@@ -1,0 +1,202 @@
+"""Reading tars strictly: what Python's tarfile and webdataset take for the end of an archive is told apart here.
+
+tarfile ends in silence at a cut between members, inside a header, at a wrong checksum and at a zeroed block, and the
+rest of the shard is lost. Here each of these is :class:`Damage`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from data_prep.ustar import BLOCK, Member
+
+Buffer = bytes | mmap.mmap
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+"""Key and extension of a member, split at the first dot of its last part, as webdataset does."""
+_ZERO = bytes(BLOCK)
+_REGULAR = (b"0", b"\0", b"7")
+_PASSED_OVER = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, folders, pipes."""
+_EXTENDS = (b"x", b"g", b"L", b"K")
+"""Headers that say more about the next one; those for all (g) and of link targets (K) do not matter here."""
+
+
+class Damage(Exception):
+    """The archive is not whole; the message says what is wrong and where."""
+
+
+class Entry(NamedTuple):
+    """A regular file in an archive."""
+
+    name: str
+    offset: int
+    """Of its data."""
+    size: int
+
+
+def walk(data: Buffer) -> Iterator[Entry]:
+    """The regular files of a tar (v7, ustar, GNU, pax) in order; links and folders are passed over.
+
+    Raises:
+        Damage: anything but a whole archive up to its end marker and nothing after it.
+    """
+    if len(data) == 0:
+        raise Damage("empty file")
+    at = 0
+    extended: dict[str, str] = {}
+    while (block := _header(data, at)) != _ZERO:
+        kind, size = block[156:157], _number(block[124:136], at)
+        if kind in _EXTENDS:
+            body = data[at + BLOCK : at + BLOCK + size]
+            if len(body) < size:
+                raise Damage(f"cut at byte {len(data)}: inside a header's extension")
+            if kind == b"x":
+                extended |= _pax(body, at)
+            elif kind == b"L":
+                extended["path"] = _text(body)
+        else:
+            name = extended.get("path") or _name(block)
+            size = int(extended.get("size", size)) if kind in _REGULAR else 0
+            if at + BLOCK + size > len(data):
+                raise Damage(f"cut at byte {len(data)}: inside {name!r}")
+            if kind in _REGULAR:
+                yield Entry(name, at + BLOCK, size)
+            elif kind not in _PASSED_OVER:
+                raise Damage(f"member {name!r} of unknown kind {kind!r} at byte {at}")
+            extended = {}
+        at += BLOCK + size + -size % BLOCK
+    _check_end(data, at)
+
+
+def _header(data: Buffer, at: int) -> bytes:
+    """The block at ``at``: a sound header, or zeros."""
+    block = data[at : at + BLOCK]
+    if len(block) < BLOCK:
+        where = "not a tar archive" if at == 0 else f"cut at byte {len(data)}"
+        raise Damage(f"{where}: " + ("inside a header" if block else "no end-of-archive blocks"))
+    if block != _ZERO:
+        _check_sum(block, at)
+    return block
+
+
+def _check_end(data: Buffer, at: int) -> None:
+    rest = bytes(data[at:])
+    if len(rest) < 2 * BLOCK:
+        raise Damage(f"cut at byte {len(data)}: inside the end-of-archive blocks")
+    if rest.count(0) != len(rest):
+        raise Damage(f"zeroed block at byte {at}: more data follows")
+
+
+def _check_sum(block: bytes, at: int) -> None:
+    try:
+        promised = int(block[148:156].strip(b"\0 ") or b"x", 8)
+    except ValueError:
+        promised = -1
+    unsigned = sum(block) - sum(block[148:156]) + 8 * 32
+    if promised == unsigned:
+        return
+    signed = unsigned - 256 * sum(b > 127 for b in block[:148] + block[156:])
+    if promised != signed:
+        raise Damage("not a tar archive" if at == 0 else f"header at byte {at} has a wrong checksum")
+
+
+def _number(field: bytes, at: int) -> int:
+    """An octal number, or GNU's base 256."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big") - (0x80 << 88)
+    try:
+        return int(field.strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        raise Damage(f"header at byte {at} has no size") from None
+
+
+def _name(block: bytes) -> str:
+    name = _text(block[:100])
+    if block[257:263] == b"ustar\0" and block[345]:
+        name = f"{_text(block[345:500])}/{name}"
+    return name
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _pax(body: bytes, at: int) -> dict[str, str]:
+    """The records of an extended header: ``LENGTH KEY=VALUE\\n``."""
+    records: dict[str, str] = {}
+    while body.rstrip(b"\0"):
+        length, _, _ = body.partition(b" ")
+        if not length.isdigit() or not 4 < int(length) <= len(body):
+            raise Damage(f"extended header at byte {at} is damaged")
+        key, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        body = body[int(length) :]
+    return records
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a shard holds."""
+
+    bytes: int
+    sha256: str
+    keys: list[str]
+    members: list[list[Member]]
+    """Per sample; extensions in lower case."""
+    problem: str
+    """What is wrong with it; empty when nothing is. The samples before the damage are listed."""
+
+
+def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
+    """Samples as webdataset groups them: neighbours with the same key; names without a dot or ``__so__`` are no part.
+
+    Raises:
+        Damage: a key that comes back later, or two files of the same name in a sample: webdataset would deliver half
+            samples.
+    """
+    seen: set[str] = set()
+    key, members = "", list[Member]()
+    for entry in entries:
+        match = _NAME.match(entry.name)
+        if match is None or ("/" not in entry.name and entry.name.startswith("__") and entry.name.endswith("__")):
+            continue
+        prefix, extension = match.group(1), match.group(2).lower()
+        if prefix != key:
+            if members:
+                yield key, members
+            key, members = prefix, []
+            if key in seen:
+                raise Damage(f"key {key!r} occurs in two places")
+            seen.add(key)
+        if any(m.extension == extension for m in members):
+            raise Damage(f"{entry.name!r} occurs twice")
+        members.append(Member(extension, entry.offset, entry.size))
+    if members:
+        yield key, members
+
+
+def scan(path: Path) -> Scan:
+    """Walk a shard, and hash it. Missing files raise OSError."""
+    keys: list[str] = []
+    members: list[list[Member]] = []
+    problem = ""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        data: Buffer = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        try:
+            for key, found in group(walk(data)):
+                keys.append(key)
+                members.append(found)
+        except Damage as damage:
+            problem = str(damage)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if isinstance(data, mmap.mmap):
+            data.close()
+    return Scan(size, sha256, keys, members, problem)
