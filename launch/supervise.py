@@ -120,7 +120,7 @@ def _stop_requests(folder: Path) -> Generator[_Requests]:
 
 def _start_guard(session: int) -> subprocess.Popen[bytes]:
     """A process that kills the session as soon as this one is gone without having said that all is over."""
-    script = 'read -r over || kill -KILL -- "-$1"'
+    script = 'read -r over || kill -s KILL -- "-$1"'
     return subprocess.Popen(["sh", "-c", script, "sh", str(session)], stdin=subprocess.PIPE, start_new_session=True)
 
 

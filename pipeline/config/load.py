@@ -71,7 +71,7 @@ def _load(model: type[M], path: Path, overrides: Sequence[str]) -> M:
     layers = [*read_layers(path), Layer("--set", parse_overrides(overrides))]
 
     def origin(where: mistakes.Path) -> str | None:
-        found = (layer.name for layer in reversed(layers) if _contains(layer.values, where))
+        found = (layer.name for layer in reversed(layers) if where and _contains(layer.values, where))
         name = next(found, str(path))
         return None if name == str(path) else name
 

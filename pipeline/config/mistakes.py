@@ -90,12 +90,12 @@ def validate(
             if general and any(p[: len(path)] == path and not g for p, _, g in found):
                 continue  # another branch of the union says more precisely what is wrong
             source = origin(prefix + path)
-            lines[_path_text(prefix + path) + text + (f" (in {source})" if source else "")] = None
+            lines[path_text(prefix + path) + text + (f" (in {source})" if source else "")] = None
         raise Mistakes(title, list(lines)) from None
 
 
-def _path_text(path: Path) -> str:
-    """``evals[0].k: ``, or nothing at the top."""
+def path_text(path: Path) -> str:
+    """``evals[0].k: ``, to begin a line with; nothing at the top."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     return text.removeprefix(".") + ": " if text else ""
 

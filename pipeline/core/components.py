@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from pipeline.config.mistakes import Mistakes, Path, validate
+from pipeline.config.mistakes import Mistakes, Path, path_text, validate
 from pipeline.config.schema import Component, RunConfig, SuiteConfig
 from pipeline.core import registry
 from pipeline.core.errors import ConfigError
@@ -31,7 +31,7 @@ def check_component(package: str, component: Component, title: str, where: Path)
     try:
         module = registry.module(package, component.name)
     except ConfigError as error:
-        raise Mistakes(title, [f"{'.'.join(str(w) for w in where)}.name: {error}"]) from error
+        raise Mistakes(title, [f"{path_text((*where, 'name'))}{error}"]) from error
     return validate(module.Config, component.settings, title, where)
 
 

@@ -1,0 +1,98 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.config import provenance
+from pipeline.config.load import load_run
+from pipeline.config.resolve import resolve
+
+RUN = """
+run = {folder = "runs/x", length = "2ep", global_batch = 8}
+data = {train = "shards"}
+objective = {name = "mae"}
+optimizer = {lr = 1e-3}
+engine = {name = "accelerate", micro_batch = 4}
+"""
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A configuration and its plan, and the run's folder."""
+    (tmp_path / "run.toml").write_text(RUN)
+    config = load_run(tmp_path / "run.toml")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder, config, resolve(config, samples=100, world_size=2)
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository with one committed file."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    (folder / "__init__.py").write_text("a = 1\n")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "first")
+    return folder
+
+
+def test_what_is_written(started, monkeypatch):
+    folder, config, plan = started
+    monkeypatch.setattr(sys, "argv", ["run.py", "train", "--config", "a b.toml"])
+    monkeypatch.setattr(provenance, "code_state", lambda source: ("abc", b"+ change\n"))
+    provenance.write(folder, config, plan)
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert facts["command"] == ["run.py", "train", "--config", "a b.toml"]
+    assert (facts["world_size"], facts["plan"]["total_steps"], facts["earlier"]) == (2, 24, [])
+    assert facts["versions"]["torch"].startswith("2.")
+    diff = f"code-{hashlib.sha256(b'+ change' + bytes([10])).hexdigest()[:12]}.diff"
+    assert facts["git"] == {"commit": "abc", "dirty": True, "diff": diff}
+    assert (folder / diff).read_bytes() == b"+ change\n"
+    assert load_run(folder / "config.toml") == config
+
+
+def test_starting_again_keeps_the_earlier_starts(started):
+    folder, config, plan = started
+    for seed in range(3):
+        changed = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+        provenance.write(folder, changed, plan)
+    facts = provenance.read(folder)
+    assert len(facts["earlier"]) == 2
+    assert all("earlier" not in start for start in facts["earlier"])
+    assert load_run(folder / "config.toml").run.seed == 2
+
+
+def test_state_of_a_checkout(checkout):
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert provenance.code_state(checkout) == (commit, b"")
+    (checkout / "__init__.py").write_text("a = 2\n")
+    found, diff = provenance.code_state(checkout)
+    assert found == commit
+    assert b"-a = 1\n+a = 2\n" in diff
+
+
+def test_installed_code_has_no_commit_though_it_lies_inside_a_checkout(checkout):
+    site = checkout / "site-packages"
+    site.mkdir()
+    (site / "__init__.py").touch()
+    assert provenance.code_state(site) == (None, b"")
+
+
+def test_no_git(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance.code_state(checkout) == (None, b"")
+
+
+def test_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
+    assert provenance.versions()["no-such-package"] is None
