@@ -128,11 +128,9 @@ def test_circle_of_bases(write):
 
 
 def test_files_that_cannot_be_read(write, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"cannot read .*gone\.toml, which .*run\.toml names as its base: No such file"
-    ):
+    with pytest.raises(ConfigError, match=r"cannot read .*gone\.toml, which .*run\.toml names as its base"):
         load_run(write("run.toml", "base = ['gone.toml']"))
-    with pytest.raises(ConfigError, match="cannot read .*: Is a directory"):
+    with pytest.raises(ConfigError, match=r"cannot read .*: Is a directory"):
         load_run(tmp_path)
     with pytest.raises(ConfigError, match=r"is not TOML: .*line 2"):
         load_run(write("run.toml", "a = 1\nb = nope"))

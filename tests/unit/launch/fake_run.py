@@ -1,6 +1,7 @@
 """Stands in for a run and its launcher, without torch: ``python -m tests.unit.launch.fake_run FOLDER WORD ...``.
 
-The words are done in order. A rank writes its process id into ``FOLDER/pids`` first.
+The words are done in order; each is the name of a function here, with ``=VALUE`` where it needs one. Every process
+writes its id into ``FOLDER/pids`` first.
 """
 
 import json
@@ -11,49 +12,68 @@ import sys
 import time
 from pathlib import Path
 
+FACTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
-def rank(folder: Path, words: list[str]) -> int:
-    with open(folder / "pids", "a") as f:
-        f.write(f"{os.getpid()}\n")
-    for word in words:
-        kind, _, value = word.partition("=")
-        if kind == "state":
-            part = folder / f".state.{os.getpid()}"
-            part.write_text(value)
-            os.replace(part, folder / "state.json")
-        elif kind == "exit":
-            return int(value)
-        elif kind == "die":
-            os.kill(os.getpid(), int(value))
-        elif kind == "kill-parent":
-            os.kill(os.getppid(), signal.SIGKILL)
-        elif kind == "ignore":
-            signal.signal(int(value), signal.SIG_IGN)
-        elif kind == "launch":  # as DeepSpeed's runner: its children's signals come out as 0
-            code = subprocess.run([sys.executable, "-m", __spec__.name, str(folder), *json.loads(value)]).returncode
-            return max(0, code)
-        elif kind == "until-asked":  # as a rank: a handler sets a flag, and the loop saves and stops
-            asked: list[int] = []
-            signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
-            (folder / "ready").touch()
-            while not asked:
-                time.sleep(0.01)
-        elif kind == "until-file":  # as a rank that has no handler yet
-            (folder / "ready").touch()
-            while not (folder / "stop").exists():
-                time.sleep(0.01)
-        elif kind == "hang":
-            (folder / "ready").touch()
-            while True:
-                time.sleep(60)
-        elif kind == "environment":
-            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "DS_ACCELERATOR")
-            facts = {name: os.environ.get(name) for name in names}
-            (folder / f"rank-{facts['RANK']}.json").write_text(json.dumps({"argv": sys.argv[1:], **facts}))
-        else:
-            raise ValueError(word)
-    return 0
+
+def state(text):
+    part = FOLDER / f".state.{os.getpid()}"
+    part.write_text(text)
+    os.replace(part, FOLDER / "state.json")
+
+
+def leave(code):
+    sys.exit(int(code))
+
+
+def send_me(number):
+    os.kill(os.getpid(), int(number))
+
+
+def kill_parent(_):
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def ignore(number):
+    signal.signal(int(number), signal.SIG_IGN)
+
+
+def launch(words):
+    """As DeepSpeed's runner: a child that a signal kills comes out as 0."""
+    code = subprocess.run([sys.executable, "-m", __spec__.name, str(FOLDER), *json.loads(words)]).returncode
+    sys.exit(max(0, code))
+
+
+def until_asked(_):
+    """As a rank: a handler sets a flag, and the loop saves and stops."""
+    asked = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
+    (FOLDER / "ready").touch()
+    while not asked:
+        time.sleep(0.01)
+
+
+def until_file(_):
+    """As a rank that has no handler yet."""
+    (FOLDER / "ready").touch()
+    while not (FOLDER / "stop").exists():
+        time.sleep(0.01)
+
+
+def hang(_):
+    (FOLDER / "ready").touch()
+    while True:
+        time.sleep(60)
+
+
+def tell(_):
+    facts = {"argv": sys.argv[1:]} | {name: os.environ.get(name) for name in FACTS}
+    (FOLDER / f"rank-{facts['RANK']}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    sys.exit(rank(Path(sys.argv[1]), sys.argv[2:]))
+    with open(FOLDER / "pids", "a") as f:
+        f.write(f"{os.getpid()}\n")
+    for word in sys.argv[2:]:
+        name, _, value = word.partition("=")
+        globals()[name](value)

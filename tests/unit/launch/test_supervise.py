@@ -62,16 +62,16 @@ def assert_none_left(folder):
     ("words", "code"),
     [
         ([FINISHED], 0),
-        ([NONFINITE, "exit=70"], 70),
-        ([REQUEUE, "exit=75"], 75),
-        (['state={"outcome": "failed", "exit_code": 2}', "exit=2"], 2),
-        (['state={"outcome": "failed", "exit_code": 1}', "exit=1"], 1),
-        ([RUNNING, "exit=1"], 1),
-        ([RUNNING, "die=9"], 1),
+        ([NONFINITE, "leave=70"], 70),
+        ([REQUEUE, "leave=75"], 75),
+        (['state={"outcome": "failed", "exit_code": 2}', "leave=2"], 2),
+        (['state={"outcome": "failed", "exit_code": 1}', "leave=1"], 1),
+        ([RUNNING, "leave=1"], 1),
+        ([RUNNING, "send_me=9"], 1),
         ([RUNNING], 1),  # 0 from the launcher, and a run that has not ended
-        ([RUNNING, "exit=70"], 70),  # a rank that stopped before the first could say so
-        (["exit=2"], 2),  # a mistake, found before the run began
-        (["exit=75"], 1),  # nothing was saved
+        ([RUNNING, "leave=70"], 70),  # a rank that stopped before the first could say so
+        (["leave=2"], 2),  # a mistake, found before the run began
+        (["leave=75"], 1),  # nothing was saved
         ([], 1),  # 0 from the launcher, and no run
         ([NONFINITE], 70),  # 0 from the launcher, but the run says otherwise
     ],
@@ -84,7 +84,7 @@ def test_exit_code(tmp_path, words, code):
 def test_what_an_earlier_run_left_behind_is_not_this_run_s(tmp_path):
     (tmp_path / "state.json").write_text('{"outcome": "finished", "exit_code": 0}')
     (tmp_path / "stop").touch()
-    assert supervise(rank(tmp_path, "exit=1"), tmp_path, environment()) == 1
+    assert supervise(rank(tmp_path, "leave=1"), tmp_path, environment()) == 1
     assert not (tmp_path / "stop").exists()
 
 
@@ -95,14 +95,14 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 
 def test_rank_that_its_launcher_left_behind_is_killed(tmp_path):
-    words = ["ignore=15", RUNNING, "kill-parent", "hang"]
+    words = ["ignore=15", RUNNING, "kill_parent", "hang"]
     assert supervise(launcher(tmp_path, *words), tmp_path, environment()) == 1
     assert len(pids(tmp_path)) == 2
     assert_none_left(tmp_path)
 
 
 def test_stopped_process_is_killed_too(tmp_path):
-    words = [RUNNING, "kill-parent", f"die={int(signal.SIGSTOP)}", "hang"]
+    words = [RUNNING, "kill_parent", f"send_me={int(signal.SIGSTOP)}", "hang"]
     assert supervise(launcher(tmp_path, *words), tmp_path, environment()) == 1
     assert_none_left(tmp_path)
 
@@ -131,7 +131,7 @@ def started(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_request_to_stop_reaches_the_ranks(tmp_path, started, number):
-    supervisor = started(launcher(tmp_path, RUNNING, "until-asked", REQUEUE, "exit=75"))
+    supervisor = started(launcher(tmp_path, RUNNING, "until_asked", REQUEUE, "leave=75"))
     supervisor.send_signal(number)
     assert supervisor.wait(timeout=20) == 75
     assert "asked to stop" in (tmp_path / "err").read_text()
@@ -139,9 +139,9 @@ def test_request_to_stop_reaches_the_ranks(tmp_path, started, number):
     assert_none_left(tmp_path)
 
 
-@pytest.mark.parametrize("word", ["until-file", "ignore=10"])
+@pytest.mark.parametrize("word", ["until_file", "ignore=10"])
 def test_process_without_a_handler_does_not_die_of_the_request(tmp_path, started, word):
-    supervisor = started(launcher(tmp_path, word, "until-file", REQUEUE, "exit=75"))
+    supervisor = started(launcher(tmp_path, word, "until_file", REQUEUE, "leave=75"))
     supervisor.send_signal(signal.SIGUSR1)
     assert supervisor.wait(timeout=20) == 75
 
@@ -162,7 +162,7 @@ def test_killed_supervisor_takes_the_ranks_along(tmp_path, started):
 
 
 def test_ignored_hangup_stays_ignored(tmp_path):
-    words = rank(tmp_path, "until-file", FINISHED)
+    words = rank(tmp_path, "until_file", FINISHED)
     code = (
         "import signal, sys, os, pathlib, threading; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
         "from launch.supervise import supervise;"
@@ -181,7 +181,7 @@ def test_ignored_hangup_stays_ignored(tmp_path):
 
 
 def test_members_of_a_session(tmp_path):
-    child = subprocess.Popen(launcher(tmp_path, "until-asked"), env=environment(), start_new_session=True)
+    child = subprocess.Popen(launcher(tmp_path, "until_asked"), env=environment(), start_new_session=True)
     wait_for((tmp_path / "ready").exists, "readiness")
     members = session_members(child.pid)
     assert sorted(m.pid for m in members) == sorted(pids(tmp_path))
@@ -199,16 +199,16 @@ def test_deepspeed_starts_the_ranks(tmp_path):
     odd = "state=" + json.dumps(
         {"outcome": "finished", "exit_code": 0, "note": "a b; $(touch x) 'c' \"d\"\n--hostfile"}
     )
-    assert supervise(deepspeed(tmp_path, "environment", odd), tmp_path, environment(2)) == 0
+    assert supervise(deepspeed(tmp_path, "tell", odd), tmp_path, environment(2)) == 0
     facts = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(2)]
     assert [(f["RANK"], f["LOCAL_RANK"], f["WORLD_SIZE"]) for f in facts] == [("0", "0", "2"), ("1", "1", "2")]
-    assert all(f["argv"] == [str(tmp_path), "environment", odd] for f in facts)
+    assert all(f["argv"] == [str(tmp_path), "tell", odd] for f in facts)
     assert_none_left(tmp_path)
 
 
 def test_deepspeed_launcher_killed_under_its_runner(tmp_path):
     """The runner then gives 0, and the ranks would train on."""
-    assert supervise(deepspeed(tmp_path, "ignore=15", RUNNING, "kill-parent", "hang"), tmp_path, environment(2)) == 1
+    assert supervise(deepspeed(tmp_path, "ignore=15", RUNNING, "kill_parent", "hang"), tmp_path, environment(2)) == 1
     assert_none_left(tmp_path)
 
 
