@@ -7,6 +7,7 @@ Shape letters: B samples, N patches, P prefix tokens, V visible patches, D encod
 from functools import partial
 
 import torch
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -32,16 +33,27 @@ class Decoder(nn.Module):
         dim: E.
         depth: transformer blocks.
         heads: attention heads; must divide E.
+        checkpointing: compute activations of the blocks anew in the backward pass.
     """
 
     positions: Tensor
 
     def __init__(
-        self, width: int, targets: int, prefix: int, grid: tuple[int, int], *, dim: int, depth: int, heads: int
+        self,
+        width: int,
+        targets: int,
+        prefix: int,
+        grid: tuple[int, int],
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.prefix = prefix
+        self.checkpointing = checkpointing
         self.embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         table = torch.cat([torch.zeros(prefix, dim), sincos_2d(dim, grid)])
@@ -69,4 +81,5 @@ class Decoder(nn.Module):
         restore = torch.cat([keep, hidden], dim=1).argsort(dim=1)
         patches = torch.cat([x[:, p:], masks], dim=1).gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))
         x = torch.cat([x[:, :p], patches], dim=1) + self.positions.to(x.dtype)
-        return self.predict(self.norm(self.blocks(x))[:, p:])
+        x = checkpoint_seq(self.blocks, x) if self.checkpointing else self.blocks(x)
+        return self.predict(self.norm(x)[:, p:])

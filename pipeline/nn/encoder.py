@@ -29,6 +29,12 @@ class EncoderConfig(Strict):
     mean: Annotated[tuple[float, ...], Field(min_length=1)] = IMAGENET_MEAN
     """Of each channel, for values from 0 to 1; their number is the number of channels."""
     std: Annotated[tuple[float, ...], Field(min_length=1)] = IMAGENET_STD
+    weights: str | None = None
+    """Checkpoint that the encoder starts from: safetensors, or a file of tensors alone, in timm's or MAE's layout."""
+    checkpointing: bool = False
+    """Compute activations of the blocks anew in the backward pass: far less memory, about a third more time."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile."""
 
     @model_validator(mode="after")
     def _channels(self) -> "EncoderConfig":
@@ -55,18 +61,36 @@ def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed:
     base = name.split(".", 1)[0]
     if not timm.is_model(base):
         raise ConfigError(f"encoder: timm has no model {name!r}; {suggest(base, timm.list_models())[:200]}")
-    default = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if default is not None and default.fixed_input_size:
+    if takes_image_size(name):
         fixed["img_size"] = image_size
     if clash := sorted(args.keys() & fixed.keys()):
         raise ConfigError(f"encoder_args: {', '.join(clash)} cannot be set here; it follows from data and objective")
     try:
-        return timm.create_model(name, pretrained=False, **args, **fixed)
+        backbone = timm.create_model(name, pretrained=False, **args, **fixed)
+        backbone.set_grad_checkpointing(config.checkpointing)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(
             f"timm cannot build {name!r} for {image_size[0]}x{image_size[1]} images with encoder_args {args}: "
             f"{error or repr(error)}"
         ) from error
+    if config.compile:
+        compile_blocks(backbone)
+    return backbone
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile the members of ``module.blocks`` in place, or the whole module if it has none.
+
+    Block by block, since equal blocks share what is compiled, and the code between them may stay as it is.
+    """
+    for block in getattr(module, "blocks", [module]):
+        block.compile()
+
+
+def takes_image_size(name: str) -> bool:
+    """Whether a timm model is built for one size of image."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return config is not None and config.fixed_input_size
 
 
 def backbone_layers(backbone: nn.Module, prefix: str) -> tuple[tuple[str, ...], ...]:

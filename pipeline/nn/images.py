@@ -65,6 +65,29 @@ def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -
     return x.reshape(b, -1, grid[0] * p, grid[1] * q)
 
 
+def principal_colors(features: Sequence[Tensor], grid: tuple[int, int], size: tuple[int, int]) -> list[Tensor]:
+    """Patch features as colours: projections on the first three principal components of the first of ``features``.
+
+    Args:
+        features: float[B,N,D] each.
+        grid: rows and columns of patches, N together.
+        size: height and width of the pictures.
+
+    Returns:
+        uint8[B,3,H,W] for each of ``features``, on one common scale.
+    """
+    first = features[0].float().flatten(0, 1)
+    mean = first.mean(dim=0)
+    axes = torch.linalg.svd(first - mean, full_matrices=False).Vh[:3].T
+    low, high = ((first - mean) @ axes).aminmax(dim=0)
+    pictures = []
+    for values in features:
+        colors = ((values.float() - mean) @ axes - low) / (high - low).clamp_min(1e-12)
+        cells = (colors.clamp(0, 1) * 255).to(torch.uint8).unflatten(1, grid).permute(0, 3, 1, 2)
+        pictures.append(torch.nn.functional.interpolate(cells, size=tuple(size), mode="nearest"))
+    return pictures
+
+
 def tile(rows: Sequence[Tensor], gap: int = 2) -> np.ndarray:
     """One picture: each entry of ``rows`` is a row of images, white between them.
 

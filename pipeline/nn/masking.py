@@ -6,7 +6,8 @@ where MAE hides patches. :func:`make_maskable` puts a module there that keeps th
 Shape letters: B samples, N patches, P prefix tokens (class, registers), V visible patches, D width.
 """
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from timm.layers import PatchEmbed
@@ -111,16 +112,87 @@ def encode_visible(encoder: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
         hook.keep, encoder.training = None, training
 
 
-def random_masks(random: SampleRandom, patches: int, visible: int) -> tuple[Tensor, Tensor]:
-    """Independent uniform masks: which patches are seen and which are hidden.
+def draw_masks(
+    kind: Literal["random", "block", "grid"], random: SampleRandom, grid: tuple[int, int], visible: int
+) -> tuple[Tensor, Tensor]:
+    """Which patches are seen and which are hidden; every sample has as many of each.
 
     Args:
+        kind: "random", "block" or "grid", see the functions below.
         random: numbers of the samples.
-        patches: N.
+        grid: rows and columns of patches, N together.
         visible: V.
 
     Returns:
         int64[B,V] and int64[B,N-V]: together a permutation of all patches for each sample.
     """
-    order = random.permutation(patches)
+    patches = grid[0] * grid[1]
+    if kind == "random":
+        order = random.permutation(patches)
+    elif kind == "block":
+        order = block_order(random, grid, patches - visible)
+    else:
+        order = grid_order(random, grid, grid_cell(visible / patches))
     return order[:, :visible], order[:, visible:]
+
+
+BLOCKS = 32
+"""Blocks drawn per sample; the few samples that they do not fill are filled at random."""
+SMALLEST_BLOCK = 16 / 196
+"""Least area of a block as a part of the grid: BEiT's 16 of 14 x 14 patches."""
+ASPECT = math.log(1 / 0.3)
+"""Largest logarithm of a block's height over width."""
+
+
+def block_order(random: SampleRandom, grid: tuple[int, int], hidden: int) -> Tensor:
+    """Patches in an order such that the last ``hidden`` are those of a few random rectangles.
+
+    Bao et al., "BEiT" (ICLR 2022), algorithm 1: rectangles of at least 16/196 of the image and at most what is still
+    to be hidden, with a log-uniform aspect, until enough is hidden. Here the last one is cut row by row, so that every
+    sample hides the same number.
+
+    Returns:
+        int64[B,N].
+    """
+    rows, columns = grid
+    area_u, aspect_u, top_u, left_u = random.uniform(4, BLOCKS).unbind(1)
+    device, n = area_u.device, rows * columns
+    row = torch.arange(rows, device=device)[None, :, None]
+    column = torch.arange(columns, device=device)[None, None, :]
+    raster = torch.arange(n, device=device)
+    least = min(max(1.0, SMALLEST_BLOCK * n), float(hidden))
+    # when each patch was hidden: by which block, then row by row; what no block reaches comes last, in random order
+    time = BLOCKS * n + random.permutation(n)
+    for i in range(BLOCKS):
+        left_over = (hidden - (time < BLOCKS * n).sum(dim=1)).clamp_min(least)
+        area = least + area_u[:, i] * (left_over - least)
+        ratio = torch.exp((2 * aspect_u[:, i] - 1) * ASPECT)
+        height = (area * ratio).sqrt().round().clamp(1, rows)
+        width = (area / ratio).sqrt().round().clamp(1, columns)
+        top = (top_u[:, i] * (rows - height + 1)).floor()[:, None, None]
+        left = (left_u[:, i] * (columns - width + 1)).floor()[:, None, None]
+        inside_rows = (row >= top) & (row < top + height[:, None, None])
+        inside = (inside_rows & (column >= left) & (column < left + width[:, None, None])).flatten(1)
+        time = torch.where(inside & (time >= BLOCKS * n), i * n + raster, time)
+    return time.argsort(dim=1, descending=True)
+
+
+def grid_cell(visible_part: float) -> int:
+    """Side k of the cells of a grid mask, of which one patch in k x k is seen; 0 if there is no such k."""
+    k = round(visible_part**-0.5)
+    return k if k > 1 and abs(k * k * visible_part - 1) < 1e-3 else 0
+
+
+def grid_order(random: SampleRandom, grid: tuple[int, int], k: int) -> Tensor:
+    """Patches in an order such that the first N/k^2 are one of each cell of k x k, at the same place in all cells.
+
+    He et al. 2021, figure 6 ("grid"); the place is drawn per sample. Rows and columns must be multiples of k.
+
+    Returns:
+        int64[B,N].
+    """
+    place = random.integers(0, k * k, 1)
+    index = torch.arange(grid[0] * grid[1], device=place.device)
+    row, column = index // grid[1], index % grid[1]
+    seen = (row % k == place // k) & (column % k == place % k)
+    return (~seen).to(torch.int8).argsort(dim=1, stable=True)

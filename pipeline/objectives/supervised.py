@@ -15,6 +15,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, backbone_layers, create_backbone
 from pipeline.nn.images import Normalize, tile
+from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -41,6 +42,8 @@ class Supervised(Objective):
         self.config = config
         self.classes = facts.classes
         backbone = create_backbone(config, facts.image_size)
+        if config.weights:
+            load_encoder(backbone, config.weights)
         self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
         self.head = nn.Linear(self.encoder.dim, len(facts.classes))
         nn.init.trunc_normal_(self.head.weight, std=0.01)

@@ -4,7 +4,7 @@ import torch
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.random import SampleRandom
-from pipeline.nn.masking import encode_visible, make_maskable, random_masks
+from pipeline.nn.masking import draw_masks, encode_visible, grid_cell, make_maskable
 
 
 def encoder(name, **args):
@@ -74,11 +74,65 @@ def test_a_size_that_patches_do_not_fill_is_refused():
         make_maskable(encoder("vit_tiny_patch16_224", **TINY | {"img_size": 32}), (30, 32))
 
 
-def test_masks_are_permutations_that_belong_to_the_sample():
-    ids, epoch = torch.arange(40), torch.zeros(40, dtype=torch.int64)
-    keep, hidden = random_masks(SampleRandom(0, "mae.mask", epoch, ids), 16, 4)
-    assert keep.shape == (40, 4) and hidden.shape == (40, 12)
-    assert torch.equal(torch.cat([keep, hidden], dim=1).sort(dim=1).values, torch.arange(16).expand(40, -1))
-    again, _ = random_masks(SampleRandom(0, "mae.mask", epoch[7:9], ids[7:9]), 16, 4)
+def numbers(ids, purpose="mae.mask"):
+    return SampleRandom(0, purpose, torch.zeros_like(ids), ids)
+
+
+@pytest.mark.parametrize("kind", ["random", "block", "grid"])
+@pytest.mark.parametrize(("grid", "visible"), [((4, 4), 4), ((14, 14), 49), ((6, 10), 15), ((8, 2), 4)])
+def test_masks_are_permutations_that_belong_to_the_sample(kind, grid, visible):
+    ids, n = torch.arange(40), grid[0] * grid[1]
+    keep, hidden = draw_masks(kind, numbers(ids), grid, visible)
+    assert keep.shape == (40, visible) and hidden.shape == (40, n - visible)
+    assert torch.equal(torch.cat([keep, hidden], dim=1).sort(dim=1).values, torch.arange(n).expand(40, -1))
+    again, _ = draw_masks(kind, numbers(ids[7:9]), grid, visible)
     assert torch.equal(again, keep[7:9])
-    assert len({tuple(row.tolist()) for row in keep}) > 35
+    assert len({tuple(sorted(row.tolist())) for row in keep}) > (3 if kind == "grid" else 15)
+
+
+def picture(hidden, grid):
+    mask = torch.zeros(len(hidden), grid[0] * grid[1], dtype=torch.bool)
+    return mask.scatter(1, hidden, True).view(-1, *grid)
+
+
+def test_random_masks_hide_every_patch_equally_often():
+    _, hidden = draw_masks("random", numbers(torch.arange(4000)), (4, 4), 4)
+    rate = picture(hidden, (4, 4)).float().mean(0)
+    assert (rate - 0.75).abs().max() < 0.03  # standard error 0.007
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.6, 0.75])
+def test_blocks_are_few_and_connected(ratio):
+    """Neighbouring patches mostly share their fate, which for patches drawn one by one is half as frequent or less."""
+    grid, n = (14, 14), 196
+    visible = int(n * (1 - ratio))
+
+    def borders(kind):
+        _, hidden = draw_masks(kind, numbers(torch.arange(200)), grid, visible)
+        mask = picture(hidden, grid)
+        return ((mask[:, 1:] != mask[:, :-1]).sum() + (mask[:, :, 1:] != mask[:, :, :-1]).sum()).item() / 200
+
+    assert borders("block") < 0.4 * borders("random")
+
+
+def test_with_little_to_hide_one_rectangle_is_mostly_enough():
+    """A block has at least 16/196 of the patches: here all of them, or, when rounding made it smaller, nearly all."""
+    _, hidden = draw_masks("block", numbers(torch.arange(300)), (14, 14), 196 - 16)
+    compact = 0
+    for mask in picture(hidden, (14, 14)):
+        rows, columns = mask.nonzero().unbind(1)
+        compact += (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1) <= 20
+    assert compact > 150
+
+
+@pytest.mark.parametrize(("grid", "k"), [((14, 14), 2), ((6, 9), 3)])
+def test_grids_show_one_patch_of_each_cell_at_one_place(grid, k):
+    keep, _ = draw_masks("grid", numbers(torch.arange(50)), grid, grid[0] * grid[1] // k**2)
+    row, column = keep // grid[1], keep % grid[1]
+    assert (row % k == row[:, :1] % k).all() and (column % k == column[:, :1] % k).all()
+    assert len({tuple(c) for c in torch.stack([row[:, 0] % k, column[:, 0] % k], 1).tolist()}) == k * k
+
+
+def test_which_ratios_make_a_grid():
+    assert [grid_cell(1 - r) for r in (0.75, 0.8889, 8 / 9, 0.9375)] == [2, 3, 3, 4]
+    assert not any(grid_cell(1 - r) for r in (0.0, 0.5, 0.7, 0.9))

@@ -6,7 +6,10 @@ from pydantic import ValidationError
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
 from pipeline.nn.images import patchify
+from pipeline.nn.weights import save
 from pipeline.objectives.mae import MAE, Config
+from pipeline.objectives.supervised import Config as SupervisedConfig
+from pipeline.objectives.supervised import Supervised
 from tests.parity import plain_mae
 
 CTX = StepContext(seed=1, clock=Clock(0, 0, 100))
@@ -68,10 +71,9 @@ def test_loss_and_gradient_equal_the_plain_transcription(size, patch, width, dep
 
 def test_targets_have_no_mean_and_unit_variance_in_each_patch_even_with_bf16_weights():
     model = build().to(torch.bfloat16)
-    x = model.normalize(batch()["image"])
-    target = model.targets(x)
+    target = model.targets(batch())
     assert target.dtype == torch.float32 and target.shape == (4, 16, 192)
-    numpy = patchify(x, (8, 8)).double().numpy()
+    numpy = patchify(model.normalize(batch()["image"]), (8, 8)).double().numpy()
     expected = (numpy - numpy.mean(-1, keepdims=True)) / np.sqrt(numpy.var(-1, ddof=1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(target.numpy(), expected, atol=1e-5)
 
@@ -111,7 +113,7 @@ def test_initial_weights_are_those_of_the_paper():
 
 def test_a_perfect_decoder_is_shown_as_the_original():
     model, data = build(), batch()
-    model.reconstruct = lambda x, keep, hidden: model.targets(x)
+    model.reconstruct = lambda x, keep, hidden: model.targets(data)
     picture = model.showcase(data, CTX)["reconstruction"].image
     original, seen, rebuilt, pasted = (picture[r * 34 : r * 34 + 32] for r in range(4))
     assert abs(rebuilt.astype(int) - original).max() <= 1 and abs(pasted.astype(int) - original).max() <= 1
@@ -143,3 +145,107 @@ def test_any_number_of_channels():
     data = batch(channels=4)
     assert model.needs == {"image": "uint8[B,4,H,W]"}
     assert model(data, CTX).loss.isfinite() and model.showcase(data, CTX)["reconstruction"].image.shape[2] == 3
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_loss_on_all_patches_is_the_mean_over_hidden_and_visible(ratio):
+    model, data = build(mask_ratio=ratio, loss_on="all"), batch()
+    out = model(data, CTX)
+    keep, hidden = model.masks(data, CTX)
+    error = (model.reconstruct(model.normalize(data["image"]), keep, hidden) - model.targets(data)).square()
+    torch.testing.assert_close(out.loss, error.mean())
+    assert hidden.shape[1] == 16 * ratio
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_input_is_damaged_and_the_target_is_not():
+    clean, damaged = build(), build(corruption={"noise": 0.5, "holes": 2})
+    data = batch()
+    assert torch.equal(clean.targets(data), damaged.targets(data))
+    view = damaged.view(data, CTX)
+    assert not torch.equal(view, clean.view(data, CTX)) and torch.equal(view, damaged.view(data, CTX))
+    assert damaged(data, CTX).loss != clean(data, CTX).loss
+    original, seen = (damaged.showcase(data, CTX)["reconstruction"].image[r * 34 : r * 34 + 32] for r in range(2))
+    assert (original[:, :32] == data["image"][0].permute(1, 2, 0).numpy()).all() and not (seen == original).all()
+
+
+TEACHER = {
+    "encoder": "vit_tiny_patch16_224",
+    "encoder_args": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+}
+
+
+def test_a_frozen_teacher_gives_normalised_features_and_never_changes():
+    model, data = build(teacher=TEACHER | {"mean": (0.5,) * 3, "std": (0.5,) * 3}).train(), batch()
+    assert not model.teacher.training and not any(p.requires_grad for p in model.teacher.parameters())
+    target = model.targets(data)
+    tokens = model.teacher.encoder((data["image"] / 255 - 0.5) / 0.5)[:, 1:]
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
+    model(data, CTX).loss.backward()
+    assert all(p.grad is None for p in model.teacher.parameters())
+    assert model.showcase(data, CTX)["reconstruction"].image.shape == (4 * 34 - 2, 4 * 34 - 2, 3)
+
+
+def test_a_teacher_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="2x2 patches, the encoder into 4x4"):
+        build(teacher=TEACHER | {"encoder_args": TEACHER["encoder_args"] | {"patch_size": 16}})
+    with pytest.raises(ValidationError, match="as many channels"):
+        build(teacher=TEACHER | {"mean": (0.5,), "std": (0.5,)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"mask_ratio": 0.0}, ValidationError),
+        ({"mask": "grid", "mask_ratio": 0.6}, ValidationError),
+        ({"mask": "grid", "mask_ratio": 0.8889}, ConfigError),
+    ],
+)
+def test_masks_that_cannot_be_are_refused(settings, error):
+    with pytest.raises(error, match=r"hides nothing|one patch of each|4x4 patches cannot be cut into 3x3"):
+        build(**settings)
+
+
+@pytest.mark.parametrize("kind", ["block", "grid"])
+def test_other_masks_train_as_well(kind):
+    model = build(mask=kind)
+    model(batch(), CTX).loss.backward()
+    assert model.visible == 4
+
+
+def test_checkpointing_gives_the_same_loss_and_gradient():
+    plain, thrifty = build(), build(checkpointing=True)
+    data = batch()
+    losses = []
+    for model in (plain, thrifty):
+        loss = model.train()(data, CTX).loss
+        loss.backward()
+        losses.append(loss)
+    assert torch.equal(*losses) and thrifty.encoder.grad_checkpointing
+    for one, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_weights_of_a_pretrained_encoder_are_where_training_starts(tmp_path):
+    source = build()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    save(tmp_path / "mae.safetensors", source.state_dict(), {})
+    started = build(weights=str(tmp_path / "mae.safetensors"))
+    state = source.encoder.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in started.encoder.state_dict().items())
+    tuned = Supervised(
+        SupervisedConfig(
+            encoder="vit_tiny_patch16_224",
+            encoder_args={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+            weights=str(tmp_path / "mae.safetensors"),
+        ),
+        DataFacts((32, 32), ("a", "b")),
+    )
+    image = batch()["image"]
+    torch.testing.assert_close(tuned.eval().encoder(image), source.eval().encoders()["image"](image))

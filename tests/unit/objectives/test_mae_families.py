@@ -1,0 +1,75 @@
+"""MAE on every vision transformer that timm lists: trained for a step and exported, or refused with a reason."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import timm
+import torch
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import Clock, DataFacts, StepContext
+from pipeline.nn.weights import export_encoder
+from pipeline.objectives.mae import MAE, Config
+
+CTX = StepContext(seed=1, clock=Clock(0, 0, 100))
+MODULES = ["vision_transformer", "eva", "naflexvit", "deit", "beit", "hiera", "swin_transformer", "swin_transformer_v2"]
+MODULES += ["vision_transformer_hybrid", "vision_transformer_relpos", "vision_transformer_sam"]
+NAMES = {m: timm.list_models(module=m) for m in MODULES}
+WORKS = {"vision_transformer": 163, "eva": 65, "naflexvit": 14, "deit": 12}
+"""At least so many names of a module work; more in later versions of timm."""
+
+
+def build(name: str) -> MAE:
+    """One block of width 48, patches of the model's own size, a rectangular image of 2 x 3 patches."""
+    args = {"embed_dim": 48, "depth": 1, "num_heads": 2}
+    if "sapiens2" in name:
+        args["num_kv_heads"] = 2
+    default = timm.get_pretrained_cfg(name)
+    patch = next((p for p in (8, 14, 16, 28, 32) if f"patch{p}_" in name or f"_p{p}_" in name), 16)
+    assert default is not None
+    torch.manual_seed(0)
+    config = Config(encoder=name, encoder_args=args, mask_ratio=0.5, decoder_dim=8, decoder_depth=1, decoder_heads=1)
+    return MAE(config, DataFacts((2 * patch, 3 * patch), ()))
+
+
+def step_and_export(model: MAE, folder) -> None:
+    height, width = (g * p for g, p in zip(model.geometry.grid, model.geometry.patch, strict=True))
+    image = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=torch.manual_seed(0))
+    data = {"image": image, "id": torch.arange(2), "epoch": torch.zeros(2, dtype=torch.int64)}
+    for training in (True, False):
+        loss = model.train(training)(data, CTX).loss
+        assert loss.isfinite()
+    loss.backward()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+    encoder = model.encoders()["image"]
+    path = folder / "encoder.safetensors"
+    args = export_encoder(path, model.config, encoder, (height, width))
+    theirs = timm.create_model(model.config.encoder, checkpoint_path=str(path), **args).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(model.normalize(image)), encoder(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_name_works_or_is_refused_with_a_reason(module, tmp_path):
+    refused: dict[str, list[str]] = collections.defaultdict(list)
+    worked = 0
+    for name in NAMES[module]:
+        try:
+            if module in WORKS:
+                model = build(name)
+            else:  # refused whatever their size: nothing is allocated
+                with torch.device("meta"):
+                    model = MAE(Config(encoder=name), DataFacts((224, 224), ()))
+        except ConfigError as error:
+            refused[str(error)].append(name)
+            continue
+        step_and_export(model, tmp_path)
+        worked += 1
+    assert worked >= WORKS.get(module, 0), refused
+    if module not in WORKS:
+        assert worked == 0
+    for reason in refused:
+        assert any(text in reason for text in ("no place at which", "a stem that mixes", "timm cannot build")), refused
