@@ -1,0 +1,1 @@
+"""The mathematics of denoising diffusion: noise levels, parametrisations, weights, samplers, likelihood."""
