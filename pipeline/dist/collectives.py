@@ -1,0 +1,81 @@
+"""Collectives on rows, and a mean over ranks with gradient. They work on gloo and NCCL; alone, they cost nothing.
+
+The convention of all gradients here: every rank calls ``backward`` on its own loss with the same upstream gradient, and
+the engine then averages parameter gradients over the ranks. So the gradient of what was sent to others is the *sum* of
+what they return; a slice or a mean of it would be wrong by a factor that no loss curve shows.
+
+Shape letters: W ranks, n rows of this rank (the same number on every rank).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This rank and the number of ranks; one rank where no group was started."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """Every rank's rows, rank 0's first: [n,...] -> [W*n,...]. Without gradient."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return rows.detach()
+    out = rows.new_empty(world * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(out, rows.detach().contiguous())
+    return out
+
+
+def reduce_scatter(rows: Tensor) -> Tensor:
+    """This rank's part of the sum over ranks: [W*n,...] -> [n,...]. Without gradient."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return rows
+    rows = rows.contiguous()
+    out = rows.new_empty(len(rows) // world, *rows.shape[1:])
+    dist.reduce_scatter_tensor(out, rows)
+    return out
+
+
+def all_reduce(value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """``value`` summed (or else) over the ranks, in place. Without gradient."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(value, op)
+    return value
+
+
+def broadcast(rows: Tensor, owner: int) -> Tensor:
+    """Rank ``owner``'s rows on every rank; what the others pass gives shape and type alone."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return rows.detach()
+    out = rows.detach().contiguous() if rank == owner else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    dist.broadcast(out, owner)
+    return out
+
+
+def reduce_to(value: Tensor, owner: int) -> Tensor:
+    """The sum over ranks on rank ``owner``, in place; elsewhere ``value`` is left undefined."""
+    if rank_and_world()[1] > 1:
+        dist.reduce(value, owner)
+    return value
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_reduce(value.clone()) / rank_and_world()[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_reduce(grads[0].clone()) / rank_and_world()[1]
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of every rank's ``value``, with gradient."""
+    return _MeanOverRanks.apply(value)  # pyright: ignore[reportReturnType]
