@@ -23,7 +23,9 @@ def test_reads(text, value, unit):
     assert Duration.parse(text) == Duration(value, unit)
 
 
-@pytest.mark.parametrize("text", ["", "90", "ep", "90 epochs", "-1ep", "1e3ba", "5k%", "1.ep", ".5ep", "1Tsa", "٣ep"])
+@pytest.mark.parametrize(
+    "text", ["", "90", "ep", "90 epochs", "-1ep", "1e3ba", "5k%", "1.ep", ".5ep", "1Tsa", "\u0663ep"]
+)
 def test_refuses(text):
     with pytest.raises(ValueError, match="write it like"):
         Duration.parse(text)
