@@ -63,6 +63,7 @@ def train(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
     suite: Annotated[Path, typer.Argument(help="Suite of evaluations (TOML).")],
+    overrides: Overrides,
     random_init: Annotated[
         bool, typer.Option("--random-init", help="Evaluate untrained weights of the same shape, for comparison.")
     ] = False,
@@ -70,9 +71,11 @@ def evaluate(
     """Run a suite of evaluations on a checkpoint; the newest whole one, if a run is named."""
     from pipeline.config.load import load_suite
 
-    load_suite(suite)
+    load_suite(suite, overrides)
     folder, checkpoint = _run_and_checkpoint(run)
     arguments = ["eval", "--run", str(folder), "--suite", str(suite)]
+    for override in overrides:
+        arguments += ["--set", override]
     if checkpoint:
         arguments += ["--checkpoint", str(checkpoint)]
     _become([*arguments, *["--random-init"] * random_init])

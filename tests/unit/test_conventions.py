@@ -95,8 +95,3 @@ def test_shipped_configuration(path):
 def test_component_comes_with_a_test(kind):
     missing = [c for c in registry.names(f"pipeline.{kind}") if not (ROOT / f"tests/unit/{kind}/test_{c}.py").exists()]
     assert not missing
-
-
-def test_objective_comes_with_a_smoke_configuration():
-    known = {load(p).objective.name for p in CONFIGS if p.parent.name == "smoke"}
-    assert set(registry.names("pipeline.objectives")) <= known
