@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -228,6 +230,26 @@ def test_checkpointing_gives_the_same_loss_and_gradient():
     for one, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
         if one.requires_grad:
             torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, while it traces
+def test_compiled_blocks_give_the_same_loss_and_gradient_and_the_same_names(monkeypatch):
+    # the whole way but the code generator, which takes a minute and is left to the GPU tests
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain, compiled = build(), build(compile=True)
+    data, seen = batch(), torch._dynamo.utils.counters["stats"]
+    before = seen["unique_graphs"]
+    losses = []
+    for model in (plain, compiled):
+        loss = model.train()(data, CTX).loss
+        loss.backward()
+        losses.append(loss)
+    torch.testing.assert_close(*losses)
+    assert seen["unique_graphs"] > before and list(plain.state_dict()) == list(compiled.state_dict())
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
 
 
 def test_weights_of_a_pretrained_encoder_are_where_training_starts(tmp_path):

@@ -56,11 +56,12 @@ def step_and_export(model: MAE, folder) -> None:
 def test_every_name_works_or_is_refused_with_a_reason(module, tmp_path):
     refused: dict[str, list[str]] = collections.defaultdict(list)
     worked = 0
-    for name in NAMES[module]:
+    names = NAMES[module] if module in WORKS else NAMES[module][:1] + NAMES[module][-1:]
+    for name in names:
         try:
             if module in WORKS:
                 model = build(name)
-            else:  # refused whatever their size: nothing is allocated
+            else:  # at their full size, but nothing is allocated
                 with torch.device("meta"):
                     model = MAE(Config(encoder=name), DataFacts((224, 224), ()))
         except ConfigError as error:
