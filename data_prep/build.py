@@ -12,18 +12,19 @@ import heapq
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.duplicates import Seen
+from data_prep.fetch import Failed, fetched
 from data_prep.options import Options
-from data_prep.prepare import Sample, prepared
+from data_prep.prepare import Sample, Task, prepared
 from data_prep.record import Record, Source, split_of
 from data_prep.shards import WORK, Note, SplitWriter, fields_of, finished, read_note
 from data_prep.statistics import Statistics
 from data_prep.store import Store, open_store
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.manifest import FILE, SIZES, Manifest, Shard, parse, sizes_json
+from pipeline.core.manifest import FILE, SIZES, Manifest, Shard, ShardIndex, index_name, parse, parse_index, sizes_json
 
 DONE = "build.json"
 REJECTS = "rejects.jsonl"
@@ -169,6 +170,12 @@ class _Build:
                 ) from None
             self.store.write(f"{WORK}/plan.json", json.dumps(plan).encode())
         self.bases = self._read_bases()
+        for split, base in self.bases.items():
+            if self.source.classes[: len(base.classes)] != base.classes:
+                raise ConfigError(
+                    f"{self.store.where}/{split} has {len(base.classes)} classes that the source does not begin with; "
+                    "added data keeps the numbers of the classes"
+                )
         notes: dict[str, list[Note]] = {}
         for split, number in finished(self.store):
             note = read_note(self.store, split, number)
@@ -204,12 +211,17 @@ class _Build:
     def _split(self, record: Record) -> str:
         return record.split or split_of(record.identity, self.options.splits, self.options.seed)
 
-    def _todo(self) -> Iterator[tuple[int, str, Record]]:
+    def _todo(self) -> Iterator[Task]:
         """Records that no finished shard covers, with their place in the input and their split."""
         self.places = 0
+        taken = self._taken_keys()
         for place, record in enumerate(self.source):
             self.places = place + 1
             split = self._split(record)
+            if self.source.positional and self.parts:
+                record = replace(record, key=f"{len(self.parts)}-{record.key}")
+            elif record.key in taken:
+                record = replace(record, image=Failed("in the data set already: a sample of this key"))
             if split not in self.writers:
                 self.writers[split] = self._writer(split, [])
             if not self.writers[split].covers(place, record):
@@ -219,8 +231,26 @@ class _Build:
                 writer.resume_at = self.places
             writer.check_inputs()
 
+    def _taken_keys(self) -> set[str]:
+        """Keys of the data set that is added to; places need no looking up."""
+        if self.source.positional:
+            return set()
+        return {
+            key
+            for split, base in self.bases.items()
+            for shard in base.shards
+            for key in self._index(split, base, shard).keys
+        }
+
+    def _index(self, split: str, manifest: Manifest, shard: Shard) -> ShardIndex:
+        name = f"{split}/{index_name(shard.name)}"
+        return parse_index(self.store.read(name), shard, manifest.fields, f"{self.store.where}/{name}")
+
     def _write(self) -> None:
-        for (place, split, record), outcome in prepared(self._todo(), self.options):
+        tasks = self._todo()
+        if self.options.fetch is not None:
+            tasks = fetched(tasks, self.options.fetch)
+        for (place, split, record), outcome in prepared(tasks, self.options):
             writer = self.writers[split]
             if isinstance(outcome, Sample) and outcome.prints:
                 outcome = self._judge(writer, place, record, outcome)

@@ -77,6 +77,33 @@ class Duplicates:
 
 
 @dataclass(frozen=True)
+class FetchOptions:
+    """Limits of downloading."""
+
+    concurrency: int = 32
+    timeout: float = 20.0
+    """Seconds for one attempt, from resolving the name to the last byte."""
+    max_bytes: int = 32 * 1024**2
+    retries: int = 2
+    """Further attempts after a time-out, a broken connection, or an answer 429 or 5xx."""
+    backoff: float = 0.5
+    """Seconds before the first retry; twice as many before each next."""
+    redirects: int = 5
+    per_host: float = 10.0
+    """Requests per second to one host."""
+    private: bool = False
+    """Allow private, loopback and link-local addresses."""
+    robots: bool = True
+    """Leave out what ``X-Robots-Tag`` keeps from indexing or AI."""
+    agent: str = "sluice-prep"
+
+    def __post_init__(self) -> None:
+        positive = (self.concurrency, self.timeout, self.max_bytes, self.per_host)
+        ok = min(positive) > 0 and min(self.retries, self.backoff, self.redirects) >= 0
+        _need(ok, f"limits of downloading must be positive: {self}")
+
+
+@dataclass(frozen=True)
 class Options:
     """What a build is asked to do."""
 
@@ -89,6 +116,8 @@ class Options:
     image: ImageOptions = ImageOptions()
     filters: Filters = Filters()
     duplicates: Duplicates = Duplicates()
+    fetch: FetchOptions | None = None
+    """How URLs are downloaded; without it they are rejected."""
     workers: int = 0
     """Processes that read and encode; 0: this one does. The result is the same."""
 

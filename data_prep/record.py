@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 KEY_LENGTH = 80
@@ -66,6 +66,8 @@ class Record:
     """Changes when the input changes: size and time of a file, hash of inline bytes."""
     label: int | None = None
     caption: str | None = None
+    more: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further captions by their extension, "alt.txt"."""
     metadata: Mapping[str, Any] | None = None
     split: str | None = None
     """Set by sources that come with splits; otherwise a hash of the identity decides."""
@@ -84,6 +86,11 @@ class Source(Protocol):
     @property
     def total(self) -> int | None:
         """Number of records, where it is known beforehand."""
+        ...
+
+    @property
+    def positional(self) -> bool:
+        """Keys are places in the source; added to a data set, they get the number of the addition before them."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -125,7 +132,12 @@ def split_of(identity: str, splits: Mapping[str, float], seed: int) -> str:
     return "train"
 
 
-def file_stamp(path: Path) -> str:
+def extension_of(name: str) -> str:
+    """What a file's name claims it to be: "jpg"; empty without a dot in its last part."""
+    return name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
+
+
+def file_stamp(path: str | os.PathLike[str]) -> str:
     """Size and time of change of a file."""
-    status = path.stat()
+    status = os.stat(path)
     return f"{status.st_size}:{status.st_mtime_ns}"

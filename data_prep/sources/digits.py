@@ -28,6 +28,8 @@ class DigitsSource:
 
     classes: tuple[str, ...] = field(default=WORDS, init=False)
 
+    positional: bool = field(default=False, init=False)
+
     def __post_init__(self) -> None:
         self.total = min(self.limit, 1797)
         if self.size < 8 or self.limit < 1:

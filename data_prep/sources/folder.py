@@ -15,12 +15,12 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.images import EXTENSIONS
-from data_prep.record import LocalFile, Record, safe_key
+from data_prep.record import LocalFile, Record, extension_of, file_stamp, safe_key
 from pipeline.core.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -44,6 +44,8 @@ class FolderSource:
     seed: int = 0
     known: Sequence[str] = ()
     """Classes that are numbered already, by the data set that is added to; new ones come after them."""
+
+    positional: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.root = Path(self.root)
@@ -78,7 +80,7 @@ class FolderSource:
         assert isinstance(self.root, Path)
         with os.scandir(self.root / below) as entries:
             names = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-        images = [e for e in names if _extension(e.name) in EXTENSIONS and not e.is_dir()]
+        images = [e for e in names if extension_of(e.name) in EXTENSIONS and not e.is_dir()]
         stems = Counter(_stem(e.name) for e in images)
         prefix = f"{below}/" if below else ""
         for e in images:
@@ -101,7 +103,6 @@ class FolderSource:
         for found in self._files:
             path = self.root / found.relative
             stem = path.with_name(_stem(path.name))
-            status = path.stat()
             caption, metadata, sidecars = self._sidecars(stem)
             name = _stem(found.relative)
             key = safe_key(name) if found.alone else f"{safe_key(name)}~{found.relative[len(name) + 1 :]}"
@@ -109,12 +110,12 @@ class FolderSource:
                 key=key,
                 identity=found.relative,
                 image=LocalFile(str(path)),
-                stamp=f"{status.st_size}:{status.st_mtime_ns}{sidecars}",
+                stamp=f"{file_stamp(path)}{sidecars}",
                 label=self._number[self._class(found)] if self.classes else None,
                 caption=caption,
                 metadata=metadata,
                 split=found.split,
-                extension=_extension(found.relative),
+                extension=extension_of(found.relative),
             )
 
     def _sidecars(self, stem: Path) -> tuple[str | None, dict[str, Any] | None, str]:
@@ -140,9 +141,5 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
-
-
 def _stem(name: str) -> str:
-    return name[: -len(_extension(name)) - 1] if _extension(name) else name
+    return name[: -len(extension_of(name)) - 1] if extension_of(name) else name

@@ -13,7 +13,7 @@ import os
 import random
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -106,6 +106,8 @@ class GlyphsSource:
     size: int = 32
     """Pixels of the side."""
     seed: int = 0
+
+    positional: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not 16 <= self.size <= 512:

@@ -38,6 +38,7 @@ class ListSource:
     records: list[Record]
     classes: tuple[str, ...] = ()
     name: str = "list"
+    positional: bool = False
 
     @property
     def total(self):

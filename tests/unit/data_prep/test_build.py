@@ -94,7 +94,9 @@ def test_shards_are_limited_by_bytes(tmp_path):
 
 def test_statistics(tmp_path):
     records = [Record(str(i), str(i), Inline(png(i, (10 + i, 20))), label=i % 2, caption="x" * i) for i in range(7)]
-    statistics = build(ListSource(records, ("a", "b")), tmp_path, Options({}, shard_samples=3)).manifests["train"].statistics
+    statistics = (
+        build(ListSource(records, ("a", "b")), tmp_path, Options({}, shard_samples=3)).manifests["train"].statistics
+    )
     from data_prep.images import load as decode
 
     pixels = np.concatenate([np.asarray(decode(r.image.data)[0]).reshape(-1, 3) for r in records]) / 255
@@ -191,9 +193,9 @@ def test_changed_input_or_options_are_refused(tmp_path):
         build(source(), tmp_path, replace(OPTIONS, shard_samples=5))
     changed = source()
     changed.records[1] = replace(changed.records[1], stamp="other")
-    with pytest.raises(DataError, match="is not what the . finished shards"):
+    with pytest.raises(DataError, match=r"is not what the . finished shards"):
         build(changed, tmp_path, OPTIONS)
-    with pytest.raises(DataError, match="is not what the . finished shards"):
+    with pytest.raises(DataError, match=r"is not what the . finished shards"):
         build(ListSource(source().records[:3], ("a", "b", "c")), tmp_path, OPTIONS)
     build(source(), tmp_path, OPTIONS)
     before = tree(tmp_path)

@@ -47,7 +47,10 @@ def test_splits_as_folders(tmp_path):
 
 def test_flat_with_sidecars(tmp_path):
     files = {"a.png": png(1), "a.txt": "a caption\n", "b.png": png(2), "b.json": '{"caption": "from json", "n": 1}'}
-    write(tmp_path / "in", files | {"c.png": png(3), "c.txt": "text wins", "c.json": '{"caption": "not"}', "d.png": png(4)})
+    write(
+        tmp_path / "in",
+        files | {"c.png": png(3), "c.txt": "text wins", "c.json": '{"caption": "not"}', "d.png": png(4)},
+    )
     build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
     content = members(tmp_path / "out/train")
     assert "a.cls" not in content
@@ -107,7 +110,7 @@ NAME = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(NAME, min_size=1, max_size=8), st.sampled_from([1, 3]))
 def test_random_folders(tmp_path_factory, names, shard_samples):
     root = tmp_path_factory.mktemp("random")

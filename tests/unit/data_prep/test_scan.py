@@ -66,7 +66,7 @@ def test_verify_finds(whole, tmp_path, kind):
     change, message = DAMAGE[kind]
     path.write_bytes(change(path.read_bytes()) if change else (tmp_path / "x" / "train-000001.tar").read_bytes())
     problems = verify(str(tmp_path / "x")).problems
-    assert list(problems)[0] == "train-000000.tar"
+    assert next(iter(problems)) == "train-000000.tar"
     assert any(message in p for p in problems["train-000000.tar"]), problems
     if kind not in ("bit rot in an image", "another shard's content"):
         with pytest.raises(DataError, match=r"train-000000\.tar"):

@@ -1,0 +1,297 @@
+"""Tables: CSV, TSV, JSON lines and Parquet, streamed. Images by path, by URL or as bytes; captions, labels, metadata.
+
+An image column may hold a path (relative to ``root``, by default the table's folder, and inside it), a URL, bytes, or
+Hugging Face's ``{"bytes": ..., "path": ...}``. Text tables that hold bytes hold them as base64, marked ``base64:``.
+A label column holds numbers, or names that are numbered in alphabetical order. All columns without a role become the
+sample's metadata. A row that cannot be used is a rejected input like any other.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from data_prep.fetch import Failed, Remote
+from data_prep.record import Inline, LocalFile, Payload, Record, Rejected, extension_of, file_stamp
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.registry import suggest
+
+KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+PARQUET_ROWS = 32
+"""Rows that are turned into Python objects together."""
+CELL = 64 * 1024**2
+"""Longest cell of a CSV file."""
+_BROKEN = "\0broken"
+"""Column that stands for a row that could not be read; its value is why."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what."""
+
+    image: str
+    caption: tuple[str, ...] = ()
+    """The first is the caption (``.txt``); another one named NAME becomes ``.NAME.txt``."""
+    label: str = ""
+    key: str = ""
+    """Decides the split; left out: the path or URL, or else the image's bytes."""
+    expected: str = ""
+    """Hash that a downloaded image must have."""
+
+
+@dataclass
+class TableSource:
+    """Rows of one or several tables."""
+
+    tables: Sequence[str | Path]
+    columns: Columns
+    root: str = ""
+    """Folder that paths are relative to, and must stay inside; left out: the folder of each table."""
+    known: Sequence[str] = ()
+    """Classes that are numbered already; new ones come after them."""
+    classes: tuple[str, ...] = field(default=(), init=False)
+    total: int | None = field(default=None, init=False)
+    positional: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        self.tables = [p for table in self.tables for p in _files(Path(table))]
+        wanted = {c for c in (self.columns.image, *self.columns.caption, self.columns.label, self.columns.key) if c}
+        for path in self.tables:
+            there = _header(path)
+            for name in sorted(wanted - set(there)):
+                raise ConfigError(f"{path} has no column {name!r}; {suggest(name, there)}")
+        if self.columns.label:
+            self.classes, self._number = self._labels()
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`~data_prep.record.Source`."""
+        return {
+            "kind": "table",
+            "tables": [str(p) for p in self.tables],
+            "columns": asdict(self.columns),
+            "root": self.root,
+        }
+
+    def _labels(self) -> tuple[tuple[str, ...], dict[str, int]]:
+        """Classes and their numbers, from a pass over the label column alone."""
+        names: set[str] = set()
+        for path in self.tables:
+            for row in _rows(Path(path), (self.columns.label,)):
+                value = _text(row.get(self.columns.label))
+                if value:
+                    names.add(value)
+        if all(name.isdecimal() for name in names):
+            most = max((int(name) for name in names), default=-1)
+            classes = self.known or tuple(str(i) for i in range(most + 1))
+            return tuple(classes), {name: int(name) for name in names}
+        classes = (*self.known, *sorted(names - set(self.known)))
+        return classes, {name: i for i, name in enumerate(classes)}
+
+    def __iter__(self) -> Iterator[Record]:
+        place = 0
+        for path in self.tables:
+            path = Path(path)
+            root = os.path.realpath(self.root or path.parent)
+            for row in _rows(path):
+                yield self._record(place, row, root, path)
+                place += 1
+
+    def _record(self, place: int, row: Row, root: str, table: Path) -> Record:
+        c = self.columns
+        payload, identity, stamp, extension = self._image(row, root, table)
+        label = self._number.get(_text(row.get(c.label))) if c.label else None
+        if c.label and label is None and not isinstance(payload, Failed):
+            payload = Failed(f"no label in column {c.label!r}")
+        captions = dict(_captions(row, c.caption))
+        roles = {c.image, *c.caption, c.label, c.key, c.expected}
+        metadata = {k: v for k, v in row.items() if k not in roles and not isinstance(v, bytes)}
+        facts = json.dumps([label, captions, metadata], default=str, ensure_ascii=False)
+        digest = hashlib.sha256(facts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return Record(
+            key=f"{place:09d}",
+            identity=_text(row.get(c.key)) if c.key else identity,
+            image=payload,
+            stamp=f"{stamp} {digest}",
+            label=label,
+            caption=captions.pop("txt", None),
+            more=captions,
+            metadata=metadata or None,
+            extension=extension,
+        )
+
+    def _image(self, row: Row, root: str, table: Path) -> tuple[Payload, str, str, str]:
+        """Payload, identity, stamp and claimed extension of a row's image."""
+        value = row.get(self.columns.image)
+        named = ""
+        if _BROKEN in row:
+            return Failed(str(row[_BROKEN])), f"{table.name}: {row[_BROKEN]}", "broken", ""
+        if isinstance(value, Mapping):
+            table_cell = cast("Mapping[str, Any]", value)
+            named = _text(table_cell.get("path"))
+            value = table_cell.get("bytes") or named
+        if isinstance(value, str) and value.startswith("base64:"):
+            try:
+                value = base64.b64decode(value[7:], validate=True)
+            except binascii.Error as error:
+                return Failed(f"not base64: {error}"), value[:80], "broken", ""
+        if isinstance(value, bytes):
+            digest = hashlib.sha256(value).hexdigest()
+            return Inline(value), named or digest, digest, ""
+        text = _text(value)
+        if not text:
+            return Failed(f"nothing in column {self.columns.image!r}"), f"{table.name}: empty", "empty", ""
+        if "://" in text:
+            expected = _text(row.get(self.columns.expected)) if self.columns.expected else ""
+            return Remote(text, expected), text, expected, ""
+        return _local(text, root)
+
+
+def _local(text: str, root: str) -> tuple[Payload, str, str, str]:
+    try:
+        path = os.path.realpath(os.path.join(root, text))
+        if not path.startswith(root.rstrip("/") + "/"):
+            return Failed(f"outside of {root}"), text, "outside", ""
+        return TableFile(path, root), text, file_stamp(path), extension_of(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return TableFile(path, root), text, "missing", ""
+    except (ValueError, OSError) as error:
+        return Failed(f"not a path: {error}"), text, "broken", ""
+
+
+@dataclass(frozen=True, slots=True)
+class TableFile:
+    """A file that a table names. One that is missing is rejected; a missing root folder stops the build."""
+
+    path: str
+    root: str
+
+    def read(self) -> bytes:
+        """The file's content."""
+        try:
+            return LocalFile(self.path).read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            os.stat(self.root)
+            raise Rejected("no such file") from error
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _captions(row: Row, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Extension and text of each caption; a cell with a list holds several."""
+    for i, name in enumerate(columns):
+        value = row.get(name)
+        stem = "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in name).lower()[:12]
+        texts = [_text(v) for v in cast("list[Any]", value)] if isinstance(value, list) else [_text(value)]
+        for j, text in enumerate(t for t in texts if t):
+            prefix = [stem] * (i > 0) + [str(j)] * (j > 0)
+            yield ".".join([*prefix, "txt"]), text
+
+
+def _kind(path: Path) -> str:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    kind = KINDS.get(suffixes[-1]) if suffixes else None
+    if kind is None:
+        raise ConfigError(f"{path}: not a table; known are {', '.join(KINDS)}, and the text ones with .gz")
+    return kind
+
+
+def _files(path: Path) -> list[Path]:
+    """A table, or the tables of a folder by name."""
+    if not path.is_dir():
+        if not path.exists():
+            raise DataError(f"no table at {path}")
+        _kind(path)
+        return [path]
+    found = sorted(p for p in path.iterdir() if set(KINDS) & set(p.suffixes[-2:]))
+    if not found:
+        raise DataError(f"no tables in {path}; known are {', '.join(KINDS)}")
+    return found
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+    return open(path, encoding="utf-8-sig", errors="replace", newline="")
+
+
+def _header(path: Path) -> list[str]:
+    """Column names; of JSON lines, those of the first row."""
+    kind = _kind(path)
+    if kind == "parquet":
+        return list(_parquet(path).schema_arrow.names)
+    if kind == "jsonl":
+        return list(next(iter(_rows(path)), {}))
+    with _open(path) as f:
+        return next(csv.reader(f, delimiter="\t" if kind == "tsv" else ","), [])
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ConfigError("reading Parquet needs pyarrow: install sluice[prep]") from error
+    try:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a whole Parquet file: {error}") from error
+
+
+def _rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """The rows of one table, one at a time; ``columns`` may spare a Parquet file reading the others."""
+    kind = _kind(path)
+    if kind == "parquet":
+        with _parquet(path) as table:
+            for batch in table.iter_batches(PARQUET_ROWS, columns=list(columns) if columns else None):
+                yield from batch.to_pylist()
+        return
+    with _open(path) as f:
+        yield from _json_rows(f) if kind == "jsonl" else _csv_rows(f, "\t" if kind == "tsv" else ",")
+
+
+def _json_rows(lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            row = {_BROKEN: f"line {number} is not JSON: {error}"}
+        yield row if isinstance(row, dict) else {_BROKEN: f"line {number} is no table"}
+
+
+def _csv_rows(f: TextIO, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(CELL)
+    reader = csv.reader(f, delimiter=delimiter)
+    names = next(reader, [])
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield {_BROKEN: f"line {reader.line_num}: {error}"}
+            continue
+        if not cells:
+            continue
+        if len(cells) == len(names):
+            yield dict(zip(names, cells, strict=True))
+        else:
+            yield {_BROKEN: f"line {reader.line_num} has {len(cells)} cells, the header {len(names)}"}

@@ -1,0 +1,84 @@
+"""Adding to a data set: old shards stay as they are, keys stay unique, classes keep their numbers."""
+
+from dataclasses import replace
+
+import pytest
+
+from data_prep.build import build
+from data_prep.options import Options
+from data_prep.sources.folder import FolderSource
+from data_prep.store import LocalStore
+from data_prep.verify import verify
+from pipeline.core.errors import ConfigError
+from tests.unit.data_prep.samples import ListSource, inline, members, png, tree
+from tests.unit.data_prep.test_build import Killed, _dying, lines
+
+OPTIONS = Options({"val": 0.3}, shard_samples=3)
+
+
+def parts():
+    records = [replace(r, label=i % 2) for i, r in enumerate(inline(24))]
+    return ListSource(records[:12], ("a", "b")), ListSource(records[10:], ("a", "b", "c"), "second")
+
+
+def test_append_adds_shards_and_touches_none(tmp_path):
+    first, second = parts()
+    build(first, tmp_path, OPTIONS)
+    before = {k: v for k, v in tree(tmp_path).items() if k.endswith((".tar", ".idx"))}
+    built = build(second, tmp_path, OPTIONS, append=True)
+    after = tree(tmp_path)
+    assert all(after[name] == content for name, content in before.items())
+    assert sum(m.samples for m in built.manifests.values()) == 24
+    assert built.manifests["train"].classes == ("a", "b", "c")
+    assert built.manifests["train"].statistics["samples"] == built.manifests["train"].samples
+    assert [(r["part"], r["key"]) for r in lines(tmp_path / "rejects.jsonl")] == [(1, "0010"), (1, "0011")]
+    for split in built.manifests:
+        assert verify(str(tmp_path / split), decode=1).problems == {}
+    assert len(members(tmp_path / "train") | members(tmp_path / "val")) == 48
+    assert build(second, tmp_path, OPTIONS, append=True).manifests == built.manifests, "again changes nothing"
+    assert tree(tmp_path) == after
+
+
+def test_append_killed_anywhere(tmp_path, monkeypatch):
+    first, second = parts()
+    build(first, tmp_path / "whole", OPTIONS)
+    with monkeypatch.context() as patch:
+        changes = _dying(patch, 10**9)
+        build(second, tmp_path / "whole", OPTIONS, append=True)
+    for at in range(0, len(changes), 3):
+        out = tmp_path / f"{at}"
+        build(first, out, OPTIONS)
+        with monkeypatch.context() as patch:
+            _dying(patch, at)
+            with pytest.raises(Killed):
+                build(second, out, OPTIONS, append=True)
+        build(second, out, OPTIONS, append=True)
+        assert tree(out) == tree(tmp_path / "whole")
+    assert LocalStore.close.__name__ == "close"
+
+
+def test_places_get_a_prefix(tmp_path):
+    build(ListSource(inline(3), positional=True), tmp_path, Options({}))
+    build(ListSource(inline(3), positional=True, name="more"), tmp_path, Options({}), append=True)
+    assert sorted(members(tmp_path / "train")) == [f"{p}{i:04d}.png" for p in ("", "1-") for i in range(3)]
+
+
+def test_a_folder_that_grew(tmp_path):
+    for name in ("b/1.png", "c/2.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_bytes(png(len(name)))
+    first = build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({})).manifests["train"]
+    (tmp_path / "in/a").mkdir()
+    (tmp_path / "in/a/3.png").write_bytes(png(3))
+    grown = FolderSource(tmp_path / "in", known=first.classes)
+    second = build(grown, tmp_path / "out", Options({}), append=True).manifests["train"]
+    assert second.classes == ("b", "c", "a") and second.samples == 3
+    assert members(tmp_path / "out/train")["a/3.cls"] == b"2"
+
+
+def test_what_cannot_be_added_to(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to append to"):
+        build(ListSource(inline(3)), tmp_path / "new", OPTIONS, append=True)
+    build(ListSource(inline(3), ("a", "b")), tmp_path / "x", OPTIONS)
+    with pytest.raises(ConfigError, match="keeps the numbers"):
+        build(ListSource(inline(6), ("b", "a"), "other"), tmp_path / "x", OPTIONS, append=True)

@@ -1,0 +1,208 @@
+"""Tables of every kind give the same samples."""
+
+import base64
+import csv
+import gzip
+import json
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.build import build
+from data_prep.options import Options
+from data_prep.sources.table import Columns, TableSource
+from pipeline.core.errors import ConfigError, DataError
+from tests.unit.data_prep.samples import members, png, stock_reader
+from tests.unit.data_prep.test_build import lines
+
+N = 6
+COLUMNS = Columns("file", ("text", "alt"), "kind")
+CLASSES = ("cat", "dog", "emu")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    (tmp_path / "images").mkdir()
+    made = []
+    for i in range(N):
+        (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
+        text = f'caption, "quoted" \n {i} \u00e4'
+        made.append({"file": f"images/{i}.png", "text": text, "alt": f"alt {i}", "kind": CLASSES[i % 3], "n": i})
+    return made
+
+
+def write(path, rows):
+    kind = path.suffixes[0]
+    if kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+        return
+    with gzip.open(path, "wt", newline="") if path.suffix == ".gz" else open(path, "w", newline="") as f:
+        if kind == ".jsonl":
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(f, list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def check(out):
+    content = members(out)
+    for i in range(N):
+        key = f"{i:09d}"
+        assert content[f"{key}.png"] == png(i)
+        assert content[f"{key}.txt"].decode() == f'caption, "quoted" \n {i} \u00e4'
+        assert content[f"{key}.alt.txt"].decode() == f"alt {i}"
+        assert content[f"{key}.cls"] == str(i % 3).encode()
+        assert int(json.loads(content[f"{key}.json"])["n"]) == i
+    assert len(content) == 5 * N
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet", "t.csv.gz", "t.jsonl.gz"])
+def test_every_kind(tmp_path, rows, name):
+    write(tmp_path / name, rows)
+    built = build(TableSource([tmp_path / name], COLUMNS), tmp_path / "out", Options({}))
+    check(tmp_path / "out/train")
+    manifest = built.manifests["train"]
+    assert manifest.classes == CLASSES
+    assert list(manifest.fields) == ["image", "label", "caption", "metadata", "alt.txt"]
+    assert len(stock_reader(tmp_path / "out/train")) == N
+
+
+@pytest.mark.parametrize("shape", ["bytes", "hugging face", "base64"])
+def test_images_as_bytes(tmp_path, rows, shape):
+    for i, row in enumerate(rows):
+        row["file"] = {
+            "bytes": png(i),
+            "hugging face": {"bytes": png(i), "path": f"{i}.jpg"},
+            "base64": "base64:" + base64.b64encode(png(i)).decode(),
+        }[shape]
+    name = "t.jsonl" if shape == "base64" else "t.parquet"
+    write(tmp_path / name, rows)
+    build(TableSource([tmp_path / name], COLUMNS), tmp_path / "out", Options({}))
+    check(tmp_path / "out/train")
+
+
+def test_a_folder_of_tables_and_several_captions(tmp_path, rows):
+    for row in rows:
+        row["text"] = [row["text"], "second", "third"]
+    write(tmp_path / "a.jsonl", rows[:4])
+    write(tmp_path / "b.jsonl", rows[4:])
+    source = TableSource([tmp_path], Columns("file", ("text",)))
+    built = build(source, tmp_path / "out", Options({}))
+    assert built.counts.samples == N
+    content = members(tmp_path / "out/train")
+    assert (content["000000005.1.txt"], content["000000005.2.txt"]) == (b"second", b"third")
+
+
+def test_numbers_as_labels(tmp_path, rows):
+    for i, row in enumerate(rows):
+        row["kind"] = i % 2 * 3
+    write(tmp_path / "t.csv", rows)
+    source = TableSource([tmp_path / "t.csv"], COLUMNS)
+    assert source.classes == ("0", "1", "2", "3")
+    assert [r.label for r in source] == [0, 3] * 3
+
+
+def test_every_bad_row_is_rejected_with_its_reason(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret.png").write_bytes(png(1))
+    (tmp_path / "root" / "ok.png").write_bytes(png(2))
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret.png")
+    bad = {
+        "../secret.png": "outside of",
+        str(tmp_path / "secret.png"): "outside of",
+        "link.png": "outside of",
+        "/etc/passwd": "outside of",
+        "missing.png": "no such file",
+        "ok.png/more": "no such file",
+        "": "nothing in column",
+        "x\0y": "not a path",
+        "http://127.0.0.1/x.png": "a URL",
+        "base64:!!": "not base64",
+    }
+    text = [json.dumps({"file": name}) for name in ("ok.png", *bad)] + ["{", "[1]", "", json.dumps({"other": 1})]
+    (tmp_path / "root" / "t.jsonl").write_text("\n".join(text))
+    built = build(TableSource([tmp_path / "root/t.jsonl"], Columns("file")), tmp_path / "out", Options({}))
+    assert (built.counts.samples, built.counts.inputs) == (1, len(bad) + 4)
+    reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]
+    for reason, expected in zip(
+        reasons, [*bad.values(), "is not JSON", "is no table", "nothing in column"], strict=True
+    ):
+        assert expected in reason
+
+
+def test_ragged_csv_and_missing_labels(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "t.csv").write_text("file,kind\na.png,x\na.png\na.png,x,y\n\na.png,\n")
+    build(TableSource([tmp_path / "t.csv"], Columns("file", label="kind")), tmp_path / "out", Options({}))
+    reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]
+    assert reasons == [
+        "line 3 has 1 cells, the header 2",
+        "line 4 has 3 cells, the header 2",
+        "no label in column 'kind'",
+    ]
+
+
+def test_a_vanished_root_stops_the_build(tmp_path, rows):
+    write(tmp_path / "t.csv", rows)
+    source = TableSource([tmp_path / "t.csv"], COLUMNS, root=str(tmp_path / "mount"))
+    with pytest.raises(DataError, match=r"mount.*same command"):
+        build(source, tmp_path / "out", Options({}))
+
+
+def test_mistakes(tmp_path, rows):
+    write(tmp_path / "t.csv", rows)
+    with pytest.raises(ConfigError, match="did you mean 'file'"):
+        TableSource([tmp_path / "t.csv"], Columns("flie"))
+    with pytest.raises(ConfigError, match="not a table"):
+        (tmp_path / "t.xlsx").touch()
+        TableSource([tmp_path / "t.xlsx"], COLUMNS)
+    with pytest.raises(DataError, match="no table at"):
+        TableSource([tmp_path / "no.csv"], COLUMNS)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="not a whole Parquet file"):
+        TableSource([tmp_path / "bad.parquet"], COLUMNS)
+
+
+def test_rows_are_streamed(tmp_path):
+    with open(tmp_path / "t.csv", "w") as f:
+        f.write("file,text\n")
+        f.writelines(f"images/{i}.png,{'x' * 200}\n" for i in range(3000))
+    tracemalloc.start()
+    count = sum(1 for _ in TableSource([tmp_path / "t.csv"], Columns("file", ("text",))))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 3000 and peak < 200_000, "the file has 600 kB"
+
+
+CELL = st.text(max_size=30) | st.sampled_from(["../x.png", "/x.png", "a.png", "a\nb", '"', "\x00"])
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(CELL, CELL, CELL), min_size=1, max_size=6), st.sampled_from(["csv", "tsv", "jsonl"]))
+def test_random_tables(tmp_path_factory, cells, kind):
+    root = tmp_path_factory.mktemp("random")
+    (root / "a.png").write_bytes(png())
+    cells = [("a.png", "", ""), *cells]
+    rows = [
+        {"file": a.replace("\0", ""), "text": b.replace("\0", ""), "odd.name": c.replace("\0", "")} for a, b, c in cells
+    ]
+    write(root / f"t.{kind}", rows) if not any(
+        "\ud800" <= ch <= "\udfff" for r in rows for v in r.values() for ch in v
+    ) else None
+    if not (root / f"t.{kind}").exists():
+        return
+    source = TableSource([root / f"t.{kind}"], Columns("file", ("text", "odd.name")))
+    built = build(source, root / "out", Options({}, shard_samples=2))
+    assert built.counts.inputs == built.counts.samples + built.counts.rejects == len(rows)
+    samples = stock_reader(root / "out/train")
+    assert len({s["__key__"] for s in samples}) == built.counts.samples
+    for sample in samples:
+        row = rows[int(sample["__key__"])]
+        assert sample.get("txt", b"").decode() == row["text"]
+        assert sample.get("odd_name.txt", b"").decode() == row["odd.name"]
+    assert {p.name for p in root.iterdir()} == {"a.png", "out", f"t.{kind}"}
