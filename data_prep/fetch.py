@@ -28,6 +28,8 @@ from data_prep.record import Inline, Rejected
 
 FORBIDDEN = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 """Words in X-Robots-Tag that keep an image out."""
+VALUED = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
+"""Words in X-Robots-Tag that a colon follows; another word before a colon is the agent that is addressed."""
 HASHES = {32: "md5", 40: "sha1", 64: "sha256"}
 """Length in hex digits of an expected hash."""
 _PIECE = 64 * 1024
@@ -82,7 +84,7 @@ class _Socket:
         return io.BufferedReader(_Wire(self._sock, self._deadline), _PIECE)
 
     def close(self) -> None:
-        self._sock.close()
+        """Do nothing: http.client closes it while its answer is still to be read."""
 
 
 class Fetcher:
@@ -204,7 +206,7 @@ class Fetcher:
     def _check_robots(self, tags: list[str]) -> None:
         for tag in tags:
             agent, colon, rest = tag.partition(":")
-            addressed = bool(colon) and "," not in agent
+            addressed = bool(colon) and "," not in agent and agent.strip().lower() not in VALUED
             if addressed and agent.strip().lower() not in (self.options.agent.lower(), "*"):
                 continue
             if {word.strip().lower() for word in (rest if addressed else tag).split(",")} & FORBIDDEN:

@@ -1,0 +1,301 @@
+"""Downloading from a server that answers slowly, wrongly, endlessly, and elsewhere."""
+
+import hashlib
+import socket
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from data_prep import fetch
+from data_prep.build import build
+from data_prep.fetch import Fetcher, Remote
+from data_prep.options import FetchOptions, Options
+from data_prep.record import Rejected
+from data_prep.sources.table import Columns, TableSource
+from pipeline.core.errors import ConfigError
+from tests.unit.data_prep.samples import members, png
+from tests.unit.data_prep.test_build import lines
+
+IMAGE = png(1)
+QUICK = FetchOptions(timeout=0.4, max_bytes=20_000, retries=2, backoff=0.01, per_host=1000, private=True)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """What the path says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        """Quiet."""
+
+    def do_GET(self):
+        self.server.seen[self.path] += 1
+        getattr(self, self.path.split("/")[1].split("?")[0], self.missing)()
+
+    def answer(self, body=IMAGE, status=200, length=None, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if length != -1:
+            self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+    def missing(self):
+        self.answer(b"", 404)
+
+    def image(self):
+        self.answer(Content_Type="image/png")
+
+    def slow_start(self):
+        self.server.stop.wait(5)
+
+    def drip_header(self):
+        self.drip(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 400)
+
+    def drip_body(self):
+        self.drip(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n" + b"y" * 500, 50)
+
+    def drip(self, data, at_once=0):
+        try:
+            self.wfile.write(data[:at_once])
+            for i in range(at_once, len(data)):
+                self.wfile.write(data[i : i + 1])
+                if self.server.stop.wait(0.02):
+                    return
+        except OSError:
+            pass
+        self.close_connection = True
+
+    def endless(self):
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while not self.server.stop.is_set():
+                self.wfile.write(b"x" * 4096)
+        except OSError:
+            pass
+        self.close_connection = True
+
+    def huge(self):
+        self.answer(b"x", length=10**9)
+
+    def truncated(self):
+        self.answer(IMAGE[:100], length=len(IMAGE))
+
+    def chunked_truncated(self):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"100\r\nabc")
+        self.close_connection = True
+
+    def html(self):
+        self.answer(b"<html>", Content_Type="text/html; charset=utf-8")
+
+    def disguised_html(self):
+        self.answer(b"<html>" * 50, Content_Type="image/png")
+
+    def error(self):
+        self.answer(b"", 503)
+
+    def flaky(self):
+        self.error() if self.server.seen[self.path] < 3 else self.image()
+
+    def elsewhere(self):
+        self.answer(b"", 302, Location="/image")
+
+    def loop(self):
+        self.answer(b"", 302, Location="/loop")
+
+    def nowhere(self):
+        self.answer(b"", 302)
+
+    def private(self):
+        self.answer(b"", 301, Location=f"http://127.0.0.2:{self.server.server_port}/image")
+
+    def file(self):
+        self.answer(b"", 302, Location="file:///etc/passwd")
+
+    def noai(self):
+        self.answer(X_Robots_Tag="noai")
+
+    def nonsense(self):
+        self.wfile.write(b"\x00\xff nonsense\r\n\r\n")
+        self.close_connection = True
+
+    def hangup(self):
+        self.close_connection = True
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.seen, server.stop = Counter(), threading.Event()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.stop.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def url(server, path):
+    return f"http://127.0.0.1:{server.server_port}/{path}"
+
+
+@pytest.mark.parametrize("path", ["image", "image?a=b c&\u00e4", "elsewhere", "flaky"])
+def test_good(server, path):
+    server.seen.clear()
+    assert Fetcher(QUICK).get(Remote(url(server, path))) == IMAGE
+
+
+@pytest.mark.parametrize(
+    ("path", "reason", "attempts"),
+    [
+        ("slow_start", "failed after 3 attempts", 3),
+        ("drip_header", "failed after 3 attempts", 3),
+        ("drip_body", "failed after 3 attempts", 3),
+        ("endless", "more than 20000 bytes", 1),
+        ("huge", "1000000000 bytes, most is 20000", 1),
+        ("truncated", "broke off after 100 of", 3),
+        ("chunked_truncated", "IncompleteRead", 3),
+        ("html", "text/html", 1),
+        ("missing", "HTTP 404", 1),
+        ("error", "HTTP 503", 3),
+        ("loop", "more than 5 redirects", 6),
+        ("nowhere", "without a place", 1),
+        ("file", "not an HTTP address", 1),
+        ("noai", "X-Robots-Tag: noai", 1),
+        ("nonsense", "failed after 3 attempts", 3),
+        ("hangup", "failed after 3 attempts", 3),
+    ],
+)
+def test_bad(server, path, reason, attempts):
+    server.seen.clear()
+    began = time.monotonic()
+    with pytest.raises(Rejected, match=reason):
+        Fetcher(QUICK).get(Remote(url(server, path)))
+    assert server.seen[f"/{path}"] == attempts
+    # far from the seconds that the server would take, whatever this machine is busy with
+    assert time.monotonic() - began < 15
+
+
+def test_private_addresses(server, monkeypatch):
+    closed = FetchOptions(**{**vars(QUICK), "private": False})
+    for host in ("127.0.0.1", "localhost", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"):
+        with pytest.raises(Rejected, match="a private address"):
+            Fetcher(closed).get(Remote(f"http://{host}:{server.server_port}/image"))
+    monkeypatch.setattr(fetch, "_public", lambda address: address == "127.0.0.1")
+    assert Fetcher(closed).get(Remote(url(server, "image"))) == IMAGE
+    with pytest.raises(Rejected, match=r"127\.0\.0\.2, a private address"):
+        Fetcher(closed).get(Remote(url(server, "private")))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "fe80::1%eth0", "fc00::1", "::"],
+)
+def test_what_is_private(address):
+    assert not fetch._public(address)
+    assert fetch._public("93.184.215.14") and fetch._public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
+
+
+def test_a_name_that_changes_its_address_is_asked_once(server, monkeypatch):
+    asked = []
+
+    def rebinding(host, port, **kwargs):
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1" if len(asked) == 1 else "10.0.0.1", port))]
+
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", rebinding)
+    monkeypatch.setattr(
+        fetch.socket, "create_connection", lambda address, timeout: _connect(address, asked), raising=True
+    )
+    assert Fetcher(QUICK).get(Remote(f"http://two.faces:{server.server_port}/image")) == IMAGE
+    assert asked == ["two.faces", ("127.0.0.1", server.server_port)]
+
+
+def _connect(address, asked):
+    asked.append(address)
+    raw = socket.socket()
+    raw.connect(address)
+    return raw
+
+
+def test_robots(server):
+    check = Fetcher(QUICK)._check_robots
+    for tag in ("noai", "max-snippet:5, NoIndex", "sluice-prep: noai", "*: noimageai", "none"):
+        with pytest.raises(Rejected):
+            check([tag])
+    check(["otherbot: noai", "all", "unavailable_after: 25 Jun 2010"])
+    open_minded = FetchOptions(**{**vars(QUICK), "robots": False})
+    assert Fetcher(open_minded).get(Remote(url(server, "noai"))) == IMAGE
+
+
+@pytest.mark.parametrize("kind", ["md5", "sha1", "sha256"])
+def test_expected_hash(server, kind):
+    right = hashlib.new(kind, IMAGE).hexdigest()
+    assert Fetcher(QUICK).get(Remote(url(server, "image"), right.upper())) == IMAGE
+    with pytest.raises(Rejected, match=f"another {kind}"):
+        Fetcher(QUICK).get(Remote(url(server, "image"), right[:-1] + ("0" if right[-1] != "0" else "1")))
+    with pytest.raises(Rejected, match="neither"):
+        Fetcher(QUICK).get(Remote(url(server, "image"), "abc"))
+
+
+def test_requests_to_one_host_are_spaced():
+    turns = []
+    fetcher = Fetcher(FetchOptions(per_host=100.0))
+    now = time.monotonic()
+    for host in ["a"] * 5 + ["b"]:
+        fetcher._wait_turn(host, now + 60)
+        turns.append(time.monotonic() - now)
+    assert turns[4] >= 0.04
+    fetcher._next["a"] = time.monotonic() + 99
+    with pytest.raises(fetch._Again, match="too many"):
+        fetcher._wait_turn("a", time.monotonic() + 1)
+
+
+def test_a_table_of_urls(server, tmp_path):
+    paths = ["image?1", "html", "image?2", "drip_body", "disguised_html", "image?3", "missing"]
+    (tmp_path / "t.csv").write_text("url,text\n" + "".join(f"{url(server, p)},{i}\n" for i, p in enumerate(paths)))
+    source = TableSource([tmp_path / "t.csv"], Columns("url", ("text",)))
+    options = Options({}, fetch=QUICK)
+    built = build(source, tmp_path / "out", options)
+    assert (built.counts.samples, built.counts.rejects) == (3, 4)
+    content = members(tmp_path / "out/train")
+    assert [content[f"{i:09d}.txt"] for i in (0, 2, 5)] == [b"0", b"2", b"5"]
+    rejects = {r["input"]: r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")}
+    assert "not an image" in rejects[4] and list(rejects) == [1, 3, 4, 6]
+
+
+def test_order_is_kept_and_threads_are_bounded():
+    running, most = [], []
+    lock = threading.Lock()
+
+    def get(remote):
+        with lock:
+            running.append(remote)
+            most.append(len(running))
+        time.sleep(0.002 * (int(remote.url) % 3))
+        with lock:
+            running.remove(remote)
+        return remote.url.encode()
+
+    from data_prep.record import Record
+
+    tasks = [(i, "train", Record(str(i), str(i), Remote(str(i)))) for i in range(50)]
+    out = list(fetch.fetched(tasks, FetchOptions(concurrency=4), get))
+    assert [t[2].image.data for t in out] == [str(i).encode() for i in range(50)]
+    assert 1 < max(most) <= 4
+
+
+def test_bad_limits():
+    with pytest.raises(ConfigError):
+        FetchOptions(timeout=0)
