@@ -5,6 +5,7 @@ Shape letters: B samples, N patches, P prefix tokens, V visible patches, D encod
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models import checkpoint_seq
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.prefix = prefix
         self.checkpointing = checkpointing
         self.embed = nn.Linear(width, dim)

@@ -4,7 +4,7 @@ Weights are drawn from torch's global generator when a backbone is built. Whoeve
 generator first, with the same seed on every rank; nothing here depends on the rank.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import timm
 from pydantic import Field, model_validator
@@ -16,6 +16,8 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.registry import suggest
 from pipeline.nn.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
+Backbone: TypeAlias = Any
+"""A timm model: a module with further attributes (num_features, blocks, ...) that no type checker can see."""
 Pool = Literal["cls", "mean", "native"]
 
 
@@ -45,7 +47,7 @@ class EncoderConfig(Strict):
         return self
 
 
-def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed: Any) -> nn.Module:
+def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed: Any) -> Backbone:
     """A timm model without classifier, for images of ``image_size`` (height, width), with fresh weights.
 
     Args:
@@ -66,7 +68,7 @@ def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed:
     if clash := sorted(args.keys() & fixed.keys()):
         raise ConfigError(f"encoder_args: {', '.join(clash)} cannot be set here; it follows from data and objective")
     try:
-        backbone = timm.create_model(name, pretrained=False, **args, **fixed)
+        backbone: Backbone = timm.create_model(name, pretrained=False, **args, **fixed)
         backbone.set_grad_checkpointing(config.checkpointing)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(
@@ -78,7 +80,7 @@ def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed:
     return backbone
 
 
-def compile_blocks(module: nn.Module) -> None:
+def compile_blocks(module: Backbone) -> None:
     """Compile the members of ``module.blocks`` in place, or the whole module if it has none.
 
     Block by block, since equal blocks share what is compiled, and the code between them may stay as it is.
@@ -93,7 +95,7 @@ def takes_image_size(name: str) -> bool:
     return config is not None and config.fixed_input_size
 
 
-def backbone_layers(backbone: nn.Module, prefix: str) -> tuple[tuple[str, ...], ...]:
+def backbone_layers(backbone: Backbone, prefix: str) -> tuple[tuple[str, ...], ...]:
     """Full parameter names of a timm model, layer by layer from the input, without what belongs to a classifier.
 
     Args:
@@ -116,7 +118,9 @@ class ImageEncoder(nn.Module):
             "native" takes what the backbone pools itself.
     """
 
-    def __init__(self, normalize: Normalize, backbone: nn.Module, pool: Pool) -> None:
+    backbone: Backbone
+
+    def __init__(self, normalize: Normalize, backbone: Backbone, pool: Pool) -> None:
         super().__init__()
         self.normalize = normalize
         self.backbone = backbone

@@ -7,7 +7,7 @@ Shape letters: B samples, N patches, P prefix tokens (class, registers), V visib
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import PatchEmbed
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.random import SampleRandom
+from pipeline.nn.encoder import Backbone
 
 
 class KeepTokens(nn.Module):
@@ -64,33 +65,34 @@ class Geometry(NamedTuple):
         return self.grid[0] * self.grid[1]
 
 
-def make_maskable(encoder: nn.Module, image_size: tuple[int, int]) -> Geometry:
+def make_maskable(encoder: Backbone, image_size: tuple[int, int]) -> Geometry:
     """Put the hook into a timm encoder, in place, and tell how it cuts images of ``image_size`` (height, width).
 
     Raises:
         ConfigError: the encoder cannot be masked, with the reason.
     """
-    name = type(encoder).__name__
-    if not isinstance(encoder, VisionTransformer | Eva | NaFlexVit):
+    kind, name = type(encoder), type(encoder).__name__
+    if not issubclass(kind, VisionTransformer | Eva | NaFlexVit):
         raise ConfigError(
             f"encoder: {name} has no place at which patches can be hidden; take a plain, EVA or NaFlex vision "
             "transformer, e.g. 'vit_base_patch16_224'"
         )
-    if isinstance(encoder, NaFlexVit):
-        patch = encoder.embeds.patch_size
+    if issubclass(kind, NaFlexVit):
+        embed: Any = encoder.embeds
     elif type(encoder.patch_embed) is PatchEmbed:
-        patch = encoder.patch_embed.patch_size
+        embed = encoder.patch_embed
     else:
         raise ConfigError(f"encoder: {name} has a stem that mixes neighbouring patches, so hidden ones would leak")
+    patch = embed.patch_size
     height, width = image_size
     if height % patch[0] or width % patch[1]:
         raise ConfigError(f"data.image.size: {height}x{width} is not a multiple of the patch {patch[0]}x{patch[1]}")
-    hook = KeepTokens if isinstance(encoder, VisionTransformer) else KeepTokensWithIndices
+    hook = KeepTokens if issubclass(kind, VisionTransformer) else KeepTokensWithIndices
     encoder.patch_drop = hook(encoder.num_prefix_tokens)
-    return Geometry(tuple(patch), (height // patch[0], width // patch[1]))
+    return Geometry((patch[0], patch[1]), (height // patch[0], width // patch[1]))
 
 
-def encode_visible(encoder: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+def encode_visible(encoder: Backbone, x: Tensor, keep: Tensor) -> Tensor:
     """Tokens of the visible patches alone.
 
     Args:

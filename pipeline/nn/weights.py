@@ -20,7 +20,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from pipeline.core.errors import CheckpointError, ConfigError
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, takes_image_size
+from pipeline.nn.encoder import Backbone, EncoderConfig, ImageEncoder, takes_image_size
 
 TIMM = "timm"
 """Key of a file's metadata that says, in JSON, what ``timm.create_model`` is to be given."""
@@ -91,9 +91,7 @@ def _no_norm_after_pooling(backbone: nn.Module) -> str:
     return "use_fc_norm" if type(backbone).__module__.endswith(".eva") else "fc_norm"
 
 
-def _resampled(
-    backbone: nn.Module, name: str, image: tuple[int, int] | None, patch: tuple[int, int] | None
-) -> nn.Module:
+def _resampled(backbone: Backbone, name: str, image: tuple[int, int] | None, patch: tuple[int, int] | None) -> Backbone:
     if not hasattr(backbone, "set_input_size"):
         raise ConfigError(f"timm cannot change image or patch size of {name!r}; export it at the size it has")
     backbone = copy.deepcopy(backbone)
@@ -127,7 +125,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     return content, {}
 
 
-def load_encoder(backbone: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_encoder(backbone: Backbone, path: str | os.PathLike[str]) -> None:
     """Fill a timm backbone from a checkpoint, in place; all of its weights but a norm after pooling must be there.
 
     Reads encoders in timm's layout (which is also that of the MAE repository, decoder and classifier left out) and
@@ -177,7 +175,7 @@ def _encoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _resample_positions(
-    state: dict[str, Tensor], metadata: dict[str, str], backbone: nn.Module, path: str | os.PathLike[str]
+    state: dict[str, Tensor], metadata: dict[str, str], backbone: Backbone, path: str | os.PathLike[str]
 ) -> Tensor:
     """The file's position table on the backbone's grid of patches; without metadata the file's grid was square."""
     table, new = state["pos_embed"], tuple(backbone.patch_embed.grid_size)

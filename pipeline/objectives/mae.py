@@ -19,7 +19,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.corruption import Corruption, corrupt
 from pipeline.nn.decoder import Decoder, init_xavier
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, compile_blocks, create_backbone, to_weights
+from pipeline.nn.encoder import Backbone, EncoderConfig, ImageEncoder, compile_blocks, create_backbone, to_weights
 from pipeline.nn.images import Normalize, patchify, principal_colors, tile, unpatchify
 from pipeline.nn.masking import Geometry, draw_masks, encode_visible, grid_cell, make_maskable
 from pipeline.nn.positions import sincos_2d
@@ -65,6 +65,9 @@ class Config(EncoderConfig):
 
 class MAE(Objective):
     """The autoencoder. Class, register and mask tokens are decayed, as in the paper."""
+
+    encoder: Backbone
+    teacher: "Teacher | None"
 
     def __init__(self, config: Config, facts: DataFacts) -> None:
         super().__init__()
@@ -141,8 +144,8 @@ class MAE(Objective):
         rows = [self._picture(original), self._picture(given.where(seen, 0.0))]
         caption = f"Original; what is seen ({len(hidden[0]) / self.geometry.patches:.0%} hidden)"
         if self.teacher is not None:
-            size = batch["image"].shape[2:]
-            rows += principal_colors([self.targets(batch), predicted], self.geometry.grid, size)
+            height, width = batch["image"].shape[2:]
+            rows += principal_colors([self.targets(batch), predicted], self.geometry.grid, (height, width))
             caption += "; the teacher's features and their prediction, first three principal components as colours"
             return {"reconstruction": Picture(tile(rows), caption)}
         if self.config.norm_pix:
@@ -161,6 +164,8 @@ class MAE(Objective):
 
 class Teacher(nn.Module):
     """A frozen encoder's patch features, normalised each to zero mean and unit variance: float32[B,N,T]."""
+
+    encoder: Backbone
 
     def __init__(self, config: EncoderConfig, facts: DataFacts, geometry: Geometry) -> None:
         super().__init__()
@@ -192,7 +197,7 @@ class Teacher(nn.Module):
         return functional.layer_norm(tokens, tokens.shape[-1:])
 
 
-def _maskable(config: EncoderConfig, facts: DataFacts) -> tuple[nn.Module, Geometry]:
+def _maskable(config: EncoderConfig, facts: DataFacts) -> tuple[Backbone, Geometry]:
     """A token encoder with its norm before any pooling, and how it cuts images."""
     fixed: dict[str, Any] = {"global_pool": ""}
     if timm.models.is_model_in_modules(config.encoder.split(".")[0], ["naflexvit"]):
