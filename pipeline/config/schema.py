@@ -68,14 +68,57 @@ class Image(Strict):
         return self
 
 
+class Source(Strict):
+    """One of several data sets that are mixed. It is a path, wherever a path is wanted."""
+
+    path: Text
+    weight: PositiveFloat = 1.0
+    """Its part of every global batch, in proportion to the others' weights."""
+
+    def __fspath__(self) -> str:
+        """The path."""
+        return self.path
+
+
+class Captions(Strict):
+    """How captions become the field "text"."""
+
+    fields: dict[Text, PositiveFloat] = {"caption": 1.0}
+    """Fields of the manifest and their weights: one of those that a sample has is chosen for it in each epoch."""
+    tokenizer: Text | None = None
+    """A tokenizer.json; left out: the one that was trained with the shards."""
+    length: Annotated[int, Field(ge=3)] = 77
+    """Tokens of a text, its start and end included; longer texts are cut before their end, shorter ones padded."""
+    start: Text | None = "<start_of_text>"
+    """Token before each text; None: none."""
+    end: Text = "<end_of_text>"
+    """Token after each text."""
+    pad: Text = "<pad>"
+    """Token that fills the rest."""
+
+
+class Cache(Strict):
+    """Where whole shards of a remote data set are kept on a node."""
+
+    folder: Text
+    limit_gb: PositiveFloat
+    """The longest unused shards are removed above it."""
+
+
 class Data(Strict):
     """The training stream."""
 
-    train: Text
-    """Folder that holds the shards and their manifest.json."""
+    train: Text | Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Where the shards and their manifest.json are: a folder or URL, or some of its shards, "x/y-{000..099}.tar"; or
+    several such, mixed: [{path = "a", weight = 3}, {path = "b"}]."""
     fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
-    """Fields of the manifest that a batch holds: "image", "label"."""
+    """What a batch holds: "image", "label", "text"."""
     image: Image = Image()
+    captions: Captions = Captions()
+    cache: Cache | None = None
+    """For shards at URLs; left out: they are read by ranges."""
+    read_mb: Positive = 64
+    """Megabytes of stored samples that a worker holds at a time."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes per rank; 0 reads in the rank itself."""
     lanes: Positive | None = None

@@ -13,13 +13,14 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.core.errors import DataError
+from pipeline.core.location import read_file, reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +55,8 @@ class ShardIndex:
     """int64[S,F], byte offset of the member's data; -1 where the sample lacks the field."""
     size: np.ndarray
     """int64[S,F], bytes of the member's data; -1 where absent."""
+    crc32: np.ndarray | None = None
+    """int64[S,F], zlib's CRC-32 of the member's data, by which the stream notices bit rot; -1 where absent."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,30 @@ class Manifest:
         body = {k: v for k, v in asdict(self).items() if k != "root"}
         head = {"format": FORMAT, "version": VERSION, "samples": self.samples, "fingerprint": self.fingerprint}
         return json.dumps(head | body, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Joined(Manifest):
+    """Several data sets as one. Ids run through the parts in order; fields are those that all parts have."""
+
+    parts: tuple[Manifest, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the parts'."""
+        return hashlib.sha256(" ".join(p.fingerprint for p in self.parts).encode()).hexdigest()[:32]
+
+
+def join(parts: Sequence[Manifest]) -> Joined:
+    """Data sets as one; its classes are empty where the parts' differ."""
+    first = parts[0]
+    return Joined(
+        root=" + ".join(p.root for p in parts),
+        shards=tuple(replace(s, name=f"{p.root.rstrip('/')}/{s.name}") for p in parts for s in p.shards),
+        fields={f: e for f, e in first.fields.items() if all(f in p.fields for p in parts)},
+        classes=first.classes if all(p.classes == first.classes for p in parts) else (),
+        parts=tuple(parts),
+    )
 
 
 def parse(text: str, root: str, where: str) -> Manifest:
@@ -144,23 +171,55 @@ def _check(body: dict[str, Any]) -> None:
         seen.add(name)
 
 
-def load(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a local data set.
+def load(folder: str | os.PathLike[str] | Sequence[os.PathLike[str]]) -> Manifest:
+    """The manifest of a data set, or of some of its shards.
+
+    Args:
+        folder: a folder, or a URL that fsspec opens; with ``/x-{000..099}.tar`` at its end, only these shards. Several
+            of them are joined.
 
     Raises:
-        DataError: none there, or damaged.
+        DataError: none there, damaged, or without the shards asked for.
     """
-    path = Path(folder) / FILE
+    if not isinstance(folder, (str, os.PathLike)):
+        return join([load(part) for part in folder])
+    root, _, pattern = os.fspath(folder).rpartition("/")
+    if not pattern.endswith(".tar"):
+        root, pattern = os.fspath(folder), ""
+    where = f"{root.rstrip('/')}/{FILE}"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(root, FILE).decode()
     except OSError as error:
         raise DataError(
-            f"no manifest at {path} ({error.strerror}); build shards with `sluice prep build`, "
-            f"or index existing ones with `sluice prep index {folder}`"
+            f"no manifest at {where} ({reason(error)}); build shards with `sluice prep build`, "
+            f"or index existing ones with `sluice prep index {root}`"
         ) from error
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); rebuild it with `sluice prep index`") from error
-    return parse(text, str(folder), str(path))
+        raise DataError(f"{where} is damaged ({error}); rebuild it with `sluice prep index`") from error
+    whole = parse(text, root, where)
+    return _some(whole, pattern) if pattern else whole
+
+
+def _some(whole: Manifest, pattern: str) -> Manifest:
+    """The shards that a pattern with braces names, in its order."""
+    from braceexpand import braceexpand
+
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"cannot read the shard list {pattern!r}: {error}") from error
+    known = {s.name: s for s in whole.shards}
+    missing = [n for n in names if n not in known]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(names)} shards of {pattern!r} are not in the manifest of {whole.root}, "
+            f"first {missing[0]!r}; it has {len(known)}, {whole.shards[0].name} to {whole.shards[-1].name}"
+            if known
+            else f"the manifest of {whole.root} has no shards"
+        )
+    if len(set(names)) < len(names):
+        raise DataError(f"the shard list {pattern!r} names a shard twice")
+    return replace(whole, shards=tuple(known[n] for n in names))
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
@@ -218,6 +277,8 @@ def index_bytes(index: ShardIndex, shard: Shard, extensions: Sequence[str]) -> b
     target = io.BytesIO()
     sha256 = np.frombuffer(bytes.fromhex(shard.sha256), np.uint8)
     arrays = {"extensions": packed(extensions), "keys": packed(index.keys), "offset": index.offset, "size": index.size}
+    if index.crc32 is not None:
+        arrays["crc32"] = index.crc32
     np.savez(target, allow_pickle=False, **arrays, sha256=sha256)
     return target.getvalue()
 
@@ -235,21 +296,25 @@ def parse_index(data: bytes, shard: Shard, fields: Mapping[str, Sequence[str]], 
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as body:
             keys, extensions = (_unpack(body[name].tobytes()) for name in ("keys", "extensions"))
-            offset, size, sha256 = body["offset"], body["size"], body["sha256"].tobytes().hex()
+            tables = {name: body[name] for name in ("offset", "size", "crc32") if name != "crc32" or name in body}
+            sha256 = body["sha256"].tobytes().hex()
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{where} is damaged ({error!r}); renew it with `sluice prep index`") from error
     if sha256 != shard.sha256:
         raise DataError(f"{where} was made for another content of {shard.name}; renew it with `sluice prep index`")
     shape = (shard.samples, len(extensions))
-    fits = len(keys) == shard.samples and all(a.dtype == np.int64 and a.shape == shape for a in (offset, size))
-    if not fits or (offset < -1).any() or (size < -1).any() or (offset + size > shard.bytes).any():
+    fits = len(keys) == shard.samples and all(
+        a.dtype == np.int64 and a.shape == shape and (a >= -1).all() for a in tables.values()
+    )
+    if not fits or (tables["offset"] + tables["size"] > shard.bytes).any():
         raise DataError(f"{where} does not fit {shard.name} in the manifest; renew it with `sluice prep index`")
     # A sample has at most one of a field's extensions; -1 elsewhere, so the largest is the one.
     columns = [[extensions.index(e) for e in known if e in extensions] for known in fields.values()]
-    offset, size = (
-        np.stack([a[:, c].max(1, initial=-1) for c in columns], 1) if columns else a[:, :0] for a in (offset, size)
-    )
-    return ShardIndex(keys, offset, size)
+    by_field = {
+        name: np.stack([a[:, c].max(1, initial=-1) for c in columns], 1) if columns else a[:, :0]
+        for name, a in tables.items()
+    }
+    return ShardIndex(keys, **by_field)
 
 
 def _unpack(data: bytes) -> tuple[str, ...]:
@@ -257,14 +322,15 @@ def _unpack(data: bytes) -> tuple[str, ...]:
 
 
 def load_index(manifest: Manifest, shard: Shard) -> ShardIndex:
-    """The index of one shard of a local data set.
+    """The index of one shard.
 
     Raises:
         DataError: missing, damaged, or made for another content of the shard.
     """
-    path = Path(manifest.root) / index_name(shard.name)
+    name = index_name(shard.name)
+    where = f"{manifest.root.rstrip('/')}/{name}"
     try:
-        data = path.read_bytes()
+        data = read_file(manifest.root, name)
     except OSError as error:
-        raise DataError(f"no index at {path} ({error.strerror}); renew it with `sluice prep index`") from error
-    return parse_index(data, shard, manifest.fields, str(path))
+        raise DataError(f"no index at {where} ({reason(error)}); renew it with `sluice prep index`") from error
+    return parse_index(data, shard, manifest.fields, where)

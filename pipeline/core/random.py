@@ -32,7 +32,9 @@ _SIN: Final = tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(7))
 _COS: Final = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(8))
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four random words for each counter.
 
     Args:
@@ -51,7 +53,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
         c2 = (p0 >> 32).bitwise_and_(_MASK) ^ (c3 ^ k1)
         c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return tuple(torch.broadcast_tensors(c0, c1, c2, c3))
+    return c0, c1, c2, c3
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:

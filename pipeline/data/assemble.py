@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline.config.schema import Image
+from pipeline.config.schema import Data
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.manifest import Manifest
+from pipeline.core.manifest import Joined, Manifest
 from pipeline.core.registry import suggest
-from pipeline.data.decode import ImageDecoder, decode_label
-from pipeline.data.order import Order, Place
-from pipeline.data.reader import Reader, SampleError
+from pipeline.data.decode import Geometry, ImageDecoder, decode_label
+from pipeline.data.order import Ints
+from pipeline.data.plan import Plan
+from pipeline.data.reader import Members, Reader, SampleError
+from pipeline.data.storage import open_storage
+from pipeline.data.text import TextDecoder, read_tokenizer
 
 Arrays = dict[str, np.ndarray]
 
-_FIELDS = ("image", "label")
+_FIELDS = ("image", "label", "text")
 _SUBSTITUTES = 32
+_AHEAD = 64
+"""Micro-batches ahead of which shards are asked for."""
 
 
 class Column(NamedTuple):
@@ -47,101 +52,27 @@ class Bad:
         return asdict(self)
 
 
-class Plan(Protocol):
-    """Which samples a rank's micro-batches hold."""
+class _Numbers(NamedTuple):
+    """Random numbers of one sample."""
 
-    @property
-    def count(self) -> int | None:
-        """Number of micro-batches; None: endless."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Samples of a micro-batch; the last may be smaller."""
-        ...
-
-    def place(self, number: int) -> Place:
-        """The samples of a micro-batch."""
-        ...
-
-    def step(self, number: int) -> int:
-        """The global step that a micro-batch belongs to."""
-        ...
-
-    def substitute(self, number: int, index: int, attempt: int) -> int | None:
-        """The sample that replaces sample ``index`` of a micro-batch, at attempt 1, 2, ...; None: there is none."""
-        ...
+    views: list[Geometry]
+    coin: float
 
 
-@dataclass(frozen=True)
-class TrainPlan:
-    """A rank's part of every global batch, in micro-batches: number = step * accumulation + place in the step."""
-
-    order: Order
-    size: int
-    rank: int
-    world: int
-    count: None = None
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per step."""
-        return self.order.global_batch // (self.world * self.size)
-
-    def step(self, number: int) -> int:
-        """The global step that a micro-batch belongs to."""
-        return number // self.accumulation
-
-    def _first(self, number: int) -> int:
-        return (self.rank * self.accumulation + number % self.accumulation) * self.size
-
-    def place(self, number: int) -> Place:
-        """The samples of a micro-batch."""
-        first = self._first(number)
-        return self.order.batch(self.step(number), first, first + self.size)
-
-    def substitute(self, number: int, index: int, attempt: int) -> int | None:
-        """Another sample of the same window of the same lane."""
-        return self.order.substitute(self.step(number), self._first(number) + index, attempt)
-
-
-@dataclass(frozen=True)
-class EvalPlan:
-    """Samples ``first`` to ``last`` (exclusive) in order, each once, none replaced."""
-
-    first: int
-    last: int
-    size: int
-
-    @property
-    def count(self) -> int:
-        """Number of micro-batches."""
-        return -(-(self.last - self.first) // self.size)
-
-    def step(self, number: int) -> int:
-        """Evaluation has no steps; micro-batches count."""
-        return number
-
-    def place(self, number: int) -> Place:
-        """The samples of a micro-batch."""
-        begin = self.first + number * self.size
-        ids = np.arange(begin, min(begin + self.size, self.last))
-        return Place(np.zeros_like(ids), ids)
-
-    def substitute(self, number: int, index: int, attempt: int) -> None:
-        """None: a score over other samples than the promised ones is no score."""
-        return None
-
-
-def check_fields(manifest: Manifest, fields: Sequence[str]) -> None:
+def check_fields(manifest: Manifest, data: Data) -> None:
     """Raise ConfigError for a field that this program cannot decode or the data set does not have."""
-    for name in fields:
+    for name in data.fields:
         if name not in _FIELDS:
             raise ConfigError(f"data.fields: unknown field {name!r}; {suggest(name, list(_FIELDS))}")
-        if name not in manifest.fields:
-            raise ConfigError(
-                f"data.fields: {manifest.root} has no field {name!r}, only {', '.join(manifest.fields) or 'none'}"
-            )
+        wanted = data.captions.fields if name == "text" else (name,)
+        for field in wanted:
+            if field not in manifest.fields:
+                where = "data.captions.fields" if name == "text" else "data.fields"
+                raise ConfigError(
+                    f"{where}: {manifest.root} has no field {field!r}, only {', '.join(manifest.fields) or 'none'}"
+                )
+    if "label" in data.fields and isinstance(manifest, Joined) and len({p.classes for p in manifest.parts}) > 1:
+        raise ConfigError("data.fields: labels of sources with different classes cannot be mixed; remove 'label'")
 
 
 class Assembler:
@@ -149,24 +80,37 @@ class Assembler:
 
     Args:
         manifest: the data set.
-        fields: fields of a batch.
-        image: geometry of images.
+        data: fields, geometry, captions, cache and budget.
         seed: seed of the run.
         plan: which samples.
+
+    Raises:
+        ConfigError: see :func:`check_fields` and :class:`TextDecoder`.
     """
 
-    def __init__(self, manifest: Manifest, fields: Sequence[str], image: Image, seed: int, plan: Plan) -> None:
-        check_fields(manifest, fields)
+    def __init__(self, manifest: Manifest, data: Data, seed: int, plan: Plan) -> None:
+        check_fields(manifest, data)
         self.plan = plan
-        self._fields = tuple(fields)
+        self._fields = data.fields
         self._classes = len(manifest.classes)
-        self._images = ImageDecoder(image, seed)
-        self._reader = Reader(manifest, fields)
+        self._images = ImageDecoder(data.image, seed) if "image" in data.fields else None
+        self.text = None
+        parts = manifest.parts if isinstance(manifest, Joined) else (manifest,)
+        needed = [f for f in data.fields if f != "text"]
+        captions: list[str] = []
         self.columns = {"id": Column("int64", ()), "epoch": Column("int64", ())}
-        if "image" in fields:
-            self.columns |= {name: Column("uint8", (3, *image.shape)) for name in self._images.names}
-        if "label" in fields:
+        if self._images:
+            self.columns |= {name: Column("uint8", (3, *data.image.shape)) for name in self._images.names}
+        if "label" in data.fields:
             self.columns["label"] = Column("int64", ())
+        if "text" in data.fields:
+            self.text = TextDecoder(data.captions, read_tokenizer(parts[0], data.captions), seed)
+            captions = list(data.captions.fields)
+            self.columns |= {"text": Column("int64", (data.captions.length,)), "text_length": Column("int64", ())}
+        budget = data.read_mb * 10**6
+        self._cached = data.cache is not None
+        self._readers = [Reader(p, needed, captions, open_storage(p, data.cache), budget) for p in parts]
+        self._bases = np.cumsum([0, *(p.samples for p in parts)])
 
     def fill(self, number: int, arrays: Arrays) -> tuple[int, list[Bad]]:
         """Write micro-batch ``number`` into arrays of [B, *column.shape].
@@ -177,48 +121,80 @@ class Assembler:
         Raises:
             DataError: a shard is damaged, or a sample is and nothing can stand in for it.
         """
+        self._prefetch(number + _AHEAD)
         epochs, ids = self.plan.place(number)
-        geometry = self._images.geometry(torch.from_numpy(epochs), torch.from_numpy(ids))
-        bad = []
+        numbers = self._numbers(epochs, ids)
+        failed = {}
         arrays["epoch"][: len(ids)] = epochs
-        for row, sample in enumerate(ids.tolist()):
-            try:
-                self._write(row, sample, geometry[row], arrays)
-            except SampleError as error:
-                bad.append(self._replace(number, row, int(epochs[row]), sample, error, arrays))
-        return len(ids), bad
+        for row, found in self._read(ids):
+            problem = (
+                found if isinstance(found, SampleError) else self._decode(row, ids[row], found, numbers[row], arrays)
+            )
+            if problem:
+                failed[row] = problem
+        # In the order of the batch, so that the ledger does not depend on the order of reading.
+        return len(ids), [self._replace(number, row, int(epochs[row]), failed[row], arrays) for row in sorted(failed)]
 
     def close(self) -> None:
         """Release files."""
-        self._reader.close()
+        for reader in self._readers:
+            reader.close()
 
-    def _write(self, row: int, sample: int, geometry: list[Any], arrays: Arrays) -> None:
-        members = self._reader.read(sample)
+    def _numbers(self, epochs: Ints, ids: Ints) -> list[_Numbers]:
+        epoch, sample = torch.from_numpy(epochs), torch.from_numpy(ids)
+        views = self._images.geometry(epoch, sample) if self._images else [[]] * len(ids)
+        coins = self.text.coins(epoch, sample) if self.text else [0.0] * len(ids)
+        return [_Numbers(v, c) for v, c in zip(views, coins, strict=True)]
+
+    def _read(self, ids: Ints) -> Iterator[tuple[int, Members | SampleError]]:
+        """The members of samples, in any order, with their rows."""
+        part = np.searchsorted(self._bases, ids, "right") - 1
+        for i in np.unique(part).tolist():
+            rows = np.flatnonzero(part == i)
+            for read in self._readers[i].read(ids[rows] - self._bases[i]):
+                yield from zip(rows[read.rows].tolist(), read.found, strict=True)
+
+    def _prefetch(self, number: int) -> None:
+        if self._cached and (self.plan.count is None or number < self.plan.count):
+            ids = self.plan.place(number).id
+            for reader, first, last in zip(self._readers, self._bases[:-1], self._bases[1:], strict=True):
+                reader.prefetch(ids[(ids >= first) & (ids < last)] - first)
+
+    def _decode(self, row: int, sample: int, members: Members, numbers: _Numbers, arrays: Arrays) -> SampleError | None:
+        """Write one sample into its row, or say what is wrong with it."""
         name = ""
         try:
             for name in self._fields:
                 if name == "label":
                     arrays["label"][row] = decode_label(members[name], self._classes)
+                elif name == "text":
+                    assert self.text
+                    name = self.text.choose(tuple(members), numbers.coin)
+                    arrays["text"][row], arrays["text_length"][row] = self.text.decode(members[name])
                 else:
-                    views = self._images.decode(members[name], geometry)
+                    assert self._images
+                    views = self._images.decode(members[name], numbers.views)
                     for key, view in zip(self._images.names, views, strict=True):
                         torch.from_numpy(arrays[key][row]).copy_(view)
         except ValueError as error:
-            raise self._reader.error(sample, f"field {name!r}: {error}") from error
+            part = int(np.searchsorted(self._bases, sample, "right")) - 1
+            return self._readers[part].error(int(sample - self._bases[part]), f"field {name!r}: {error}")
         arrays["id"][row] = sample
+        return None
 
-    def _replace(self, number: int, row: int, epoch: int, sample: int, error: SampleError, arrays: Arrays) -> Bad:
+    def _replace(self, number: int, row: int, epoch: int, error: SampleError, arrays: Arrays) -> Bad:
         """Put the next readable sample of the window in place of one that cannot be used."""
-        for attempt in range(1, _SUBSTITUTES + 1):
-            other = self.plan.substitute(number, row, attempt)
+        planned, tried = int(self.plan.place(number).id[row]), 0
+        while tried < _SUBSTITUTES:
+            other = self.plan.substitute(number, row, tried + 1)
             if other is None:
                 break
-            one = self._images.geometry(torch.tensor([epoch]), torch.tensor([other]))
-            try:
-                self._write(row, other, one[0], arrays)
-            except SampleError:
-                continue
-            return Bad(self.plan.step(number), epoch, sample, error.shard, error.key, error.reason, other)
-        if attempt == 1:
+            tried += 1
+            one = np.array([other])
+            ((_, found),) = self._read(one)
+            numbers = self._numbers(np.array([epoch]), one)[0]
+            if not isinstance(found, SampleError) and not self._decode(row, other, found, numbers, arrays):
+                return Bad(self.plan.step(number), epoch, planned, error.shard, error.key, error.reason, other)
+        if not tried:
             raise error
-        raise DataError(f"{error}; none of the {attempt} samples after it can be used either") from error
+        raise DataError(f"{error}; none of the {tried} samples after it can be used either") from error

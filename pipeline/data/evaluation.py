@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from pipeline.config.schema import Image
+from pipeline.config.schema import Captions, Data, Image
 from pipeline.core.manifest import load
 from pipeline.core.protocols import Batch
-from pipeline.data.assemble import Assembler, EvalPlan
-from pipeline.data.reader import check_shard
+from pipeline.data.assemble import Assembler
+from pipeline.data.plan import EvalPlan
+from pipeline.data.storage import check_shard
 from pipeline.data.stream import assemble_here
 from pipeline.data.workers import Workers
 
@@ -52,6 +53,7 @@ def open_eval(
     workers: int,
     rank: int,
     world: int,
+    captions: Captions | None = None,
 ) -> OrderedStream:
     """The stream of one rank: samples [rank, rank + 1) * N / world.
 
@@ -63,6 +65,7 @@ def open_eval(
         workers: loader processes; they start with the first batch. 0: none.
         rank: this rank.
         world: number of ranks.
+        captions: for the field "text"; left out: the data set's captions and tokenizer.
 
     Raises:
         ConfigError: an unknown field.
@@ -72,5 +75,6 @@ def open_eval(
     for shard in manifest.shards[rank::world]:
         check_shard(manifest, shard)
     plan = EvalPlan(rank * manifest.samples // world, (rank + 1) * manifest.samples // world, batch)
-    assembler = Assembler(manifest, fields, image, 0, plan)
+    data = Data(train=os.fspath(folder), fields=tuple(fields), image=image, captions=captions or Captions())
+    assembler = Assembler(manifest, data, 0, plan)
     return OrderedStream(assembler, classes=manifest.classes, samples=manifest.samples, workers=workers)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -124,6 +124,12 @@ class Order:
         """Global batches in a pass over the data; a whole number in mode "drop"."""
         exact = self.samples / self.global_batch
         return float(self.samples // self.global_batch) if self.tail == "drop" else exact
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that fixes the order, beside the data."""
+        fixed = ("seed", "global_batch", "lanes", "window", "tail")
+        return {name: getattr(self, name) for name in fixed}
 
     def batch(self, step: int, first: int, last: int) -> Place:
         """The samples ``first`` to ``last`` (exclusive) of the global batch of ``step``, which is lane-major."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,13 @@ import torch
 
 from pipeline.config.schema import Data, Image
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
-from pipeline.core.manifest import Manifest
+from pipeline.core.manifest import Joined, Manifest
 from pipeline.core.protocols import Batch, DataFacts
-from pipeline.data.assemble import Assembler, Bad, TrainPlan
+from pipeline.data.assemble import Assembler, Bad
+from pipeline.data.mixture import Mixture, shares
 from pipeline.data.order import Order, default_lanes
-from pipeline.data.reader import check_shard
+from pipeline.data.plan import TrainPlan
+from pipeline.data.storage import check_shard
 from pipeline.data.workers import Made, Workers
 
 _FAIR_SAMPLE = 10_000
@@ -50,11 +52,6 @@ class TrainStream:
         self._bad = 0
         self._ledger: list[Bad] = []
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Global steps in a pass over the data."""
-        return self._plan.order.steps_per_epoch
-
     def batches(self, step: int) -> Iterator[list[Batch]]:
         """From global step ``step`` on: for each step, this rank's micro-batches in order.
 
@@ -78,16 +75,10 @@ class TrainStream:
 
     def state(self, step: int) -> dict[str, Any]:
         """The position before global step ``step`` and all that fixes the order; plain JSON values."""
-        order = self._plan.order
-        return {
-            "step": step,
-            "manifest": self._fingerprint,
-            "seed": order.seed,
-            "global_batch": order.global_batch,
-            "lanes": order.lanes,
-            "window": order.window,
-            "tail": order.tail,
-        }
+        state = {"step": step, "manifest": self._fingerprint} | self._plan.order.identity
+        if self._assembler.text:
+            state["tokenizer"] = self._assembler.text.sha256
+        return state
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError if ``state`` is of another order than this stream's."""
@@ -142,16 +133,26 @@ def open_stream(
         raise ConfigError(
             f"run.global_batch = {global_batch} is not a multiple of {world} ranks x engine.micro_batch = {micro_batch}"
         )
-    if global_batch > manifest.samples:
-        raise ConfigError(
-            f"run.global_batch = {global_batch} is more than the {manifest.samples} samples of {manifest.root}"
-        )
-    lanes = data.lanes or default_lanes(global_batch, len(manifest.shards))
-    if global_batch % lanes:
-        raise ConfigError(f"data.lanes = {lanes} does not divide run.global_batch = {global_batch}")
-    for shard in manifest.shards[rank::world]:
-        check_shard(manifest, shard)
-    starts = np.array(manifest.starts, np.int64)
-    plan = TrainPlan(Order(starts, seed, global_batch, lanes, data.window, data.tail), micro_batch, rank, world)
-    assembler = Assembler(manifest, data.fields, data.image, seed, plan)
+    parts = manifest.parts if isinstance(manifest, Joined) else (manifest,)
+    for part in parts:
+        for shard in part.shards[rank::world]:
+            check_shard(part, shard)
+    plan = TrainPlan(_order(data, parts, seed, global_batch), micro_batch, rank, world)
+    assembler = Assembler(manifest, data, seed, plan)
     return TrainStream(assembler, plan, manifest.fingerprint, workers=data.workers, max_bad=data.max_bad)
+
+
+def _order(data: Data, parts: Sequence[Manifest], seed: int, global_batch: int) -> Order | Mixture:
+    """The order of one source, or of several."""
+    sources = () if isinstance(data.train, str) else data.train
+    orders = []
+    for part, share in zip(parts, shares(global_batch, [s.weight for s in sources] or [1.0]), strict=True):
+        if share > part.samples:
+            raise ConfigError(
+                f"run.global_batch = {global_batch} takes {share} samples of {part.root}, which has {part.samples}"
+            )
+        lanes = data.lanes or default_lanes(share, len(part.shards))
+        if share % lanes:
+            raise ConfigError(f"data.lanes = {lanes} does not divide the {share} samples of a batch from {part.root}")
+        orders.append(Order(np.array(part.starts, np.int64), seed, share, lanes, data.window, data.tail))
+    return orders[0] if len(orders) == 1 else Mixture(tuple(orders))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,16 +52,18 @@ def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]], fields=
                 tar.addfile(info, io.BytesIO(content))
     keys = [key for key, _ in samples]
     names = [extension for known in fields.values() for extension in known]
-    offset, size = (np.full((len(keys), len(names)), -1, np.int64) for _ in range(2))
+    offset, size, crc32 = (np.full((len(keys), len(names)), -1, np.int64) for _ in range(3))
+    content = path.read_bytes()
     with tarfile.open(path) as tar:
         for info in tar:
             key, _, extension = info.name.partition(".")
             if extension in names:
-                offset[keys.index(key), names.index(extension)] = info.offset_data
-                size[keys.index(key), names.index(extension)] = info.size
-    content = path.read_bytes()
+                place = keys.index(key), names.index(extension)
+                offset[place], size[place] = info.offset_data, info.size
+                crc32[place] = zlib.crc32(content[info.offset_data : info.offset_data + info.size])
     shard = Shard(path.name, len(samples), len(content), hashlib.sha256(content).hexdigest())
-    (path.parent / index_name(path.name)).write_bytes(index_bytes(ShardIndex(tuple(keys), offset, size), shard, names))
+    index = ShardIndex(tuple(keys), offset, size, crc32)
+    (path.parent / index_name(path.name)).write_bytes(index_bytes(index, shard, names))
     return shard
 
 

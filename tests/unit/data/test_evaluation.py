@@ -56,5 +56,5 @@ def test_bad_sample_is_an_error(tmp_path):
 def test_refusals(folder, tmp_path):
     with pytest.raises(DataError, match="no manifest"):
         ranks(tmp_path / "nowhere", 1)
-    with pytest.raises(ConfigError, match="unknown field 'text'"):
+    with pytest.raises(ConfigError, match="has no field 'caption', only image, label"):
         open_eval(folder, IMAGE, ("text",), batch=4, workers=0, rank=0, world=1)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.data.assemble import TrainPlan
 from pipeline.data.order import Order, default_lanes, mix, shuffle
+from pipeline.data.plan import TrainPlan
 
 AWKWARD = {
     "even": [8] * 6,

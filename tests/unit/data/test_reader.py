@@ -3,11 +3,13 @@
 import os
 import tarfile
 
+import numpy as np
 import pytest
 
 from pipeline.core.errors import DataError
-from pipeline.data import reader as module
+from pipeline.data import storage
 from pipeline.data.reader import Reader, SampleError
+from pipeline.data.storage import open_storage
 from tests.unit.data.shards import members, write_data
 
 SIZES = [3, 0, 4, 1]
@@ -16,6 +18,26 @@ SIZES = [3, 0, 4, 1]
 @pytest.fixture
 def data(tmp_path):
     return write_data(tmp_path, SIZES)
+
+
+def open_reader(data, fields, optional=(), budget=10**6):
+    return Reader(data, fields, optional, open_storage(data), budget)
+
+
+def read(reader, ids):
+    """Members or errors, in the order asked for."""
+    found = {}
+    for part in reader.read(np.array(ids)):
+        found |= dict(zip(part.rows.tolist(), part.found, strict=True))
+    return [found[row] for row in range(len(ids))]
+
+
+def contents(members):
+    return {name: bytes(data) for name, data in members.items()}
+
+
+def expected(sample):
+    return {"image": members(sample)["png"], "label": members(sample)["cls"]}
 
 
 def damage(path, offset, content):
@@ -29,23 +51,29 @@ def header_of(path, name):
         return next(m.offset for m in tar if m.name == name)
 
 
-def test_members_of_every_sample(data):
-    reader = Reader(data, ("image", "label"))
-    for sample in (7, 0, 3, 6, 2, 1, 5, 4):
-        found = reader.read(sample)
-        assert {k: bytes(v) for k, v in found.items()} == {
-            "image": members(sample)["png"],
-            "label": members(sample)["cls"],
-        }
+@pytest.mark.parametrize("budget", [1, 700, 10**6])
+@pytest.mark.parametrize("ids", [[7, 0, 3, 6, 2, 1, 5, 4], [0, 1, 2, 3, 4, 5, 6, 7], [5], [2, 2, 6, 2]])
+def test_members_in_any_order_and_budget(data, ids, budget):
+    reader = open_reader(data, ("image", "label"), budget=budget)
+    assert [contents(m) for m in read(reader, ids)] == [expected(i) for i in ids]
     reader.close()
 
 
-def test_few_shards_stay_open(data, monkeypatch):
-    monkeypatch.setattr(module, "_OPEN_SHARDS", 2)
+def test_no_more_than_the_budget_is_held(data):
+    sizes = [len(members(i)["png"]) + 1 for i in range(8)]
+    reader = open_reader(data, ("image", "label"), budget=2 * max(sizes))
+    parts = list(reader.read(np.arange(8)))
+    assert len(parts) > 2
+    assert all(sum(sizes[row] for row in part.rows) <= 3 * max(sizes) for part in parts)
+    reader.close()
+
+
+def test_few_files_stay_open(data, monkeypatch):
+    monkeypatch.setattr(storage, "_OPEN_FILES", 2)
     before = len(os.listdir("/proc/self/fd"))
-    reader = Reader(data, ("label",))
+    reader = open_reader(data, ("label",))
     for sample in (0, 3, 7, 0, 7, 3):
-        assert bytes(reader.read(sample)["label"]) == members(sample)["cls"]
+        assert contents(read(reader, [sample])[0]) == {"label": members(sample)["cls"]}
         assert len(os.listdir("/proc/self/fd")) <= before + 2
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -54,20 +82,21 @@ def test_few_shards_stay_open(data, monkeypatch):
 @pytest.mark.parametrize(
     ("offset", "content", "reason"),
     [
-        (0, bytes(512), "no tar header"),
-        (0, b"<!DOCTYPE html>", "checksum"),
-        (148, b"0000000\0", "checksum"),
-        (300, b"\xff", "checksum"),
+        (0, bytes(512), "no tar header before its data"),
+        (0, b"<!DOCTYPE html>", "wrong checksum"),
+        (148, b"0000000\0", "wrong checksum"),
+        (300, b"\xff", "wrong checksum"),
     ],
     ids=["zeroed block", "overwritten", "wrong checksum", "one bit"],
 )
 def test_damaged_header_is_that_samples_error(data, offset, content, reason):
     path = os.path.join(data.root, "x-000002.tar")
     damage(path, header_of(path, "000004.png") + offset, content)
-    reader = Reader(data, ("image", "label"))
-    with pytest.raises(SampleError, match=rf"x-000002.tar, sample '000004': field 'image'.*{reason}"):
-        reader.read(4)
-    assert len(reader.read(5)) == 2
+    reader = open_reader(data, ("image", "label"))
+    good, bad, other = read(reader, [5, 4, 3])
+    assert isinstance(bad, SampleError) and (bad.shard, bad.key) == ("x-000002.tar", "000004")
+    assert reason in str(bad)
+    assert contents(good) == expected(5) and contents(other) == expected(3)
     reader.close()
 
 
@@ -82,10 +111,37 @@ def test_index_of_another_content_is_noticed(data):
                     f.write(content)
                 tar.add(name, f"{key}.{extension}")
     os.truncate(path, data.shards[2].bytes)
-    reader = Reader(data, ("image", "label"))
-    with pytest.raises(SampleError, match=r"x-000002\.tar"):
-        for sample in range(3, 7):
-            reader.read(sample)
+    reader = open_reader(data, ("image", "label"))
+    assert any(isinstance(found, SampleError) for found in read(reader, [3, 4, 5, 6]))
+    reader.close()
+
+
+def test_bit_rot_is_noticed(data):
+    """One flipped bit inside a member's data, where the file still decodes or not."""
+    path = os.path.join(data.root, "x-000002.tar")
+    reader = open_reader(data, ("image", "label"))
+    at = header_of(path, "000004.png") + 512 + 100
+    with open(path, "rb") as f:
+        f.seek(at)
+        byte = f.read(1)[0]
+    damage(path, at, bytes([byte ^ 4]))
+    rotten, good = read(reader, [4, 5])
+    assert "x-000002.tar, sample '000004': field 'image' is not what was indexed (wrong CRC-32)" in str(rotten)
+    assert contents(good) == expected(5)
+    reader.close()
+
+
+def test_optional_fields(tmp_path):
+    def make(number):
+        return {"cls": b"%d" % number} | ({"png": b"p%d" % number} if number % 2 else {})
+
+    data = write_data(tmp_path, [4], make)
+    reader = open_reader(data, ("label",), ("image",))
+    assert [sorted(m) for m in read(reader, [0, 1, 2, 3])] == [["label"], ["image", "label"]] * 2
+    reader.close()
+    reader = open_reader(data, (), ("image",))
+    found = read(reader, [0, 1])
+    assert "it has no field 'image', only label" in str(found[0]) and contents(found[1]) == {"image": b"p1"}
     reader.close()
 
 
@@ -103,10 +159,10 @@ def test_index_of_another_content_is_noticed(data):
 )
 def test_damaged_shard_is_an_error_naming_it(data, spoil, reason):
     spoil(os.path.join(data.root, "x-000002.tar"))
-    reader = Reader(data, ("label",))
-    reader.read(0)
+    reader = open_reader(data, ("label",))
+    read(reader, [0])
     with pytest.raises(DataError, match=reason) as found:
-        reader.read(3)
+        read(reader, [3])
     assert "x-000002" in str(found.value) and not isinstance(found.value, SampleError)
     reader.close()
 
@@ -115,7 +171,6 @@ def test_sample_without_a_field_names_those_it_has(tmp_path):
     def make(number):
         return members(number) if number != 2 else {"cls": b"1"}
 
-    reader = Reader(write_data(tmp_path, [4], make), ("image", "label"))
-    with pytest.raises(SampleError, match="sample '000002': it has no field 'image', only label"):
-        reader.read(2)
+    reader = open_reader(write_data(tmp_path, [4], make), ("image", "label"))
+    assert "sample '000002': it has no field 'image', only label" in str(read(reader, [1, 2])[1])
     reader.close()

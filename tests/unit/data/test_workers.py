@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.schema import Data
 from pipeline.core.errors import DataError
-from pipeline.data.assemble import Assembler, EvalPlan
+from pipeline.data.assemble import Assembler
+from pipeline.data.plan import EvalPlan
 from pipeline.data.workers import Workers
 from tests.unit.data.shards import write_data
 from tests.unit.data.test_stream import IMAGE, assert_same, open_rank, spoil, steps_of
@@ -149,7 +151,8 @@ class Faulty(Assembler):
 
 
 def test_errors_of_workers_reach_the_rank_and_the_last_batch_is_smaller(data):
-    workers = Workers(Faulty(data, ("image", "label"), IMAGE, 0, EvalPlan(8, 45, 7)), 2)
+    settings = Data(train=data.root, fields=("image", "label"), image=IMAGE)
+    workers = Workers(Faulty(data, settings, 0, EvalPlan(8, 45, 7)), 2)
     batches = workers.batches(0)
     first = next(batches).batch
     assert first["id"].tolist() == list(range(8, 15))

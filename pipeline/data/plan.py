@@ -1,0 +1,97 @@
+"""Which samples a rank's micro-batches hold, for training and for evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.data.mixture import Mixture
+from pipeline.data.order import Order, Place
+
+
+class Plan(Protocol):
+    """Which samples a rank's micro-batches hold."""
+
+    @property
+    def count(self) -> int | None:
+        """Number of micro-batches; None: endless."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Samples of a micro-batch; the last may be smaller."""
+        ...
+
+    def place(self, number: int) -> Place:
+        """The samples of a micro-batch."""
+        ...
+
+    def step(self, number: int) -> int:
+        """The global step that a micro-batch belongs to."""
+        ...
+
+    def substitute(self, number: int, index: int, attempt: int) -> int | None:
+        """The sample that replaces sample ``index`` of a micro-batch, at attempt 1, 2, ...; None: there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A rank's part of every global batch, in micro-batches: number = step * accumulation + place in the step."""
+
+    order: Order | Mixture
+    size: int
+    rank: int
+    world: int
+    count: None = None
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step."""
+        return self.order.global_batch // (self.world * self.size)
+
+    def step(self, number: int) -> int:
+        """The global step that a micro-batch belongs to."""
+        return number // self.accumulation
+
+    def _first(self, number: int) -> int:
+        return (self.rank * self.accumulation + number % self.accumulation) * self.size
+
+    def place(self, number: int) -> Place:
+        """The samples of a micro-batch."""
+        first = self._first(number)
+        return self.order.batch(self.step(number), first, first + self.size)
+
+    def substitute(self, number: int, index: int, attempt: int) -> int | None:
+        """Another sample of the same window of the same lane."""
+        return self.order.substitute(self.step(number), self._first(number) + index, attempt)
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Samples ``first`` to ``last`` (exclusive) in order, each once, none replaced."""
+
+    first: int
+    last: int
+    size: int
+
+    @property
+    def count(self) -> int:
+        """Number of micro-batches."""
+        return -(-(self.last - self.first) // self.size)
+
+    def step(self, number: int) -> int:
+        """Evaluation has no steps; micro-batches count."""
+        return number
+
+    def place(self, number: int) -> Place:
+        """The samples of a micro-batch."""
+        begin = self.first + number * self.size
+        ids = np.arange(begin, min(begin + self.size, self.last))
+        return Place(np.zeros_like(ids), ids)
+
+    def substitute(self, number: int, index: int, attempt: int) -> None:
+        """None: a score over other samples than the promised ones is no score."""
+        return None

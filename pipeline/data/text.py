@@ -1,0 +1,131 @@
+"""Captions to token ids, with a tokenizer.json of the HF tokenizers library."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config.schema import Captions
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.location import read_file, reason
+from pipeline.core.manifest import Manifest
+from pipeline.core.random import SampleRandom
+
+
+def read_tokenizer(manifest: Manifest, captions: Captions) -> bytes:
+    """The tokenizer of a data set or of the configuration, as its file.
+
+    Raises:
+        ConfigError: none is named, or the file is not there.
+        DataError: it is not the one that was trained with the shards.
+    """
+    if captions.tokenizer is not None:
+        try:
+            return Path(captions.tokenizer).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"data.captions.tokenizer: cannot read {captions.tokenizer} ({reason(error)})") from error
+    if not manifest.tokenizer:
+        raise ConfigError(
+            f"{manifest.root} has no tokenizer; train one with `sluice prep tokenizer`, or name a tokenizer.json in "
+            "data.captions.tokenizer"
+        )
+    name, promised = manifest.tokenizer["file"], manifest.tokenizer["sha256"]
+    try:
+        content = read_file(manifest.root, name)
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {name} of {manifest.root} ({reason(error)})") from error
+    if hashlib.sha256(content).hexdigest() != promised:
+        raise DataError(f"the tokenizer {name} of {manifest.root} is not the one in its manifest; put that one back")
+    return content
+
+
+class TextDecoder:
+    """Texts of a batch: start, tokens, end, padding.
+
+    Args:
+        captions: fields, weights, length and special tokens.
+        content: the tokenizer's file.
+        seed: seed of the run.
+
+    Raises:
+        ConfigError: the tokenizer cannot be read or lacks a special token.
+    """
+
+    def __init__(self, captions: Captions, content: bytes, seed: int) -> None:
+        self._captions = captions
+        self._content = content
+        self._seed = seed
+        self._tokenizer: Any = None
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        start = [] if captions.start is None else [self._special("start", captions.start)]
+        self._start, self._end = start, self._special("end", captions.end)
+        self._pad = self._special("pad", captions.pad)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The library's object stays behind; each process makes its own."""
+        return vars(self) | {"_tokenizer": None}
+
+    def coins(self, epoch: torch.Tensor, sample: torch.Tensor) -> list[float]:
+        """A uniform number for each of B samples, which chooses its caption."""
+        return SampleRandom(self._seed, "data.caption", epoch, sample).uniform().tolist()
+
+    def choose(self, present: Sequence[str], coin: float) -> str:
+        """One of the caption fields that a sample has, by weight.
+
+        Raises:
+            ValueError: it has none.
+        """
+        weights = {name: weight for name, weight in self._captions.fields.items() if name in present}
+        if not weights:
+            raise ValueError(f"it has none of the caption fields {', '.join(self._captions.fields)}")
+        at = coin * sum(weights.values())
+        for name, weight in weights.items():
+            at -= weight
+            if at < 0:
+                return name
+        return next(reversed(weights))
+
+    def decode(self, data: memoryview) -> tuple[np.ndarray, int]:
+        """A text to int64[length], and the number of tokens before the padding.
+
+        Raises:
+            ValueError: not UTF-8, or nothing but white space.
+        """
+        try:
+            text = bytes(data).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+        if not text.strip():
+            raise ValueError("an empty text")
+        room = self._captions.length - len(self._start) - 1
+        tokens = [*self._start, *self._library().encode(text, add_special_tokens=False).ids[:room], self._end]
+        row = np.full(self._captions.length, self._pad, np.int64)
+        row[: len(tokens)] = tokens
+        return row, len(tokens)
+
+    def _library(self) -> Any:
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            try:
+                self._tokenizer = Tokenizer.from_buffer(self._content)
+            except Exception as error:  # the library raises plain Exception
+                raise ConfigError(f"the tokenizer cannot be read ({error})") from error
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        return self._tokenizer
+
+    def _special(self, role: str, token: str) -> int:
+        number = self._library().token_to_id(token)
+        if number is None:
+            known: Mapping[int, Any] = self._library().get_added_tokens_decoder()
+            raise ConfigError(
+                f"data.captions.{role}: the tokenizer has no token {token!r}; its special tokens are "
+                + (", ".join(repr(t.content) for t in known.values()) or "none")
+            )
+        return number

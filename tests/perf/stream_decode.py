@@ -1,0 +1,102 @@
+"""One core: crop, resize and flip of photographs, against Pillow and torchvision's v1 transforms to float32.
+
+python -m tests.perf.stream_decode
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
+
+from pipeline.config.schema import Image
+from pipeline.data.decode import ImageDecoder, random_box
+from tests.perf.stream_corpus import compare, jpeg, trials
+
+IMAGES = 60
+BICUBIC = transforms.InterpolationMode.BICUBIC
+NORMALIZE = transforms.Normalize((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+
+
+def main() -> None:
+    """Print rates, and how far the pixels are from the stock ones for the same boxes."""
+    rounds = trials(__doc__)
+    torch.set_num_threads(1)
+    files = [memoryview(bytearray(jpeg(i))) for i in range(IMAGES)]
+    print(f"{IMAGES} JPEGs, mean {sum(map(len, files)) / IMAGES / 1000:.0f} kB")
+    out = torch.empty(IMAGES, 3, 224, 224, dtype=torch.uint8)
+    settings = Image(size=224, scale=(0.08, 1.0))
+    decoder = ImageDecoder(settings, 0)
+    epoch, ids = torch.zeros(IMAGES, dtype=torch.int64), torch.arange(IMAGES)
+    crop = transforms.RandomResizedCrop(224, scale=(0.08, 1.0), interpolation=BICUBIC)
+    flip = transforms.RandomHorizontalFlip()
+    stock = transforms.Compose([crop, flip, transforms.ToTensor(), NORMALIZE])
+    modern = v2.Compose(
+        [v2.RandomResizedCrop(224, scale=(0.08, 1.0), interpolation=BICUBIC), v2.RandomHorizontalFlip()]
+    )
+
+    def ours(settings: Image) -> None:
+        chosen = ImageDecoder(settings, 0)
+        for row, (data, views) in enumerate(zip(files, chosen.geometry(epoch, ids), strict=True)):
+            for pixels in chosen.decode(data, views):
+                out[row].copy_(pixels)
+
+    colour = [
+        transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
+        transforms.RandomGrayscale(0.2),
+    ]
+    blur = transforms.RandomApply([transforms.GaussianBlur(23, (0.1, 2.0))], 0.5)
+    pair = transforms.Compose([crop, flip, *colour, blur, transforms.ToTensor(), NORMALIZE])
+
+    def each(transform: transforms.Compose, views: int = 1) -> None:
+        for data in files:
+            image = PillowImage.open(io.BytesIO(data)).convert("RGB")
+            for _ in range(views):
+                transform(image)
+
+    def torchvision_uint8() -> None:
+        for row, data in enumerate(files):
+            out[row].copy_(modern(decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)))
+
+    compare(
+        "RandomResizedCrop(224) and flip, one core",
+        "images",
+        IMAGES,
+        {
+            "Pillow + torchvision v1 to float32": lambda: each(stock),
+            "torchvision decode_jpeg + v2, uint8": torchvision_uint8,
+            "ours, uint8": lambda: ours(settings),
+        },
+        rounds,
+    )
+    compare(
+        "Two views, one core (colour is left to the device; see tests/perf of the augmentations)",
+        "images",
+        IMAGES,
+        {
+            "SimCLR on the CPU, torchvision v1": lambda: each(pair, 2),
+            "ours, two uint8 views": lambda: ours(settings.model_copy(update={"views": 2})),
+        },
+        max(rounds // 2, 1),
+    )
+    differences = []
+    for data, (view,) in zip(files, decoder.geometry(epoch, ids), strict=True):
+        (pixels,) = decoder.decode(data, [view])
+        image = PillowImage.open(io.BytesIO(data)).convert("RGB")
+        box = random_box((image.height, image.width), settings, view.crop)
+        around = (box.left, box.top, box.left + box.width, box.top + box.height)
+        same = image.crop(around).resize((224, 224), PillowImage.Resampling.BICUBIC)
+        same = same.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT) if view.mirror else same
+        differences.append(np.abs(np.asarray(same).astype(int) - pixels.permute(1, 2, 0).numpy()))
+    print(
+        f"\npixels of the same boxes against Pillow's: mean {np.mean(differences):.4f}/255, most {np.max(differences)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
