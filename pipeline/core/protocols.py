@@ -8,9 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pipeline.core.random import SampleRandom
@@ -88,8 +89,12 @@ class Objective(nn.Module, ABC):
         return {}
 
     def after_step(self, clock: Clock) -> None:
-        """Called after each update of the optimizer, for moving averages and queues."""
+        """Called after each update of the optimizer and the averages, for queues and the like."""
         return None
+
+    def averages(self, clock: Clock) -> Iterable[Average]:
+        """Frozen parameters that the engine moves after each update, wherever it keeps them: momentum encoders."""
+        return ()
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside those of one dimension."""
@@ -102,6 +107,72 @@ class Objective(nn.Module, ABC):
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """Pictures that let a person judge the method; called now and then on a few samples, without gradient."""
         return {}
+
+
+class Average(NamedTuple):
+    """A frozen parameter that follows a trained one."""
+
+    target: nn.Parameter
+    source: nn.Parameter
+    keep: float
+    """target = keep * target + (1 - keep) * source."""
+
+
+class Embeddings(NamedTuple):
+    """What a pairwise objective makes of a micro-batch before samples are compared with each other."""
+
+    rows: dict[str, Tensor]
+    """[B,...], a row per sample."""
+    shared: dict[str, Tensor]
+    """Trained tensors that the loss uses beside them, of shape (1,): temperature, bias."""
+
+
+class PairwiseObjective(Objective):
+    """A loss that compares samples with each other, so that it is not the mean of the losses of a batch's parts.
+
+    It is cut in two, so that accumulation can compute the loss once, over all micro-batches: the forward of a part
+    gives embeddings (``embed_only``), the loss of all gives their gradients, and a second forward of the part gives a
+    scalar with just that gradient (``upstream``). All calls go through ``forward``, which engines wrap.
+    """
+
+    @abstractmethod
+    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """One row per sample; random numbers belong to the samples, so that a second call gives the same."""
+
+    @abstractmethod
+    def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
+        """The mean over this rank's samples; uses trained parameters only as ``embeddings.shared``."""
+
+    def shared(self) -> dict[str, Tensor]:
+        """Trained tensors that the loss uses."""
+        return {}
+
+    @overload
+    def forward(self, batch: Batch, ctx: StepContext) -> StepOutput: ...
+
+    @overload
+    def forward(self, batch: Batch, ctx: StepContext, *, embed_only: bool) -> Embeddings: ...
+
+    @overload
+    def forward(self, batch: Batch, ctx: StepContext, *, upstream: Embeddings) -> Tensor: ...
+
+    def forward(
+        self, batch: Batch, ctx: StepContext, *, embed_only: bool = False, upstream: Embeddings | None = None
+    ) -> StepOutput | Embeddings | Tensor:
+        """The loss of a batch; or its embeddings; or a scalar whose gradient is ``upstream`` times the embeddings'."""
+        embeddings = Embeddings(self.embed(batch, ctx), self.shared())
+        if embed_only:
+            # Copies, since an engine may take the parameters away as soon as this forward is over.
+            return Embeddings(embeddings.rows, {name: t.detach().clone() for name, t in embeddings.shared.items()})
+        if upstream is None:
+            return self.loss(embeddings, ctx)
+        products = [
+            (value.to(gradients[name].dtype) * gradients[name]).sum()
+            for part, gradients in zip(embeddings, upstream, strict=True)
+            for name, value in part.items()
+            if name in gradients
+        ]
+        return torch.stack(products).sum()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 from pipeline.config.resolve import Plan
 from pipeline.config.schema import EngineConfig
 from pipeline.config.schema import Optimizer as OptimizerConfig
-from pipeline.core.protocols import Batch, Objective, StepContext, StepOutput
+from pipeline.core.protocols import Batch, Objective, StepContext
 from pipeline.dist.group import Place
 from pipeline.engine import optimizers
 from pipeline.engine.base import BaseEngine
@@ -50,8 +51,8 @@ class AccelerateEngine(BaseEngine):
         # evaluation_mode: no DistributedDataParallel
         self.model = self.accelerator.prepare_model(objective, evaluation_mode=True)
 
-    def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
-        return self.model(batch, ctx)
+    def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:
+        return self.model(batch, ctx, **how)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.accelerator.backward(loss / self.accumulation)

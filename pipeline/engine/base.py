@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.core.protocols import Batch, Objective, StepContext, StepOutput
+from pipeline.core.protocols import Average, Batch, Clock, Objective, StepContext, StepOutput
 from pipeline.dist.group import Place
 from pipeline.engine import fragments
 from pipeline.engine.fragments import Fragment, Slot, Spec
@@ -27,8 +28,12 @@ class BaseEngine(ABC):
     place: Place
 
     @abstractmethod
+    def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:
+        """The objective's forward under the engine's precision; the batch is on the device."""
+
     def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
-        """The objective's forward under the engine's precision; the batch is on the device. ``last``: see below."""
+        """Loss and metrics of a micro-batch; ``last``: see below."""
+        return self.call(batch, ctx)
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -52,6 +57,17 @@ class BaseEngine(ABC):
     def whole_parameters(self) -> AbstractContextManager[None]:
         """Inside, every rank can read every parameter of ``objective`` whole."""
         return nullcontext()
+
+    def after_step(self, clock: Clock) -> None:
+        """Bring what follows the trained parameters in line with them."""
+        with torch.no_grad():
+            self.follow(self.objective.averages(clock))
+            self.objective.after_step(clock)
+
+    def follow(self, averages: Iterable[Average]) -> None:
+        """Move frozen parameters a step towards trained ones."""
+        for target, source, keep in averages:
+            target.lerp_(source, 1 - keep)
 
     def move(self, batch: Batch) -> Batch:
         """The batch on this rank's device."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.config.resolve import Plan
 from pipeline.config.schema import EngineConfig
 from pipeline.config.schema import Optimizer as OptimizerConfig
-from pipeline.core.protocols import Batch, Objective, StepContext, StepOutput
+from pipeline.core.protocols import Average, Batch, Objective, StepContext
 from pipeline.dist.group import Place
 from pipeline.engine import optimizers
 from pipeline.engine.base import BaseEngine
@@ -77,11 +77,14 @@ class DeepSpeedEngine(BaseEngine):
         self._frozen_parts = frozen if config.zero == 3 else {}
         self.optimizer = optimizers.build(objective, optimizer)
         self.engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=self.optimizer, config=settings(config, optimizer, plan), dist_init_required=False
+            model=objective,
+            optimizer=self.optimizer,
+            config=settings(config, optimizer, plan),
+            dist_init_required=False,
         )
 
-    def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
-        return self.engine(batch, ctx)
+    def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:
+        return self.engine(batch, ctx, **how)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.backward(loss)
@@ -146,9 +149,23 @@ class DeepSpeedEngine(BaseEngine):
         elif self.stage == 3:
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
-            if zero.persistent_parameters:
-                zero.persistent_parameters[0].partition(zero.persistent_parameters)
-                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        """Under ZeRO 3, renew the small parameters that every rank holds whole from their parts."""
+        persistent = self.engine.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def follow(self, averages: Iterable[Average]) -> None:
+        if self.stage < 3:
+            super().follow(averages)
+            return
+        # Equal shapes are cut alike, so each rank can average the parts that it holds.
+        moved = [target.ds_tensor.lerp_(source.ds_tensor, 1 - keep) for target, source, keep in averages]
+        if moved:
+            self._gather_persistent()
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:

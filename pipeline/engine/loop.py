@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipeline.core.protocols import Clock, StepContext, Stream
+from pipeline.engine.accumulate import accumulate
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.meter import Meter
@@ -58,15 +59,11 @@ def fit(
             break
         meter.begin_step()
         ctx = StepContext(seed, clock)
-        for index, batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            moved = engine.move(batch)
-            output = engine.forward(moved, ctx, last=last)
-            engine.backward(output.loss, last=last)
-            meter.add(output, moved)
+        for output, batch in accumulate(engine, micro_batches, ctx):
+            meter.add(output, batch)
         norm = engine.update(learning_rate(clock.samples))
         clock = replace(clock, step=clock.step + 1, samples=clock.samples + global_batch)
-        engine.objective.after_step(clock)
+        engine.after_step(clock)
         meter.end_step(norm, global_batch)
         watch.exchange(clock.step, meter.loss, norm, stop.asked())
 

@@ -38,6 +38,16 @@ def build_objective(name: str, **settings: Any) -> Objective:
     return cls(module.Config(**config.objective.settings | settings), facts(config))
 
 
+def stir(objective: Objective) -> Objective:
+    """Move matrices that begin at zero (last layers of blocks), so that they hide no gradient; returns the same."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            if parameter.requires_grad and parameter.ndim > 1 and not parameter.any():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return objective
+
+
 def build_evaluation(name: str, **settings: Any) -> Evaluation:
     """An evaluation with its defaults, but for ``settings``."""
     module = registry.module("pipeline.evals", name)

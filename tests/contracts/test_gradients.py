@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config.schema import EngineConfig
 from pipeline.config.schema import Optimizer as OptimizerConfig
@@ -18,8 +19,9 @@ from pipeline.core import registry
 from pipeline.core.protocols import Objective
 from pipeline.dist.group import Place, process_group
 from pipeline.engine import optimizers
+from pipeline.engine.accumulate import accumulate
 from pipeline.engine.base import BaseEngine
-from tests.contracts.components import CONTEXT, build_objective, make_batch
+from tests.contracts.components import CONTEXT, build_objective, make_batch, stir
 from tests.ranks import start_ranks
 
 NAMES = registry.names("pipeline.objectives")
@@ -48,11 +50,10 @@ def gradient_of(engine: BaseEngine, name: str, place: Place, plan: Plan) -> tupl
     with engine.whole_parameters():
         before = [p.detach().clone() for p in engine.objective.parameters() if p.requires_grad]
     batch = make_batch(engine.objective, name, GLOBAL_BATCH)
-    for index in range(plan.accumulation):
-        first = place.rank * GLOBAL_BATCH // place.world_size + index * plan.micro_batch
-        part = {field: value[first : first + plan.micro_batch] for field, value in batch.items()}
-        last = index == plan.accumulation - 1
-        engine.backward(engine.forward(part, CONTEXT, last=last).loss, last=last)
+    mine = place.rank * GLOBAL_BATCH // place.world_size
+    starts = range(mine, mine + plan.accumulation * plan.micro_batch, plan.micro_batch)
+    parts = [{field: value[s : s + plan.micro_batch] for field, value in batch.items()} for s in starts]
+    assert len(list(accumulate(engine, parts, CONTEXT))) == plan.accumulation
     norm = float(engine.update(RATE))
     with engine.whole_parameters():
         after = [p.detach().clone() for p in engine.objective.parameters() if p.requires_grad]
@@ -70,10 +71,10 @@ def all_gradients(accumulations: list[int], names: list[str]) -> dict[Any, tuple
             for engine_name, stage in ENGINES:
                 for name in names:
                     zero = {"zero": stage} if engine_name == "deepspeed" else {}
-                    config = EngineConfig(
-                        name=engine_name, precision="fp32", micro_batch=plan.micro_batch, **zero
-                    )
-                    objective = build_objective(name).train()
+                    config = EngineConfig(name=engine_name, precision="fp32", micro_batch=plan.micro_batch, **zero)
+                    objective = stir(build_objective(name)).train()
+                    if accumulation > 1 and any(isinstance(m, _BatchNorm) for m in objective.modules()):
+                        continue  # the statistics are those of a micro-batch, over all ranks
                     if engine_name == "deepspeed":
                         from pipeline.engine.deepspeed import DeepSpeedEngine as Engine
                     else:
@@ -85,7 +86,7 @@ def all_gradients(accumulations: list[int], names: list[str]) -> dict[Any, tuple
 
 def oracle(name: str) -> NDArray[np.float64]:
     """Autograd on the whole batch, in this process, without any engine."""
-    objective = build_objective(name).train()
+    objective = stir(build_objective(name)).train()
     objective(make_batch(objective, name, GLOBAL_BATCH), CONTEXT).loss.backward()
     gradients = [p.grad for p in objective.parameters() if p.requires_grad]
     return torch.cat([g.double().flatten() for g in gradients if g is not None]).numpy()

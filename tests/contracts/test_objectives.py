@@ -10,8 +10,8 @@ import torch
 
 from pipeline.config.schema import Strict
 from pipeline.core import registry
-from pipeline.core.protocols import Batch, StepContext
-from tests.contracts.components import CONTEXT, SMOKE, build_objective, make_batch
+from pipeline.core.protocols import Batch, PairwiseObjective, StepContext
+from tests.contracts.components import CONTEXT, SMOKE, build_objective, make_batch, stir
 
 NAMES = registry.names("pipeline.objectives")
 
@@ -33,7 +33,7 @@ def test_its_config_is_strict_and_says_who_it_follows(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(name):
-    objective = build_objective(name).train()
+    objective = stir(build_objective(name)).train()
     loss, _ = objective(make_batch(objective, name), CONTEXT)
     assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
     loss.backward()
@@ -58,6 +58,8 @@ def test_the_same_context_gives_the_same_loss_and_another_seed_or_step_does_not_
 @pytest.mark.parametrize("name", NAMES)
 def test_the_mean_over_parts_of_a_batch_is_the_loss_of_the_batch(name):
     objective = build_objective(name).train().double()
+    if isinstance(objective, PairwiseObjective):
+        pytest.skip("compares samples of different parts with each other; see the test of two passes")
     batch = make_batch(objective, name)
     whole = objective(batch, CONTEXT)
     parts = [objective(part(batch, rows), CONTEXT) for rows in (slice(0, 4), slice(4, 8))]
@@ -78,12 +80,12 @@ def test_metrics_are_detached_scalars_under_the_same_keys(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_encoders_map_images_to_one_vector_each(name):
+def test_encoders_of_images_give_one_vector_each(name):
     objective = build_objective(name).eval()
     batch = make_batch(objective, name)
     channels, height, width = batch["image"].shape[1:]
     own = set(objective.state_dict())
-    for encoder in objective.encoders().values():
+    for encoder in (e for kind, e in objective.encoders().items() if kind.startswith("image")):
         image = torch.randint(0, 256, (3, channels, height, width), dtype=torch.uint8)
         with torch.no_grad():
             features = encoder(image)

@@ -1,0 +1,142 @@
+"""Colour augmentation on the device, for whole batches, with random numbers that belong to the samples.
+
+The distortions of SimCLR (Chen et al. 2020, appendix A) as torchvision defines them: jitter of brightness, contrast,
+saturation and hue in random order, grey, Gaussian blur, and BYOL's solarisation. Crop and flip are done before, when
+images are decoded. Shape letters: B samples, H height, W width, n samples that an operation is applied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.config.schema import Strict
+from pipeline.core.protocols import Batch, StepContext
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=1)]
+
+
+class Colour(Strict):
+    """How strongly, and how often; the defaults are SimCLR's for ImageNet."""
+
+    brightness: Strength = 0.8
+    """Factor drawn from 1 - b to 1 + b; the same for the next two."""
+    contrast: Strength = 0.8
+    saturation: Strength = 0.8
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.2
+    """Turn of the colour circle, drawn from -h to h."""
+    jitter: Probability = 0.8
+    """Part of the samples whose colours are jittered; the same for the next three."""
+    grey: Probability = 0.2
+    blur: Probability = 0.5
+    solarize: Probability = 0.0
+    sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.1, 2.0)
+    """Of the blur, in pixels."""
+
+
+def augment(image: Tensor, batch: Batch, ctx: StepContext, colour: Colour, view: str) -> Tensor:
+    """Distort the colours of a batch.
+
+    Args:
+        image: uint8[B,3,H,W].
+        batch: whose samples these are.
+        ctx: of the step.
+        colour: what is done.
+        view: name of the view, so that two views of a sample differ.
+
+    Returns:
+        float32[B,3,H,W] from 0 to 1.
+    """
+    x = image.float() / 255
+    coins = ctx.random(batch, f"{view}.coins").uniform(4)
+    strengths = ctx.random(batch, f"{view}.strengths").uniform(5)
+    order = ctx.random(batch, f"{view}.order").permutation(4)
+    jittered = coins[:, 0] < colour.jitter
+    operations = (
+        (_brightness, 1 + colour.brightness * (2 * strengths[:, 0] - 1)),
+        (_contrast, 1 + colour.contrast * (2 * strengths[:, 1] - 1)),
+        (_saturation, 1 + colour.saturation * (2 * strengths[:, 2] - 1)),
+        (_hue, colour.hue * (2 * strengths[:, 3] - 1)),
+    )
+    for turn in range(4):
+        for number, (operation, amount) in enumerate(operations):
+            _apply(operation, x, amount, (jittered & (order[:, turn] == number)).nonzero().squeeze(1))
+    x = torch.where(_column(coins[:, 1] < colour.grey), grey(x), x)
+    sigma = colour.sigma[0] + (colour.sigma[1] - colour.sigma[0]) * strengths[:, 4]
+    chosen = (coins[:, 2] < colour.blur).nonzero().squeeze(1)
+    x[chosen] = blur(x[chosen], sigma[chosen])
+    return torch.where(_column(coins[:, 3] < colour.solarize) & (x >= 0.5), 1 - x, x)
+
+
+def _apply(operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, amount: Tensor, chosen: Tensor) -> None:
+    """Apply to the chosen samples, in place."""
+    if len(chosen):
+        x[chosen] = operation(x[chosen], _column(amount[chosen])).clamp_(0, 1)
+
+
+def _column(values: Tensor) -> Tensor:
+    """[n] to [n,1,1,1]."""
+    return values.view(-1, 1, 1, 1)
+
+
+def grey(x: Tensor) -> Tensor:
+    """Brightness of each pixel by Rec. 601, [n,3,H,W] to [n,1,H,W]."""
+    return (x * x.new_tensor((0.2989, 0.587, 0.114)).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return x * factor
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = grey(x).mean(dim=(1, 2, 3), keepdim=True)
+    return mean + (x - mean) * factor
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    g = grey(x)
+    return g + (x - g) * factor
+
+
+def _hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of HSV by a part of the circle; saturation and value stay."""
+    value, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
+    chroma = value - low
+    safe = chroma.where(chroma > 0, 1.0)
+    red, green, blue = x.unbind(dim=1)
+    part = safe.squeeze(1)
+    hue = torch.where(
+        red == value.squeeze(1),
+        (green - blue) / part,
+        torch.where(green == value.squeeze(1), 2 + (blue - red) / part, 4 + (red - green) / part),
+    ).unsqueeze(1)
+    # Back by the closed form: channel c is value - chroma * max(0, min(k, 4 - k, 1)), k = (n_c + hue) mod 6.
+    start = x.new_tensor((5.0, 3.0, 1.0)).view(1, 3, 1, 1)
+    k = (start + hue + 6 * turn) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with a sigma per sample, reflected at the edges; the kernel is a tenth of the side.
+
+    Args:
+        x: [n,3,H,W].
+        sigma: [n], in pixels.
+    """
+    n, c, h, w = x.shape
+    radius = max(1, min(h, w) // 20)
+    if n == 0 or radius >= min(h, w):
+        return x
+    offset = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    kernel = (-0.5 * (offset / sigma[:, None]).square()).exp()
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(c, dim=0)
+    padded = functional.pad(x, (radius,) * 4, mode="reflect").view(1, n * c, h + 2 * radius, w + 2 * radius)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = functional.conv2d(padded, kernel.view(n * c, 1, -1, 1), groups=n * c)
+        return functional.conv2d(rows, kernel.view(n * c, 1, 1, -1), groups=n * c).view(n, c, h, w)

@@ -1,0 +1,107 @@
+"""SimCLR: two distorted views of an image find each other among all views of the batch.
+
+Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (ICML 2020),
+https://arxiv.org/abs/2002.05709; the three-layer head is that of its second version (arXiv 2006.10029).
+Shape letters: B samples, D width of the encoder, E width of the projection.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.core.protocols import (
+    Batch,
+    DataFacts,
+    Embeddings,
+    PairwiseObjective,
+    Picture,
+    StepContext,
+    StepOutput,
+)
+from pipeline.nn.augment import Colour, augment
+from pipeline.nn.batch_norm import frozen_statistics, synchronise
+from pipeline.nn.contrastive import nt_xent
+from pipeline.nn.dropout import drop_per_sample, dropping_for
+from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
+from pipeline.nn.images import Normalize, tile
+from pipeline.nn.projection import projection, small_stem
+
+SHOWN = 8
+"""Samples in the showcase."""
+
+
+class Config(EncoderConfig):
+    """Settings of SimCLR; the defaults are the paper's ResNet-50 on ImageNet."""
+
+    encoder: str = "resnet50"
+    small_stem: bool = False
+    """The stem for images of 32 pixels."""
+    layers: Annotated[int, Field(ge=1, le=3)] = 2
+    """Of the projection head."""
+    hidden: Annotated[int, Field(ge=1)] | None = None
+    """Width inside the head; left out: the encoder's."""
+    dim: Annotated[int, Field(ge=1)] = 128
+    """E."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    colour: Colour = Colour()
+    share: Literal["gathered", "blocks"] = "gathered"
+    """Features of all ranks at once, or (slower, for the largest batches) one rank's after the other's."""
+
+
+class SimCLR(PairwiseObjective):
+    """Encoder and projection head; batch norm is that of the batch of all ranks, as the paper has it."""
+
+    def __init__(self, config: Config, facts: DataFacts) -> None:
+        super().__init__()
+        spec = f"uint8[B,{len(config.mean)},H,W]"
+        self.needs = {"image": spec, "image2": spec}
+        self.config = config
+        backbone = create_backbone(config, facts.image_size)
+        drop_per_sample(backbone, "simclr")
+        if config.small_stem:
+            small_stem(backbone, len(config.mean))
+        self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
+        hidden = config.hidden or self.encoder.dim
+        widths = [self.encoder.dim, *[hidden] * (config.layers - 1), config.dim]
+        self.head = projection(widths, norm=True, last="scaled")
+        synchronise(self)
+
+    def views(self, batch: Batch, ctx: StepContext) -> Tensor:
+        """Both views of all samples, float32[2B,C,H,W] from 0 to 1, first views first."""
+        return torch.cat(
+            [augment(batch[name], batch, ctx, self.config.colour, f"simclr.{name}") for name in ("image", "image2")]
+        )
+
+    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Unit vectors float32[B,E] of both views, in one forward: their batch statistics are common."""
+        with dropping_for(batch, ctx):
+            z = functional.normalize(self.head(self.encoder(self.views(batch, ctx))).float(), dim=1)
+        first, second = z.chunk(2)
+        return {"first": first, "second": second}
+
+    def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
+        """NT-Xent; "agreement" is the mean cosine of the two views of a sample."""
+        first, second = embeddings.rows["first"], embeddings.rows["second"]
+        scale = first.new_full((1,), 1 / self.config.temperature)
+        loss = nt_xent(first, second, scale, share=self.config.share)
+        return StepOutput(loss, {"agreement": (first * second).detach().sum(dim=1).mean()})
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The encoder without the head."""
+        return {"image": self.encoder}
+
+    def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
+        """First views, second views, and the cosines between them."""
+        batch = {name: value[:SHOWN] for name, value in batch.items()}
+        images = (self.views(batch, ctx) * 255).round().to(torch.uint8)
+        with frozen_statistics(self):
+            z = self.embed(batch, ctx)
+        cosines = z["first"] @ z["second"].T
+        own, others = cosines.diagonal(), cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)]
+        said = ", ".join(f"{c:.2f}" for c in own.tolist())
+        rest = f"; of views of different images {others.mean():.2f} on average" if len(others) else ""
+        caption = f"The two views of each image. Cosines from left to right: {said}{rest}"
+        return {"views": Picture(tile(images.chunk(2)), caption)}

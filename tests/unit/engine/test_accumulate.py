@@ -1,0 +1,150 @@
+"""Two passes: how a pairwise batch is cut into micro-batches never changes the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.config.schema import EngineConfig, Optimizer
+from pipeline.core.protocols import Batch, Clock, Embeddings, PairwiseObjective, StepContext, StepOutput
+from pipeline.dist.group import process_group
+from pipeline.engine.accelerate import AccelerateEngine
+from pipeline.engine.accumulate import accumulate
+from pipeline.nn.contrastive import info_nce
+from pipeline.nn.dropout import SampleDropout, dropping_for
+from tests.ranks import start_ranks
+
+CONTEXT = StepContext(seed=7, clock=Clock(3, 48, 160))
+BATCH = 16
+
+
+class Twins(PairwiseObjective):
+    """Two towers with dropout and drop path, and a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(6, 9), SampleDropout(0.4, "left", False), nn.GELU(), nn.Linear(9, 4))
+        self.right = nn.Sequential(nn.Linear(6, 4), SampleDropout(0.3, "right", True))
+        self.log_scale = nn.Parameter(torch.tensor([1.5]))
+        self.calls = 0
+
+    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        self.calls += 1
+        with dropping_for(batch, ctx):
+            return {name: getattr(self, name)(batch["x"]) for name in ("left", "right")}
+
+    def shared(self) -> dict[str, Tensor]:
+        return {"scale": self.log_scale.exp()}
+
+    def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
+        left, right = (functional.normalize(embeddings.rows[n], dim=1, eps=1e-3) for n in ("left", "right"))
+        loss = info_nce(left, right, embeddings.shared["scale"], tile=5)
+        return StepOutput(loss, {"scale": embeddings.shared["scale"].detach().squeeze()})
+
+
+class Plan:
+    def __init__(self, accumulation: int) -> None:
+        self.accumulation = accumulation
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(BATCH) * 3
+    return {"id": ids, "epoch": torch.ones_like(ids), "x": torch.randn(BATCH, 6, generator=generator)}
+
+
+def gradients(chunks: tuple[int, ...]) -> list[tuple[float, dict[str, np.ndarray], int]]:
+    """Of each number of micro-batches: loss, gradients, and calls of the towers."""
+    found = []
+    with process_group(1.0) as place:
+        for count in chunks:
+            torch.manual_seed(0)
+            objective = Twins().train()
+            config = EngineConfig(name="accelerate", precision="fp32", micro_batch=1)
+            engine = AccelerateEngine(objective, config, Optimizer(lr=1.0), Plan(count), place)
+            mine = {n: v.chunk(place.world_size)[place.rank] for n, v in batch().items()}
+            parts = [
+                dict(zip(mine, p, strict=True)) for p in zip(*(v.chunk(count) for v in mine.values()), strict=True)
+            ]
+            outputs = list(accumulate(engine, parts, CONTEXT))
+            assert [b["id"].tolist() for _, b in outputs] == [p["id"].tolist() for p in parts]
+            assert len({float(o.loss.detach()) for o, _ in outputs}) == 1
+            named = {n: p.grad.numpy() for n, p in objective.named_parameters() if p.grad is not None}
+            found.append((float(outputs[0][0].loss.detach()), named, objective.calls))
+    return found
+
+
+@pytest.mark.parametrize(("world", "chunks"), [(1, (1, 2, 4, 8)), (2, (1, 2, 4))])
+def test_chunks_change_neither_the_gradient_nor_the_temperatures(world, chunks):
+    ended = start_ranks(world, gradients, chunks=chunks)
+    assert [e.problem for e in ended] == [None] * world
+    torch.manual_seed(0)
+    objective = Twins().train()
+    expected_loss = objective(batch(), CONTEXT).loss
+    expected_loss.backward()
+    expected = {n: p.grad.numpy() for n, p in objective.named_parameters()}
+    for end in ended:
+        for count, (_, found, calls) in zip(chunks, end.value, strict=True):
+            assert calls == (1 if count == 1 else 2 * count)
+            assert found.keys() == expected.keys()
+            for name, want in expected.items():
+                np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=name)
+    losses = [np.mean([end.value[i][0] for end in ended]) for i in range(len(chunks))]
+    np.testing.assert_allclose(losses, float(expected_loss.detach()), rtol=1e-5)
+
+
+class Noisy(Twins):
+    """Draws from torch's own generator, as a model of others may."""
+
+    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        x = functional.dropout(batch["x"], 0.5)
+        self.seen = [*getattr(self, "seen", []), x.clone()]
+        return {"left": self.left[0](x)[:, :4], "right": self.right[0](x)}
+
+
+class Engine:
+    """Calls the objective, and nothing else."""
+
+    def __init__(self, objective: PairwiseObjective) -> None:
+        self.objective = objective
+        self.place = type("Place", (), {"device": torch.device("cpu")})()
+
+    def move(self, batch: Batch) -> Batch:
+        return batch
+
+    def call(self, batch: Batch, ctx: StepContext, **how: object) -> object:
+        return self.objective(batch, ctx, **how)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+
+def halves() -> Iterator[Batch]:
+    for rows in (slice(0, 8), slice(8, 16)):
+        yield {n: v[rows] for n, v in batch().items()}
+
+
+def test_both_passes_see_the_same_generator_and_what_follows_goes_on(lone_group):
+    torch.manual_seed(0)
+    objective = Noisy()
+    list(accumulate(Engine(objective), list(halves()), CONTEXT))
+    first, second, again, and_again = objective.seen
+    assert torch.equal(first, again) and torch.equal(second, and_again) and not torch.equal(first, second)
+    follows = torch.rand(4)
+    torch.manual_seed(0)
+    Noisy()
+    for part in halves():
+        functional.dropout(part["x"], 0.5)
+    assert torch.equal(follows, torch.rand(4))
+
+
+def test_running_statistics_count_each_micro_batch_once(lone_group):
+    objective = Twins()
+    norm = objective.left[2] = nn.BatchNorm1d(9)
+    list(accumulate(Engine(objective), list(halves()), CONTEXT))
+    assert int(norm.num_batches_tracked) == 2 and norm.track_running_stats
