@@ -28,7 +28,7 @@ def check_batch(needs: Mapping[str, str], batch: Batch, objective: str) -> None:
         match = _SPEC.fullmatch(spec)
         assert match is not None, f"{objective} needs {field}: {spec!r} is not like 'uint8[B,3,H,W]'"
         if field not in batch:
-            problems.append(f'{field!r} is not in the batch; add it to data.fields (it has {", ".join(sorted(batch))})')
+            problems.append(f"{field!r} is not in the batch; add it to data.fields (it has {', '.join(sorted(batch))})")
             continue
         value, (dtype, shape) = batch[field], match.groups()
         letters = shape.split(",")

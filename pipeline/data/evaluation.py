@@ -18,8 +18,11 @@ from pipeline.data.workers import Workers
 class OrderedStream:
     """A rank's part of a data set; see :func:`open_eval`. It can be walked any number of times."""
 
-    def __init__(self, assembler: Assembler, *, classes: tuple[str, ...], samples: int, workers: int) -> None:
+    def __init__(
+        self, assembler: Assembler, *, classes: tuple[str, ...], samples: int, workers: int, fingerprint: str
+    ) -> None:
         self.classes = classes
+        self.fingerprint = fingerprint
         self.samples = samples
         self._assembler = assembler
         self._wanted = workers
@@ -77,4 +80,10 @@ def open_eval(
     plan = EvalPlan(rank * manifest.samples // world, (rank + 1) * manifest.samples // world, batch)
     data = Data(train=os.fspath(folder), fields=tuple(fields), image=image, captions=captions or Captions())
     assembler = Assembler(manifest, data, 0, plan)
-    return OrderedStream(assembler, classes=manifest.classes, samples=manifest.samples, workers=workers)
+    return OrderedStream(
+        assembler,
+        classes=manifest.classes,
+        samples=manifest.samples,
+        workers=workers,
+        fingerprint=manifest.fingerprint,
+    )

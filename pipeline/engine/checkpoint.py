@@ -201,7 +201,8 @@ class CheckpointStore:
             passed_over.append(f"passed over checkpoint {self.path(step)}: {problems[0]}")
         if passed_over:
             raise CheckpointError(
-                "no whole checkpoint is left; not starting from step 0. " + "; ".join(passed_over)
+                "no whole checkpoint is left; not starting from step 0. "
+                + "; ".join(passed_over)
                 + f". To start anew, move {self.folder} away."
             )
         return None

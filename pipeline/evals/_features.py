@@ -1,6 +1,8 @@
 """Features of every sample of a stream, on every rank, in the order of the manifest: what probes are fed with."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,19 @@ class Features(NamedTuple):
     classes: int
 
 
+_remembered: ContextVar[dict[tuple[nn.Module, EvalStream], Features] | None] = ContextVar("remembered", default=None)
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Inside, an encoder is run over a stream once and its features kept: it must not change meanwhile."""
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
 def named_stream(streams: Mapping[str, EvalStream], name: str, setting: str) -> EvalStream:
     """The stream that a setting of an evaluation names.
 
@@ -40,6 +55,15 @@ def extract(encoder: nn.Module, stream: EvalStream) -> Features:
     Raises:
         DataError: no labels, or the ranks' shares do not make up the stream exactly.
     """
+    known = _remembered.get()
+    if known is None:
+        return _extract(encoder, stream)
+    if (encoder, stream) not in known:
+        known[encoder, stream] = _extract(encoder, stream)
+    return known[encoder, stream]
+
+
+def _extract(encoder: nn.Module, stream: EvalStream) -> Features:
     device = next(encoder.parameters()).device
     ids, x, label = [], [], []
     for batch in stream:

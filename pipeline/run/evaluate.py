@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from pipeline.config import load
 from pipeline.config.exitcodes import FINISHED
@@ -18,11 +20,12 @@ from pipeline.core import registry
 from pipeline.core.components import EVALS, check_component
 from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import load as load_manifest
-from pipeline.core.protocols import DataFacts, Evaluation, Objective
+from pipeline.core.protocols import DataFacts, Evaluation, Objective, Result
 from pipeline.data.evaluation import OrderedStream, open_eval
 from pipeline.dist.group import Place, process_group
 from pipeline.engine.checkpoint import CheckpointStore, Saved, read_manifest, verify_file
 from pipeline.engine.fragments import MODEL, Spec, named_tensors, whole
+from pipeline.evals._features import remembering
 from pipeline.record.report import write_report
 from pipeline.record.results import add_results, rows, table
 from pipeline.run.build import build_objective, check_model
@@ -76,19 +79,39 @@ def evaluate(run: str, suite: str, checkpoint: str | None, random_init: bool, ov
             load_weights(objective, saved, place.rank)
             model = (f"step {saved.step}", saved.step)
         objective.to(place.device).eval().requires_grad_(False)
+        encoders = objective.encoders()
         settings = [check_component(EVALS, c, suite, ("evals", n)) for n, c in enumerate(plan.evals)]
         streams = _open_streams(plan, config, place, stack)
+        stack.enter_context(remembering())
         for component, own in zip(plan.evals, settings, strict=True):
-            _run_one(component, own, objective, streams, folder, model, plan, place)
+            results = _run_one(component, own, encoders, streams)
+            if place.first:  # what is measured is kept, whatever comes after
+                name, step = model
+                prints, digest = {n: s.fingerprint for n, s in streams.items()}, _digest(component, plan, config)
+                add_results(
+                    folder,
+                    rows(results, model=name, step=step, evaluation=component.name, config=digest, manifests=prints),
+                )
         if place.first:
             table(add_results(folder, ()), sys.stdout)
             write_report(folder)
     return FINISHED
 
 
+def _geometry(suite: SuiteConfig, config: RunConfig) -> Image:
+    """The suite's, or centre crops of the size of the run."""
+    return suite.image or Image(size=config.data.image.size, crop="center")
+
+
+def _digest(component: Component, suite: SuiteConfig, config: RunConfig) -> str:
+    """Of the settings that decide a number, so that a report can say which numbers may be compared."""
+    decides = [component.model_dump(mode="json"), _geometry(suite, config).model_dump(mode="json"), suite.streams]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _open_streams(suite: SuiteConfig, config: RunConfig, place: Place, stack: ExitStack) -> dict[str, OrderedStream]:
-    """The suite's data sets, in the run's geometry unless the suite has its own."""
-    image = suite.image or Image(size=config.data.image.size, crop="center")
+    """The suite's data sets."""
+    image = _geometry(suite, config)
     return {
         name: stack.enter_context(
             closing(
@@ -108,22 +131,14 @@ def _open_streams(suite: SuiteConfig, config: RunConfig, place: Place, stack: Ex
 
 
 def _run_one(
-    component: Component,
-    settings: BaseModel,
-    objective: Objective,
-    streams: dict[str, OrderedStream],
-    folder: Path,
-    model: tuple[str, int | None],
-    suite: SuiteConfig,
-    place: Place,
-) -> None:
-    """Run one evaluation and record its results at once: what is measured is kept, whatever comes after.
+    component: Component, settings: BaseModel, encoders: dict[str, nn.Module], streams: dict[str, OrderedStream]
+) -> list[Result]:
+    """Run one evaluation, on all ranks.
 
     Raises:
         ConfigError: the objective has not the encoders that the evaluation uses.
     """
     evaluation = registry.component(EVALS, component.name, Evaluation)(settings)  # pyright: ignore[reportCallIssue]
-    encoders = objective.encoders()
     missing = [n for n in evaluation.needs if n not in encoders]
     if missing:
         raise ConfigError(
@@ -131,10 +146,4 @@ def _run_one(
             f"{', '.join(encoders) or 'none'}"
         )
     with torch.no_grad():
-        results = list(evaluation.run(encoders, streams))
-    if place.first:
-        name, step = model
-        digest = hashlib.sha256(suite.model_dump_json().encode()).hexdigest()[:16]
-        prints = {n: load_manifest(f).fingerprint for n, f in suite.streams.items()}
-        new = rows(results, model=name, step=step, evaluation=component.name, config=digest, manifests=prints)
-        add_results(folder, new)
+        return list(evaluation.run(encoders, streams))

@@ -171,9 +171,7 @@ def _prepare(
     recorder = None
     if place.first:
         text = load.dump(config)
-        recorder = Recorder(
-            folder, total_steps=plan.total_steps, attempt=attempt, step=clock.step, config=text
-        )
+        recorder = Recorder(folder, total_steps=plan.total_steps, attempt=attempt, step=clock.step, config=text)
         stack.enter_context(closing(recorder))
         for note in notes:
             recorder.note(note)
