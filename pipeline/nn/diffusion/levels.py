@@ -26,7 +26,7 @@ Spacing = Literal["leading", "trailing", "linspace", "karras"]
 TIME_SCALE = 1000.0
 """Networks are told the time on this scale, whatever the number of steps (improved-diffusion's rescale_timesteps)."""
 MAX_BETA = 0.999
-RHO = 7.0
+RHO, SIGMA_MIN, SIGMA_MAX = 7.0, 0.002, 80.0
 """Of Karras et al. 2022 (arXiv 2206.00364), table 1."""
 
 
@@ -151,9 +151,9 @@ def karras_sigmas(steps: int, low: float, high: float) -> Tensor:
     return (low ** (1 / RHO) + part * (high ** (1 / RHO) - low ** (1 / RHO))) ** RHO
 
 
-def edm_grid(steps: int, low: float = 0.002, high: float = 80.0) -> Levels:
+def edm_grid(steps: int) -> Levels:
     """The levels that EDM samples at."""
-    return Levels(*from_sigma(karras_sigmas(steps, low, high)))
+    return Levels(*from_sigma(karras_sigmas(steps, SIGMA_MIN, SIGMA_MAX)))
 
 
 def spaced(levels: Levels, steps: int, spacing: Spacing) -> Levels:
