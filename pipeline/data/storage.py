@@ -134,11 +134,15 @@ def patiently(where: str, action: Callable[[], T]) -> T:
     for attempt in range(_ATTEMPTS):
         try:
             return action()
-        except FileNotFoundError:
-            raise
         except Exception as error:  # each kind of server has exceptions of its own
+            cause = error
+            if isinstance(error, FileNotFoundError):
+                # fsspec says so of silent HTTP servers too, and keeps what really happened as the cause.
+                if error.__cause__ is None or getattr(error.__cause__, "status", None) == 404:
+                    raise
+                cause = error.__cause__
             if attempt == _ATTEMPTS - 1:
-                words = f"{type(error).__name__}: {error}".rstrip(": ")
+                words = f"{type(cause).__name__}: {cause}".rstrip(": ")
                 raise DataError(f"cannot read {where} ({words}), tried {_ATTEMPTS} times") from error
             time.sleep(_PAUSE * 2**attempt)
     raise AssertionError("unreachable")

@@ -1,0 +1,252 @@
+"""Shards at URLs, by ranges and through the cache, from a server that misbehaves in every way we know."""
+
+import itertools
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from pipeline.config.schema import Cache, Data, Image
+from pipeline.core import location
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.manifest import load
+from pipeline.data import storage
+from pipeline.data.storage import Cached, Local, check_shard
+from pipeline.data.stream import open_stream
+from tests.unit.data.shards import write_data
+
+
+class Server(ThreadingHTTPServer):
+    """A folder over HTTP. ``faults`` maps a file name to how it is served; ``asked`` notes (name, range)."""
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.asked = folder, {}, []
+        self.released = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        """Clients that give up are part of the test."""
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/data"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        name = self.path.rpartition("/")[2]
+        fault = self.server.faults.get(name)
+        path = os.path.join(self.server.folder, name)
+        if fault == "missing" or not os.path.exists(path):
+            self.send_error(404)
+            return
+        with open(path, "rb") as f:
+            content = f.read()
+        if fault == "page":
+            content = b"<!DOCTYPE html><html>please log in</html>"
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if body:
+            self.server.asked.append((name, wanted and wanted.group()))
+        if fault == "silent":
+            self.server.released.wait(30)
+        if isinstance(fault, int) and fault > 0 and body:
+            self.server.faults[name] = fault - 1
+            self.send_error(503)
+            return
+        if wanted and fault != "no ranges":
+            first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            content = content[first : last + 1]
+        else:
+            self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[: len(content) // 2] if fault == "broken" else content)
+            self.close_connection = fault == "broken"
+
+
+SIZES = [5, 9, 20, 13]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), SIZES)
+
+
+@pytest.fixture
+def server(local, monkeypatch):
+    monkeypatch.setattr(storage, "_PAUSE", 0.01)
+    monkeypatch.setattr(location, "SILENCE", 0.5)
+    made = Server(local.root)
+    yield made
+    made.released.set()
+    made.shutdown()
+    made.server_close()
+    location.filesystem.cache_clear()
+
+
+def open_at(url, **settings):
+    data = Data(train=url, **({"fields": ("image", "label"), "image": Image(size=8), "workers": 0} | settings))
+    return open_stream(data, load(url), seed=1, global_batch=16, micro_batch=8, rank=0, world=1)
+
+
+def first(stream, steps):
+    found = [m for parts in itertools.islice(stream.batches(0), steps) for m in parts]
+    stream.close()
+    return found
+
+
+def assert_same(left, right):
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(left, right, strict=True) for key in a)
+
+
+def test_same_batches_over_http(local, server):
+    assert_same(first(open_at(local.root), 4), first(open_at(server.url), 4))
+    tars = [wanted for name, wanted in server.asked if name.endswith(".tar")]
+    assert tars and None not in tars, "a whole shard was read for a few samples"
+
+
+def test_loader_processes_over_http(local, server):
+    assert_same(first(open_at(local.root), 4), first(open_at(server.url, workers=2), 4))
+
+
+def test_any_fsspec_url(local):
+    files = fsspec.filesystem("memory")
+    files.put(local.root + "/", "/bucket/data", recursive=True)
+    assert_same(first(open_at(local.root), 4), first(open_at("memory://bucket/data"), 4))
+    files.rm("/bucket", recursive=True)
+
+
+def test_cache_holds_whole_shards_and_is_used_again(local, server, tmp_path):
+    cache = Cache(folder=str(tmp_path), limit_gb=1)
+    assert_same(first(open_at(local.root), 8), first(open_at(server.url, cache=cache), 8))
+    folder = tmp_path / local.fingerprint
+    kept = sorted(p.name for p in folder.glob("[!.]*"))
+    assert kept == [s.name for s in local.shards]
+    assert all((folder / name).read_bytes() == (Path(local.root) / name).read_bytes() for name in kept)
+    server.asked.clear()
+    first(open_at(server.url, cache=cache), 8)
+    assert not [name for name, _ in server.asked if name.endswith(".tar")]
+
+
+def test_cache_stays_below_its_limit(local, server, tmp_path):
+    limit = max(s.bytes for s in local.shards)
+    found = first(open_at(server.url, cache=Cache(folder=str(tmp_path), limit_gb=limit / 1e9)), 8)
+    assert_same(first(open_at(local.root), 8), found)
+    assert sum(p.stat().st_size for p in (tmp_path / local.fingerprint).glob("[!.]*")) <= limit
+
+
+def test_cache_smaller_than_a_shard_is_refused(server, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.cache\.limit_gb = 1e-06 is less than a shard"):
+        open_at(server.url, cache=Cache(folder=str(tmp_path), limit_gb=1e-6))
+
+
+def test_a_shard_is_fetched_once_for_all_who_want_it(local, server, tmp_path):
+    """Eight threads with eight caches over the same folder, as the ranks of a node have."""
+    caches = [Cached(server.url, str(tmp_path), 10**9) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda c: [c.read(s, [0], [512]) for s in local.shards], caches))
+    whole = [name for name, wanted in server.asked if wanted is None or wanted.startswith("bytes=0-")]
+    assert sorted(whole) == [s.name for s in local.shards]
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_prefetch_brings_shards_before_they_are_read(local, server, tmp_path):
+    cached = Cached(server.url, str(tmp_path), 10**9)
+    cached.prefetch(local.shards[:2])
+    cached._ahead.shutdown()
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == [s.name for s in local.shards[:2]]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["cache", "ranges"])
+def test_a_server_that_fails_now_and_then_does_no_harm(local, server, tmp_path, kept):
+    server.faults = {s.name: 2 for s in local.shards}
+    cache = Cache(folder=str(tmp_path), limit_gb=1) if kept else None
+    assert_same(first(open_at(local.root), 4), first(open_at(server.url, cache=cache), 4))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["cache", "ranges"])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("missing", r"cannot open shard .*x-000002\.tar"),
+        ("page", r"x-000002\.tar has 41 bytes, its manifest says"),
+        ("broken", r"cannot read .*x-000002\.tar \(.*\), tried 3 times"),
+        ("silent", r"cannot read .*x-000002\.tar \(.*\), tried 3 times"),
+        (99, r"cannot read .*x-000002\.tar \(.*503.*\), tried 3 times"),
+    ],
+)
+def test_a_server_that_keeps_failing_is_an_error_naming_the_shard(server, tmp_path, fault, reason, kept):
+    server.faults = {"x-000002.tar": fault}
+    cache = Cache(folder=str(tmp_path), limit_gb=1) if kept else None
+    with pytest.raises(DataError, match=reason):
+        first(open_at(server.url, cache=cache), 4)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_server_without_ranges_needs_the_cache(local, server, tmp_path):
+    server.faults = {s.name: "no ranges" for s in local.shards}
+    with pytest.raises(DataError, match=r"does not serve ranges and needs data\.cache"):
+        first(open_at(server.url), 1)
+    cache = Cache(folder=str(tmp_path), limit_gb=1)
+    assert_same(first(open_at(local.root), 4), first(open_at(server.url, cache=cache), 4))
+
+
+def test_changed_content_of_the_same_size_never_enters_the_cache(local, server, tmp_path):
+    other = tmp_path / "other"
+    os.makedirs(other)
+    for name in os.listdir(local.root):
+        with open(f"{local.root}/{name}", "rb") as f:
+            content = bytearray(f.read())
+        if name == "x-000002.tar":
+            content[5000] ^= 1
+        (other / name).write_bytes(content)
+    server.folder = str(other)
+    with pytest.raises(
+        DataError, match=r"x-000002\.tar \(DataError: its sha256 is not the manifest's\), tried 3 times"
+    ):
+        first(open_at(server.url, cache=Cache(folder=str(tmp_path / "cache"), limit_gb=1)), 8)
+    assert not (tmp_path / "cache" / local.fingerprint / "x-000002.tar").exists()
+
+
+def test_missing_manifest_and_unknown_scheme(server):
+    server.faults = {"manifest.json": "missing"}
+    with pytest.raises(DataError, match=r"no manifest at http://.*/data/manifest\.json"):
+        load(server.url)
+    with pytest.raises(ConfigError, match="cannot read nothing://x"):
+        load("nothing://x")
+
+
+def test_shard_that_shrinks_while_it_is_read(local, tmp_path):
+    copy = write_data(tmp_path, SIZES)
+    reader, shard = Local(copy.root), copy.shards[2]
+    reader.read(shard, [0], [512])
+    os.truncate(f"{copy.root}/{shard.name}", 1024)
+    with pytest.raises(DataError, match=r"x-000002\.tar has 1024 bytes, its manifest says"):
+        reader.read(shard, [0], [4096])
+    with pytest.raises(DataError, match=r"x-000002\.tar has 1024 bytes"):
+        check_shard(copy, shard)
+    reader.close()
