@@ -222,6 +222,10 @@ class _Build:
                 record = replace(record, key=f"{len(self.parts)}-{record.key}")
             elif record.key in taken:
                 record = replace(record, image=Failed("in the data set already: a sample of this key"))
+            if record.label is not None and not 0 <= record.label < len(self.source.classes):
+                record = replace(
+                    record, image=Failed(f"label {record.label} is not one of {len(self.source.classes)} classes")
+                )
             if split not in self.writers:
                 self.writers[split] = self._writer(split, [])
             if not self.writers[split].covers(place, record):

@@ -56,7 +56,7 @@ def _prepare(record: Record, options: Options) -> Sample:
         members.append(("cls", str(record.label).encode()))
     if record.caption is not None:
         members.append(("txt", record.caption.encode("utf-8", "replace")))
-    members += [(extension, text.encode("utf-8", "replace")) for extension, text in record.more.items()]
+    members += record.more.items()
     if record.metadata is not None:
         text = json.dumps(record.metadata, ensure_ascii=False, sort_keys=True, default=str)
         members.append(("json", text.encode("utf-8", "replace")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,8 +66,8 @@ class Record:
     """Changes when the input changes: size and time of a file, hash of inline bytes."""
     label: int | None = None
     caption: str | None = None
-    more: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Further captions by their extension, "alt.txt"."""
+    more: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
+    """Further members by their extension, "alt.txt": written as they are."""
     metadata: Mapping[str, Any] | None = None
     split: str | None = None
     """Set by sources that come with splits; otherwise a hash of the identity decides."""
@@ -121,14 +121,31 @@ def _percent(match: re.Match[bytes]) -> bytes:
     return b"%%%02X" % match.group()[0]
 
 
+def number_classes(names: Iterable[str], known: Sequence[str] = ()) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Classes in order and the label of each name.
+
+    Numbers stand for themselves; other names are numbered in alphabetical order, after those already ``known``.
+    """
+    names = set(names)
+    if all(name.isdecimal() for name in names) and not set(known) & names:
+        most = max((int(name) for name in names), default=-1)
+        return tuple(known) or tuple(str(i) for i in range(most + 1)), {name: int(name) for name in names}
+    classes = (*known, *sorted(names - set(known)))
+    return classes, {name: i for i, name in enumerate(classes)}
+
+
 def split_of(identity: str, splits: Mapping[str, float], seed: int) -> str:
-    """The split that ``identity`` falls into: a hash against the parts in ``splits``; the rest is "train"."""
-    digest = hashlib.sha256(f"{seed}\0{identity}".encode("utf-8", "surrogateescape")).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+    """The split that ``identity`` falls into; what is in none of ``splits`` is in "train".
+
+    Each split draws from what the ones before it left, by a hash of its own name: so a split of a split is as random
+    as the first one was.
+    """
+    left = 1.0
     for name, part in splits.items():
-        if place < part:
+        digest = hashlib.sha256(f"{seed}\0{name}\0{identity}".encode("utf-8", "surrogateescape")).digest()
+        if int.from_bytes(digest[:8], "big") / 2**64 * left < part:
             return name
-        place -= part
+        left -= part
     return "train"
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import images
+from data_prep.dataset import read_manifest
 from data_prep.record import Rejected
 from data_prep.scan import Scan, scan
 from data_prep.shards import shard_index
 from data_prep.store import Store, open_store
 from pipeline.core.errors import DataError
-from pipeline.core.manifest import FILE, Manifest, Shard, ShardIndex, index_name, parse, parse_index
+from pipeline.core.manifest import Manifest, Shard, ShardIndex, index_name, parse_index
 
 MOST = 5
 """Problems of one kind that are listed per shard."""
@@ -52,7 +53,7 @@ def verify(folder: str, decode: float = 0.0, progress: Callable[[int], None] | N
     """
     store = open_store(folder)
     try:
-        manifest = _manifest(store)
+        manifest = read_manifest(store)
         report = Report()
         keys: dict[bytes, str] = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -68,14 +69,6 @@ def verify(folder: str, decode: float = 0.0, progress: Callable[[int], None] | N
         return report
     finally:
         store.close()
-
-
-def _manifest(store: Store) -> Manifest:
-    try:
-        text = store.read(FILE).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"no manifest in {store.where} ({error}); make one with `sluice prep index`") from error
-    return parse(text, store.where, f"{store.where}/{FILE}")
 
 
 def _shard(store: Store, manifest: Manifest, shard: Shard, decode: float) -> tuple[list[str], list[str], int]:

@@ -2,168 +2,157 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from data_prep.options import Duplicates, Filters, ImageOptions, Options
-from data_prep.record import Source
-from pipeline.core.errors import ConfigError
+from launch import prep_build
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.manifest import Manifest
 
-app = typer.Typer(help="Prepare, verify and describe shards.", no_args_is_help=True)
-build_app = typer.Typer(help="Build shards from a source.", no_args_is_help=True)
-app.add_typer(build_app, name="build")
+app = typer.Typer(help="Prepare, verify and describe shards.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(prep_build.app, name="build")
+
+DataSet = Annotated[str, typer.Argument(help="Data set: the folder or URL with the shards.", metavar="FOLDER")]
 
 
-def _shared(  # noqa: PLR0913 - the options of one command
-    out: Annotated[str, typer.Argument(help="Folder or fsspec URL that will hold train/, val/, ...", metavar="OUT")],
-    split: Annotated[
-        list[str] | None, typer.Option(help="Part of the samples in a split, val=0.05 if left out; val=0 for none.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides the splits and the order.")] = 0,
-    shard_samples: Annotated[int, typer.Option(help="Most samples in a shard.")] = Options.shard_samples,
-    shard_bytes: Annotated[int, typer.Option(help="Most bytes in a shard.")] = Options.shard_bytes,
-    format: Annotated[str, typer.Option(help="keep, jpg, webp or png.")] = "keep",
-    quality: Annotated[int, typer.Option(help="Of JPEG and WebP, 1 to 100.")] = ImageOptions.quality,
-    resize: Annotated[str, typer.Option(help="none, short, long (that side becomes --size), crop (square).")] = "none",
-    size: Annotated[int, typer.Option(help="Pixels, with --resize.")] = 0,
-    enlarge: Annotated[bool, typer.Option("--enlarge", help="Also resize images that are smaller.")] = False,
-    filter: Annotated[
-        list[str] | None,
-        typer.Option(help="min_side=, max_aspect=, min_area=, max_area=, min_caption=, max_caption=, caption=REGEX"),
-    ] = None,
-    duplicates: Annotated[str, typer.Option(help="off, report or drop samples like an earlier one.")] = "off",
-    distance: Annotated[int, typer.Option(help="Look-alikes too: bits of 64 that may differ; -1: equal ones.")] = -1,
-    workers: Annotated[int, typer.Option(help="Processes that read and encode; 0: none but this one.")] = 0,
-    append: Annotated[bool, typer.Option("--append", help="Add to a complete data set, as new shards.")] = False,
-) -> Options:
-    """The options that all sources share. Its signature is the command line's."""
-    del out, append
-    image: dict[str, Any] = {
-        "format": format,
-        "quality": quality,
-        "resize": resize,
-        "size": size,
-        "enlarge": enlarge,
-    }
-    duplicate: dict[str, Any] = {"action": duplicates, "distance": distance}
-    splits = {k: _number(v, f"--split {k}") for k, v in (_pairs(split, "--split") or {"val": "0.05"}).items()}
-    return Options(
-        splits={name: part for name, part in splits.items() if part},
-        seed=seed,
-        shard_samples=shard_samples,
-        shard_bytes=shard_bytes,
-        image=ImageOptions(**image),
-        filters=_filters(filter),
-        duplicates=Duplicates(**duplicate),
-        workers=workers,
+@app.command()
+def index(
+    folder: DataSet,
+    tars: Annotated[str, typer.Option(help="Which tars: {000..099}.tar; left out: all.")] = "",
+    classes: Annotated[Path | None, typer.Option(help="File with a class name per line, in order.")] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave damaged tars out.")] = False,
+) -> None:
+    """Take existing WebDataset tars as they are: look through them, write indexes and a manifest beside them."""
+    from data_prep.index import index as run
+    from data_prep.progress import Progress
+
+    names = _lines(classes) if classes else ()
+    with Progress("indexing", None, "tars") as progress:
+        manifest = run(folder, pattern=tars, classes=names, skip_damaged=skip, progress=progress.update)
+    typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+    for line in manifest.made["indexed"]["left_out"]:
+        typer.echo(f"left out: {line}")
+
+
+def _manifest(folder: str) -> Manifest:
+    from data_prep.dataset import read_manifest
+    from data_prep.store import open_store
+
+    store = open_store(folder)
+    try:
+        return read_manifest(store)
+    finally:
+        store.close()
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the classes: {error}") from error
+
+
+@app.command()
+def verify(
+    folder: DataSet,
+    decode: Annotated[float, typer.Option(min=0, max=1, help="Part of the samples to decode; 1: all.")] = 0.0,
+) -> None:
+    """Check shards against their manifest; exit code 2 and a list of damaged shards if they do not keep it."""
+    from data_prep.progress import Progress
+    from data_prep.verify import verify as run
+
+    total = len(_manifest(folder).shards)
+    with Progress("verifying", total, "shards") as progress:
+        report = run(folder, decode, progress.update)
+    if report.problems:
+        listed = "\n".join(f"  {name}: {p}" for name, problems in report.problems.items() for p in problems)
+        raise DataError(f"{len(report.problems)} of {report.shards} files of {folder} are damaged:\n{listed}")
+    typer.echo(
+        f"{folder}: {report.shards:,} shards with {report.samples:,} samples are whole, {report.decoded:,} decoded"
     )
 
 
-def _pairs(given: list[str] | None, what: str) -> dict[str, str]:
-    pairs = [item.partition("=") for item in given or ()]
-    wrong = [name for name, sign, _ in pairs if not sign]
-    if wrong:
-        raise ConfigError(f"{what} is written NAME=VALUE, not {wrong[0]!r}")
-    return {name: value for name, _, value in pairs}
-
-
-def _number(text: str, what: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"{what} is a number, not {text!r}") from None
-
-
-def _filters(given: list[str] | None) -> Filters:
-    from dataclasses import fields
-
-    from pipeline.core.registry import suggest
-
-    kinds: dict[str, type] = {f.name: type(f.default) for f in fields(Filters)}
-    values: dict[str, Any] = {}
-    for name, value in _pairs(given, "--filter").items():
-        if name not in kinds:
-            raise ConfigError(f"unknown filter {name!r}; {suggest(name, list(kinds))}")
-        values[name] = value if kinds[name] is str else kinds[name](_number(value, f"--filter {name}"))
-    return Filters(**values)
-
-
-def _source(make: Callable[..., Source]) -> Callable[..., Source]:
-    """Register ``build NAME``: the parameters of ``make``, with OUT and the shared options."""
-    own, shared = _parameters(make), _parameters(_shared)
-    out, *rest = shared.values()
-    mine = [p for p in own.values() if p.name not in shared]
-    arguments = [p for p in mine if p.default is inspect.Parameter.empty]
-    options = [p for p in mine if p.default is not inspect.Parameter.empty]
-
-    def command(**given: Any) -> None:
-        theirs = {name: given[name] for name in shared}
-        source = make(**{name: given[name] for name in own})
-        _build(source, given["out"], _shared(**theirs), append=given["append"])
-
-    parameters = [*arguments, out, *options, *rest]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = make.__doc__
-    build_app.command(make.__name__)(command)
-    return make
-
-
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """A function's parameters with their annotations evaluated."""
-    hints = get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters
-    return {name: p.replace(annotation=hints[name]) for name, p in parameters.items()}
-
-
-def _build(source: Source, out: str, options: Options, *, append: bool) -> None:
-    """Build with a progress bar and say what came out."""
-    from data_prep.build import build
+@app.command()
+def stats(
+    folder: DataSet,
+    renew: Annotated[bool, typer.Option("--renew", help="Decode everything and write the statistics again.")] = False,
+) -> None:
+    """Show what the manifest says about the data."""
+    from data_prep.describe import renew_statistics
     from data_prep.progress import Progress
 
-    with Progress("building", source.total) as progress:
-        built = build(source, out, options, append=append, progress=progress.counts)
-    for split, manifest in built.manifests.items():
-        typer.echo(f"{split}: {manifest.samples:,} samples in {len(manifest.shards):,} shards at {manifest.root}")
-    counts = built.counts
-    if counts.rejects:
-        typer.echo(f"{counts.rejects:,} of {counts.inputs:,} inputs rejected, see {out}/rejects.jsonl")
+    manifest = _manifest(folder)
+    if renew:
+        with Progress("decoding", manifest.samples, "samples") as progress:
+            manifest = renew_statistics(folder, progress.update)
+    _print(manifest)
 
 
-Folder = Annotated[str, typer.Argument(help="Folder of images.", metavar="SRC")]
+def _print(manifest: Manifest) -> None:
+    from data_prep.describe import table
+
+    rows = table(manifest)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
 
 
-@_source
-def folder(
-    src: Folder,
-    shuffle: Annotated[bool, typer.Option(help="Mix the order, so that shards hold many classes.")] = True,
-    seed: int = 0,
-) -> Source:
-    """Build from a folder: one sub-folder per class, or flat; with captions in name.txt, metadata in name.json."""
-    from data_prep.sources.folder import FolderSource
+@app.command()
+def show(
+    folder: DataSet,
+    out: Annotated[Path, typer.Option(help="Where to write; .png and .html are added.")] = Path("sheet"),
+    samples: Annotated[int, typer.Option(min=1, help="How many.")] = 48,
+) -> None:
+    """Write a contact sheet as PNG and HTML, and print a table."""
+    from data_prep.describe import sheet
 
-    return FolderSource(src, shuffle=shuffle, seed=seed)
-
-
-@_source
-def glyphs(
-    characters: Annotated[int, typer.Option(help="Classes.")] = 200,
-    samples: Annotated[int, typer.Option(help="Images per character and typeface.")] = 10,
-    pixels: Annotated[int, typer.Option(help="Side of an image.")] = 32,
-    seed: int = 0,
-) -> Source:
-    """Build the embedded data: Unicode characters in many typefaces, some of them only in val."""
-    from data_prep.sources.glyphs import GlyphsSource
-
-    return GlyphsSource(characters, samples, pixels, seed)
+    manifest = _manifest(folder)
+    picture, page = sheet(folder, samples)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(f"{out}.png")
+    Path(f"{out}.html").write_text(page, encoding="utf-8")
+    _print(manifest)
+    typer.echo(f"see {out}.png and {out}.html")
 
 
-@_source
-def digits(pixels: Annotated[int, typer.Option(help="Side of an image.")] = 32) -> Source:
-    """Build scikit-learn's 1,797 handwritten digits."""
-    from data_prep.sources.digits import DigitsSource
+@app.command()
+def tokenizer(
+    folder: DataSet,
+    vocabulary: Annotated[int, typer.Option(help="Most entries.")] = 8192,
+    field: Annotated[list[str] | None, typer.Option(help="Field with text; caption if left out.")] = None,
+) -> None:
+    """Train a byte-level BPE tokenizer from the captions."""
+    from data_prep.tokenizer import train_tokenizer
 
-    return DigitsSource(pixels)
+    manifest = train_tokenizer(folder, vocabulary, tuple(field or ("caption",)))
+    typer.echo(f"{folder}/{manifest.tokenizer['file']}: sha256 {manifest.tokenizer['sha256']}")
+
+
+@app.command()
+def split(
+    folder: DataSet,
+    out: Annotated[str, typer.Argument(help="Folder that will hold train/ and the splits.", metavar="OUT")],
+    part: Annotated[list[str], typer.Option("--split", help="Part of the samples in a split: val=0.05.")],
+    seed: Annotated[int, typer.Option(help="Decides the splits.")] = 0,
+) -> None:
+    """Deal a data set out into splits, by a hash of each sample's key."""
+    from data_prep.options import Options
+    from data_prep.sources.tars import TarsSource
+
+    manifest = _manifest(folder)
+    source = TarsSource([f"{folder}/{shard.name}" for shard in manifest.shards], known=manifest.classes)
+    prep_build.run_build(source, out, Options(splits=prep_build.parse_splits(part), seed=seed))
+
+
+@app.command()
+def merge(
+    out: Annotated[str, typer.Argument(help="Folder that is made.", metavar="OUT")],
+    folders: Annotated[list[str], typer.Argument(help="Data sets to put together.", metavar="FOLDER...")],
+) -> None:
+    """Make one data set of several with the same classes; shards are linked, or copied to another disk."""
+    from data_prep.merge import merge as run
+
+    manifest = run(folders, out)
+    typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")

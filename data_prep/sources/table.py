@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from data_prep.fetch import Failed, Remote
-from data_prep.record import Inline, LocalFile, Payload, Record, Rejected, extension_of, file_stamp
+from data_prep.record import Inline, LocalFile, Payload, Record, Rejected, extension_of, file_stamp, number_classes
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.registry import suggest
 
@@ -91,12 +91,7 @@ class TableSource:
                 value = _text(row.get(self.columns.label))
                 if value:
                     names.add(value)
-        if all(name.isdecimal() for name in names):
-            most = max((int(name) for name in names), default=-1)
-            classes = self.known or tuple(str(i) for i in range(most + 1))
-            return tuple(classes), {name: int(name) for name in names}
-        classes = (*self.known, *sorted(names - set(self.known)))
-        return classes, {name: i for i, name in enumerate(classes)}
+        return number_classes(names, self.known)
 
     def __iter__(self) -> Iterator[Record]:
         place = 0
@@ -125,7 +120,7 @@ class TableSource:
             stamp=f"{stamp} {digest}",
             label=label,
             caption=captions.pop("txt", None),
-            more=captions,
+            more={extension: text.encode("utf-8", "replace") for extension, text in captions.items()},
             metadata=metadata or None,
             extension=extension,
         )

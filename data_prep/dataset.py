@@ -1,0 +1,78 @@
+"""Reading a prepared data set back, for the verbs that describe it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from data_prep.store import Store
+from pipeline.core.errors import DataError
+from pipeline.core.manifest import FILE, Manifest, Shard, ShardIndex, index_name, parse, parse_index
+
+
+class Item(NamedTuple):
+    """One sample's content."""
+
+    key: str
+    fields: dict[str, bytes]
+    """Of the fields that were asked for and that it has."""
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest in a store's folder.
+
+    Raises:
+        DataError: none there, or damaged.
+    """
+    where = f"{store.where}/{FILE}"
+    try:
+        text = store.read(FILE).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"no manifest at {where} ({error}); make one with `sluice prep index`") from error
+    return parse(text, store.where, where)
+
+
+def read_index(store: Store, manifest: Manifest, shard: Shard) -> ShardIndex:
+    """A shard's index.
+
+    Raises:
+        DataError: none there, or damaged.
+    """
+    name = index_name(shard.name)
+    try:
+        data = store.read(name)
+    except OSError as error:
+        raise DataError(f"no index at {store.where}/{name}; renew it with `sluice prep index`") from error
+    return parse_index(data, shard, manifest.fields, f"{store.where}/{name}")
+
+
+def items(store: Store, manifest: Manifest, fields: Sequence[str], rows: Sequence[int] | None = None) -> Iterator[Item]:
+    """Samples in order: all, or those of the given numbers (rising)."""
+    columns = {name: i for i, name in enumerate(manifest.fields) if name in fields}
+    wanted = iter(rows) if rows is not None else None
+    row = next(wanted, None) if wanted is not None else None
+    for shard, start in zip(manifest.shards, manifest.starts, strict=False):
+        if wanted is None:
+            inside: Sequence[int] = range(shard.samples)
+        else:
+            inside = []
+            while row is not None and row < start + shard.samples:
+                inside.append(row - start)
+                row = next(wanted, None)
+        if not inside:
+            continue
+        index = read_index(store, manifest, shard)
+        with store.fetch(shard.name) as path, open(path, "rb") as f:
+            for i in inside:
+                found: dict[str, bytes] = {}
+                for name, column in columns.items():
+                    if index.offset[i, column] >= 0:
+                        f.seek(index.offset[i, column])
+                        found[name] = f.read(index.size[i, column])
+                yield Item(index.keys[i], found)
+
+
+def digest(data: bytes) -> str:
+    """sha256 in hex."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,146 @@
+"""Existing WebDataset tars, repacked: filtered, re-encoded, split and dealt out into new shards.
+
+To use tars as they are, ``sluice prep index`` is enough. Where a tar is damaged, the samples before the damage are
+taken and the rest is one rejected input that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.fetch import Failed
+from data_prep.record import Payload, Record, file_stamp, number_classes, safe_key
+from data_prep.scan import Damage, group, walk
+from data_prep.shards import field_of
+from data_prep.ustar import Member
+from pipeline.core.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of a file."""
+
+    path: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes. A tar that vanished stops the build: OSError passes through."""
+        with open(self.path, "rb") as f:
+            f.seek(self.offset)
+            return f.read(self.size)
+
+
+@dataclass
+class TarsSource:
+    """Samples of local tars."""
+
+    tars: Sequence[str | Path]
+    label: Literal["cls", "folder", "none"] = "cls"
+    """Labels are in ``.cls`` members, or are the first folder in the key."""
+    known: Sequence[str] = ()
+    """Classes that are numbered already; new ones come after them."""
+    classes: tuple[str, ...] = field(default=(), init=False)
+    total: int | None = field(default=None, init=False)
+    positional: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.label not in ("cls", "folder", "none"):
+            raise ConfigError(f"labels come from cls, folder or none, not {self.label!r}")
+        paths = [p for tar in self.tars for p in _expand(str(tar))]
+        if not paths:
+            raise DataError(f"no tars at {', '.join(str(t) for t in self.tars)}")
+        self._paths = paths
+        names: set[str] = set()
+        self.total = 0
+        for path in paths:
+            for key, members, _ in _samples(path):
+                self.total += 1
+                if members is not None and (name := self._label(path, key, members)):
+                    names.add(name)
+        self.classes, self._number = number_classes(names, self.known)
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`~data_prep.record.Source`."""
+        return {"kind": "tars", "tars": self._paths, "label": self.label}
+
+    def _label(self, path: str, key: str, members: Sequence[Member]) -> str:
+        if self.label == "folder":
+            return key.partition("/")[0] if "/" in key else ""
+        found = [m for m in members if m.extension == "cls"] if self.label == "cls" else []
+        return _read(path, found[0]).decode("utf-8", "replace").strip() if found else ""
+
+    def __iter__(self) -> Iterator[Record]:
+        for number, path in enumerate(self._paths):
+            stamp = file_stamp(path)
+            for key, members, problem in _samples(path):
+                unique = f"{number:05d}/{safe_key(key)}"
+                if members is None:
+                    yield Record(unique, f"{path}: {key}", Failed(problem), problem)
+                else:
+                    yield self._record(path, key, unique, members, stamp)
+
+    def _record(self, path: str, key: str, unique: str, members: Sequence[Member], stamp: str) -> Record:
+        image: Payload = Failed(f"no image, only {', '.join(m.extension for m in members)}")
+        claimed, more = "", dict[str, bytes]()
+        caption: str | None = None
+        metadata: dict[str, Any] | None = None
+        for m in members:
+            kind = field_of(m.extension)
+            if kind == "image" and isinstance(image, Failed):
+                image, claimed = Slice(path, m.offset, m.size), m.extension
+            elif kind == "caption":
+                caption = _read(path, m).decode("utf-8", "replace")
+            elif kind == "metadata":
+                metadata, problem = _table(_read(path, m))
+                image = Failed(problem) if problem else image
+            elif kind != "label":
+                more[m.extension] = _read(path, m)
+        label = self._number.get(self._label(path, key, members))
+        first = members[0].offset
+        return Record(unique, key, image, f"{stamp} {first}", label, caption, more, metadata, extension=claimed)
+
+
+def _expand(text: str) -> list[str]:
+    """A tar, a folder of tars, or a pattern with braces."""
+    from braceexpand import braceexpand
+
+    if os.path.isdir(text):
+        return sorted(str(p) for p in Path(text).glob("*.tar"))
+    paths = list(braceexpand(text))
+    for path in paths:
+        if not os.path.exists(path):
+            raise DataError(f"no tar at {path}")
+    return paths
+
+
+def _samples(path: str) -> Iterator[tuple[str, list[Member] | None, str]]:
+    """Key and members of each sample; at damage, no members and what is wrong."""
+    with open(path, "rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+        try:
+            for key, members in group(walk(data)):
+                yield key, members, ""
+        except Damage as damage:
+            yield "~damage", None, f"the rest of the tar is lost: {damage}"
+        finally:
+            if isinstance(data, mmap.mmap):
+                data.close()
+
+
+def _read(path: str, member: Member) -> bytes:
+    return Slice(path, member.offset, member.size).read()
+
+
+def _table(data: bytes) -> tuple[dict[str, Any] | None, str]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        return None, f"metadata is not JSON: {error}"
+    return (value, "") if isinstance(value, dict) else (None, "metadata is no table")

@@ -1,0 +1,269 @@
+"""``sluice prep build``: one command per kind of source. Only what a command uses is imported, when it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from data_prep.options import Duplicates, FetchOptions, Filters, ImageOptions, Options
+from data_prep.record import Source
+from pipeline.core.errors import ConfigError
+from pipeline.core.registry import suggest
+
+app = typer.Typer(help="Build shards from a source.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def _shared(  # noqa: PLR0913 - the options of one command
+    out: Annotated[str, typer.Argument(help="Folder or fsspec URL that will hold train/, val/, ...", metavar="OUT")],
+    split: Annotated[
+        list[str] | None, typer.Option(help="Part of the samples in a split, val=0.05 if left out; val=0 for none.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides the splits and the order.")] = 0,
+    shard_samples: Annotated[int, typer.Option(help="Most samples in a shard.")] = Options.shard_samples,
+    shard_bytes: Annotated[int, typer.Option(help="Most bytes in a shard.")] = Options.shard_bytes,
+    format: Annotated[str, typer.Option(help="keep, jpg, webp or png.")] = "keep",
+    quality: Annotated[int, typer.Option(help="Of JPEG and WebP, 1 to 100.")] = ImageOptions.quality,
+    resize: Annotated[str, typer.Option(help="none, short, long (that side becomes --size), crop (square).")] = "none",
+    size: Annotated[int, typer.Option(help="Pixels, with --resize.")] = 0,
+    enlarge: Annotated[bool, typer.Option("--enlarge", help="Also resize images that are smaller.")] = False,
+    filter: Annotated[
+        list[str] | None,
+        typer.Option(help="min_side=, max_aspect=, min_area=, max_area=, min_caption=, max_caption=, caption=REGEX"),
+    ] = None,
+    duplicates: Annotated[str, typer.Option(help="off, report or drop samples like an earlier one.")] = "off",
+    distance: Annotated[int, typer.Option(help="Look-alikes too: bits of 64 that may differ; -1: equal ones.")] = -1,
+    workers: Annotated[int, typer.Option(help="Processes that read and encode; 0: none but this one.")] = 0,
+    append: Annotated[bool, typer.Option("--append", help="Add to a complete data set, as new shards.")] = False,
+) -> Options:
+    """The options that all sources share. Its signature is the command line's."""
+    del out, append
+    image: dict[str, Any] = {
+        "format": format,
+        "quality": quality,
+        "resize": resize,
+        "size": size,
+        "enlarge": enlarge,
+    }
+    duplicate: dict[str, Any] = {"action": duplicates, "distance": distance}
+    return Options(
+        splits=parse_splits(split or ["val=0.05"]),
+        seed=seed,
+        shard_samples=shard_samples,
+        shard_bytes=shard_bytes,
+        image=ImageOptions(**image),
+        filters=Filters(**_settings(Filters, filter, "--filter")),
+        duplicates=Duplicates(**duplicate),
+        workers=workers,
+    )
+
+
+def parse_splits(given: list[str]) -> dict[str, float]:
+    """Parts of splits written NAME=PART; those of 0 are left out."""
+    parts = {name: _number(value, f"--split {name}") for name, value in _pairs(given, "--split").items()}
+    return {name: part for name, part in parts.items() if part}
+
+
+def _pairs(given: list[str] | None, what: str) -> dict[str, str]:
+    pairs = [item.partition("=") for item in given or ()]
+    wrong = [name for name, sign, _ in pairs if not sign]
+    if wrong:
+        raise ConfigError(f"{what} is written NAME=VALUE, not {wrong[0]!r}")
+    return {name: value for name, _, value in pairs}
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{what} is a number, not {text!r}") from None
+
+
+def _settings(kind: type[Filters | FetchOptions], given: list[str] | None, what: str) -> dict[str, Any]:
+    """Fields of a dataclass written NAME=VALUE."""
+    kinds: dict[str, type] = {f.name: type(f.default) for f in fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in _pairs(given, what).items():
+        if name not in kinds:
+            raise ConfigError(f"{what}: unknown {name!r}; {suggest(name, list(kinds))}")
+        values[name] = value if kinds[name] is str else kinds[name](_number(value, f"{what} {name}"))
+    return values
+
+
+Make = Callable[..., Source | tuple[Source, FetchOptions]]
+
+
+def _source(make: Make) -> Make:
+    """Register ``build NAME``: the parameters of ``make``, with OUT and the shared options.
+
+    A parameter that ``make`` has in common with the shared ones (``seed``, ``out``) is given to both.
+    """
+    own, shared = _parameters(make), _parameters(_shared)
+    out, *rest = shared.values()
+    mine = [p for p in own.values() if p.name not in shared]
+    arguments = [p for p in mine if p.default is inspect.Parameter.empty]
+    options = [p for p in mine if p.default is not inspect.Parameter.empty]
+
+    def command(**given: Any) -> None:
+        options = _shared(**{name: given[name] for name in shared})
+        made = make(**{name: given[name] for name in own})
+        source, fetch = made if isinstance(made, tuple) else (made, None)
+        run_build(source, given["out"], replace(options, fetch=fetch), append=given["append"])
+
+    parameters = [*arguments, out, *options, *rest]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = make.__doc__
+    app.command(make.__name__)(command)
+    return make
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """A function's parameters with their annotations evaluated."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters
+    return {name: p.replace(annotation=hints[name]) for name, p in parameters.items()}
+
+
+def run_build(source: Source, out: str, options: Options, *, append: bool = False) -> None:
+    """Build with a progress bar and say what came out."""
+    from data_prep.build import build
+    from data_prep.progress import Progress
+
+    with Progress("building", source.total) as progress:
+        built = build(source, out, options, append=append, progress=progress.counts)
+    for manifest in built.manifests.values():
+        typer.echo(f"{manifest.root}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+    counts = built.counts
+    if counts.rejects:
+        typer.echo(f"{counts.rejects:,} of {counts.inputs:,} inputs rejected, see {out}/rejects.jsonl")
+
+
+def _known_classes(out: str, append: bool) -> tuple[str, ...]:
+    """The classes of the data set that is added to."""
+    if not append:
+        return ()
+    from data_prep.dataset import read_manifest
+    from data_prep.store import open_store
+
+    store = open_store(f"{out}/train")
+    try:
+        return read_manifest(store).classes
+    finally:
+        store.close()
+
+
+Pixels = Annotated[int, typer.Option(help="Side of an image.")]
+
+
+@_source
+def folder(
+    src: Annotated[str, typer.Argument(help="Folder of images.", metavar="SRC")],
+    out: str,
+    shuffle: Annotated[bool, typer.Option(help="Mix the order, so that shards hold many classes.")] = True,
+    seed: int = 0,
+    append: bool = False,
+) -> Source:
+    """Build from a folder: one sub-folder per class, or flat; captions in name.txt, metadata in name.json."""
+    from data_prep.sources.folder import FolderSource
+
+    return FolderSource(src, shuffle=shuffle, seed=seed, known=_known_classes(out, append))
+
+
+@_source
+def table(
+    src: Annotated[str, typer.Argument(help="CSV, TSV, JSON lines or Parquet; or a folder of them.", metavar="SRC")],
+    out: str,
+    image: Annotated[str, typer.Option(help="Column with path or bytes.")] = "image",
+    caption: Annotated[list[str] | None, typer.Option(help="Column with a caption. May be repeated.")] = None,
+    label: Annotated[str, typer.Option(help="Column with the class.")] = "",
+    key: Annotated[str, typer.Option(help="Column that decides the split; left out: path, URL or hash.")] = "",
+    root: Annotated[str, typer.Option(help="Folder that paths are relative to; left out: the table's.")] = "",
+    append: bool = False,
+) -> Source:
+    """Build from tables with paths or image bytes; columns without a role become metadata."""
+    from data_prep.sources.table import Columns, TableSource
+
+    columns = Columns(image, tuple(caption or ()), label, key)
+    return TableSource([src], columns, root, known=_known_classes(out, append))
+
+
+@_source
+def urls(  # noqa: PLR0913 - the options of one command
+    src: Annotated[str, typer.Argument(help="CSV, TSV, JSON lines or Parquet; or a folder of them.", metavar="SRC")],
+    out: str,
+    url: Annotated[str, typer.Option(help="Column with the URL.")] = "url",
+    caption: Annotated[list[str] | None, typer.Option(help="Column with a caption. May be repeated.")] = None,
+    label: Annotated[str, typer.Option(help="Column with the class.")] = "",
+    expected: Annotated[str, typer.Option(help="Column with the MD5, SHA-1 or SHA-256 that must come.")] = "",
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="concurrency=32, timeout=20, max_bytes=, retries=2, backoff=0.5, redirects=5, per_host=10."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Allow private and loopback addresses.")] = False,
+    robots: Annotated[bool, typer.Option(help="Honour X-Robots-Tag.")] = True,
+    append: bool = False,
+) -> tuple[Source, FetchOptions]:
+    """Build from tables with URLs, downloading them."""
+    from data_prep.sources.table import Columns, TableSource
+
+    columns = Columns(url, tuple(caption or ()), label, "", expected)
+    fetch = FetchOptions(**_settings(FetchOptions, limit, "--limit"), private=private, robots=robots)
+    return TableSource([src], columns, known=_known_classes(out, append)), fetch
+
+
+@_source
+def tars(
+    src: Annotated[str, typer.Argument(help="Tar, folder of tars, or {000..099}.tar.", metavar="SRC")],
+    out: str,
+    label: Annotated[str, typer.Option(help="cls, folder (the first in the key) or none.")] = "cls",
+    append: bool = False,
+) -> Source:
+    """Build from existing tars, repacking them; to use them as they are, see `sluice prep index`."""
+    from data_prep.sources.tars import TarsSource
+
+    kind: Any = label
+    return TarsSource([src], kind, _known_classes(out, append))
+
+
+@_source
+def torchvision(
+    name: Annotated[str, typer.Argument(help="Name of the data set, like CIFAR10.")],
+    src: Annotated[str, typer.Argument(help="Folder that holds it.", metavar="SRC")],
+    train: Annotated[list[str] | None, typer.Option(help="Argument of the training split, train=true.")] = None,
+    val: Annotated[list[str] | None, typer.Option(help="Argument of the validation split, train=false.")] = None,
+) -> Source:
+    """Build from a torchvision data set that is on the disk."""
+    from data_prep.sources.torchvision import TorchvisionSource
+
+    splits = {"train": _arguments(train, "--train")} | ({"val": _arguments(val, "--val")} if val else {})
+    return TorchvisionSource(name, src, splits)
+
+
+def _arguments(given: list[str] | None, what: str) -> dict[str, Any]:
+    known = {"true": True, "false": False}
+    return {k: int(v) if v.isdigit() else known.get(v.lower(), v) for k, v in _pairs(given, what).items()}
+
+
+@_source
+def glyphs(
+    characters: Annotated[int, typer.Option(help="Classes.")] = 200,
+    samples: Annotated[int, typer.Option(help="Images per character and typeface.")] = 10,
+    pixels: Pixels = 32,
+    seed: int = 0,
+) -> Source:
+    """Build the embedded data: Unicode characters in many typefaces, some of them only in val."""
+    from data_prep.sources.glyphs import GlyphsSource
+
+    return GlyphsSource(characters, samples, pixels, seed)
+
+
+@_source
+def digits(pixels: Pixels = 32) -> Source:
+    """Build scikit-learn's 1,797 handwritten digits."""
+    from data_prep.sources.digits import DigitsSource
+
+    return DigitsSource(pixels)
