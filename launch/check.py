@@ -50,11 +50,13 @@ def check(path: Path, overrides: Sequence[str], procs: int) -> None:
 def plan_table(config: RunConfig, plan: Plan) -> str:
     """What a run will do, in a dozen lines."""
     every = {"log": plan.log_every, "checkpoint": plan.checkpoint_every, "showcase": plan.showcase_every}
+    train = config.data.train
+    sources = [train] if isinstance(train, str) else [source.path for source in train]
     rows = {
         "objective": config.objective.name,
         "engine": f"{config.engine.name}, {config.engine.precision}"
         + (f", ZeRO {config.engine.zero}" if config.engine.name == "deepspeed" else ""),
-        "data": f"{config.data.train}: {plan.samples:,} samples",
+        "data": f"{' + '.join(sources)}: {plan.samples:,} samples",
         "global batch": f"{plan.global_batch:,} = {plan.world_size} ranks x {plan.micro_batch} samples"
         f" x {plan.accumulation} accumulated",
         "length": f"{config.run.length} = {plan.total_steps:,} steps = {plan.total_samples:,} samples",

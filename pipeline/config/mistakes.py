@@ -87,8 +87,8 @@ def validate(
         found = [_explain(model, values, details) for details in error.errors(include_url=False)]
         lines: dict[str, None] = {}
         for path, text, general in found:
-            if general and any(p[: len(path)] == path and not g for p, _, g in found):
-                continue  # another branch of the union says more precisely what is wrong
+            if general and any(p[: len(path)] == path and (len(p) > len(path) or not g) for p, _, g in found):
+                continue
             source = origin(prefix + path)
             lines[path_text(prefix + path) + text + (f" (in {source})" if source else "")] = None
         raise Mistakes(title, list(lines)) from None
@@ -101,7 +101,7 @@ def path_text(path: Path) -> str:
 
 
 def _explain(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetails) -> tuple[Path, str, bool]:
-    """Where a mistake is, what it is, and whether it only says that no branch of a union fits."""
+    """Where a mistake is, what it is, and whether it only follows from others (which say it more precisely)."""
     path, annotation, in_union = _walk(model, values, details)
     kind = details["type"]
     context: dict[str, Any] = details.get("ctx", {})
@@ -121,7 +121,9 @@ def _explain(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDe
     if kind == "literal_error" and isinstance(value, str):
         close = difflib.get_close_matches(value, re.findall("'([^']*)'", context["expected"]), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return path, f"expected {form.format(**context)}, found {_show(value)}{hint}", False
+    # pydantic counts only those items that are sound.
+    short = kind == "too_short" and len(value) >= context["min_length"]
+    return path, f"expected {form.format(**context)}, found {_show(value)}{hint}", short
 
 
 def _walk(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetails) -> tuple[Path, Any, bool]:
@@ -160,13 +162,16 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _child(annotation: Any, key: str | int) -> Any:
-    """What is allowed under ``key``; ``Any`` where the model does not say."""
-    if isinstance(key, int):
-        lists = [annotation, *typing.get_args(annotation)]
-        return next((typing.get_args(a)[0] for a in lists if typing.get_origin(a) is tuple), Any)
-    model = _model_in(annotation)
-    known = model.model_fields if model else {}
-    return known[key].annotation if key in known else Any
+    """What is allowed under ``key``, also inside ``str | tuple[Source, ...]``; ``Any`` where the model does not say."""
+    kind, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is tuple:
+        return parts[0] if isinstance(key, int) else Any
+    if kind is dict:
+        return parts[1]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields
+        return fields[key].annotation if key in fields else Any
+    return next((child for part in parts if (child := _child(part, key)) is not Any), Any)
 
 
 def _keys_beside(model: type[BaseModel], path: Path) -> list[str]:

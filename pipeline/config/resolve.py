@@ -148,7 +148,7 @@ def _batch_problems(batch: int, micro: int, world: int) -> list[str]:
 def _epoch_problems(config: RunConfig, samples: int) -> list[str]:
     batch = config.run.global_batch
     if samples == 0:
-        return [f"data.train: {config.data.train} holds no samples"]
+        return ["data.train: there are no samples"]
     if samples < batch and config.data.tail == "drop":
         return [
             f"run.global_batch: an epoch has {samples} samples, fewer than one batch of {batch}; "

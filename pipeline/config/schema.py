@@ -16,7 +16,13 @@ from pipeline.config.durations import Duration
 class Strict(BaseModel):
     """Base of all configuration: frozen, unknown keys forbidden, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # a component's own settings may be infinite
+    )
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -199,6 +205,15 @@ class EngineConfig(Strict):
         return table
 
 
+class EmaConfig(Strict):
+    """Moving averages of the weights, in fp32 from the master weights, saved with every checkpoint."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    """What is kept per update, after a warm-up of (1 + n) / (10 + n) at update n."""
+    power: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+    """Relative widths of further, power-function averages, from which averages of any width can be made later."""
+
+
 class Every(Strict):
     """How often things happen; "0ba" is never."""
 
@@ -235,6 +250,8 @@ class RunConfig(Strict):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     engine: EngineConfig
+    ema: EmaConfig | None = None
+    """Left out: none."""
     every: Every = Every()
 
     @model_validator(mode="after")

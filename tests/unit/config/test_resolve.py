@@ -65,7 +65,7 @@ def test_all_that_does_not_fit_is_said_at_once():
         resolve(config(batch=100), samples=50, world_size=4)
     assert len(caught.value.problems) == 2
     assert resolve(config(batch=100, micro=25, tail="endless"), samples=50, world_size=4).total_steps == 5
-    with pytest.raises(Mistakes, match="holds no samples"):
+    with pytest.raises(Mistakes, match="there are no samples"):
         resolve(config(), samples=0, world_size=1)
 
 
