@@ -1,0 +1,198 @@
+"""MoCo: a query finds its key, made by a slowly moving copy of the encoder, among many others.
+
+Version 2 with a queue of keys: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning" (CVPR
+2020), and Chen et al., "Improved Baselines with Momentum Contrastive Learning" (arXiv 2003.04297). Version 3 without a
+queue, with a predictor and both views as queries: Chen, Xie and He, "An Empirical Study of Training Self-Supervised
+Vision Transformers" (ICCV 2021). Shape letters: B samples, K keys in the queue, E width of keys, W ranks.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.core.protocols import (
+    Average,
+    Batch,
+    Clock,
+    DataFacts,
+    Embeddings,
+    PairwiseObjective,
+    Picture,
+    StepContext,
+    StepOutput,
+)
+from pipeline.dist.collectives import all_gather, rank_and_world
+from pipeline.nn.augment import Colour, augment
+from pipeline.nn.batch_norm import average_statistics, frozen_statistics, synchronise
+from pipeline.nn.contrastive import in_batch_nce, queue_nce
+from pipeline.nn.dropout import drop_per_sample, dropping_for
+from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
+from pipeline.nn.images import Normalize, tile
+from pipeline.nn.projection import projection, small_stem
+
+SHOWN = 8
+"""Samples in the showcase."""
+MOCO_COLOUR = Colour(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+
+
+class Config(EncoderConfig):
+    """Settings of MoCo; the defaults are version 2's ResNet-50."""
+
+    encoder: str = "resnet50"
+    version: Literal[2, 3] = 2
+    small_stem: bool = False
+    """The stem for images of 32 pixels."""
+    freeze_patches: bool = False
+    """Leave a vision transformer's patch embedding as it was drawn (version 3, section 4.2)."""
+    layers: Annotated[int, Field(ge=1, le=3)] = 2
+    """Of the projection head."""
+    hidden: Annotated[int, Field(ge=1)] | None = None
+    """Width inside the heads; left out: the encoder's."""
+    dim: Annotated[int, Field(ge=1)] = 128
+    """E."""
+    queue: Annotated[int, Field(ge=1)] = 65536
+    """K (version 2); a multiple of the global batch keeps all keys equally long."""
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
+    """What the copy keeps of itself in each update; version 3 raises it to 1 on a cosine."""
+    temperature: Annotated[float, Field(gt=0)] = 0.2
+    colour: Colour = MOCO_COLOUR
+    colour2: Colour | None = None
+    """Of the second view; left out: the same."""
+
+
+class MoCo(PairwiseObjective):
+    """Encoder, heads, momentum copies and queue.
+
+    Batch norm: version 2 keeps it per rank and shuffles the keys' images over the ranks, so that the statistics do not
+    betray which key belongs to a query; version 3 takes it over all ranks.
+    """
+
+    queue: Tensor
+    filled: Tensor
+
+    def __init__(self, config: Config, facts: DataFacts) -> None:
+        super().__init__()
+        spec = f"uint8[B,{len(config.mean)},H,W]"
+        self.needs = {"image": spec, "image2": spec}
+        self.config = config
+        backbone = create_backbone(config, facts.image_size)
+        drop_per_sample(backbone, "moco")
+        if config.small_stem:
+            small_stem(backbone, len(config.mean))
+        if config.freeze_patches:
+            backbone.patch_embed.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
+        self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
+        hidden = config.hidden or self.encoder.dim
+        widths = [self.encoder.dim, *[hidden] * (config.layers - 1), config.dim]
+        modern = config.version == 3
+        self.head = projection(widths, norm=modern, last="plain" if modern else "none")
+        self.momentum = nn.ModuleDict({"encoder": copy.deepcopy(self.encoder), "head": copy.deepcopy(self.head)})
+        self.momentum.requires_grad_(False)
+        self.predictor = None
+        if modern:
+            self.predictor = projection([config.dim, hidden, config.dim], norm=True, last="plain")
+            synchronise(self)
+        else:
+            self.register_buffer("queue", functional.normalize(torch.randn(config.queue, config.dim), dim=1))
+            self.register_buffer("filled", torch.zeros(1, dtype=torch.int64))
+        self._fresh: Tensor | None = None
+
+    def view(self, batch: Batch, ctx: StepContext, name: str) -> Tensor:
+        """One view of each sample, float32[B,C,H,W] from 0 to 1."""
+        second = name == "image2" and self.config.colour2 is not None
+        colour = self.config.colour2 if second else self.config.colour
+        assert colour is not None
+        return augment(batch[name], batch, ctx, colour, f"moco.{name}")
+
+    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Unit vectors float32[B,E]: queries with gradient, keys without."""
+        with dropping_for(batch, ctx):
+            if self.predictor is None:
+                queries = {"query": self._query(self.view(batch, ctx, "image"))}
+                return queries | {"key": self._shuffled_keys(batch, ctx)}
+            views = torch.cat([self.view(batch, ctx, name) for name in ("image", "image2")])
+            first, second = self._query(views).chunk(2)
+            key, key2 = self._key(views).chunk(2)
+        return {"query": first, "query2": second, "key": key, "key2": key2}
+
+    def _query(self, x: Tensor) -> Tensor:
+        z = self.head(self.encoder(x))
+        return functional.normalize((z if self.predictor is None else self.predictor(z)).float(), dim=1)
+
+    @torch.no_grad()
+    def _key(self, x: Tensor) -> Tensor:
+        return functional.normalize(self.momentum["head"](self.momentum["encoder"](x)).float(), dim=1)
+
+    def _shuffled_keys(self, batch: Batch, ctx: StepContext) -> Tensor:
+        """Keys of the second views, each made on a rank that chance decides, in the company that chance decides."""
+        rank, world = rank_and_world()
+        if world == 1:
+            return self._key(self.view(batch, ctx, "image2"))
+        everyone = {name: all_gather(batch[name]) for name in ("id", "epoch", "image2")}
+        # A random number of each sample sorts them: the same order on all ranks, without a message.
+        order = ctx.random(everyone, "moco.shuffle").uniform().argsort(stable=True)
+        mine = {name: value[order.chunk(world)[rank]] for name, value in everyone.items()}
+        with dropping_for(mine, ctx):
+            keys = all_gather(self._key(self.view(mine, ctx, "image2")))
+        return keys[order.argsort().chunk(world)[rank]]
+
+    def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
+        """InfoNCE of queries and keys; "agreement" is the mean cosine of a query and its key."""
+        rows = embeddings.rows
+        scale = rows["query"].new_full((1,), 1 / self.config.temperature)
+        if self.predictor is None:
+            loss = queue_nce(rows["query"], rows["key"], self.queue, scale)
+            self._fresh = rows["key"].detach()
+            agreement = (rows["query"] * rows["key"]).sum(dim=1)
+        else:
+            both = in_batch_nce(rows["query"], rows["key2"], scale) + in_batch_nce(rows["query2"], rows["key"], scale)
+            # 2 T: the paper's code makes the gradient's size independent of the temperature.
+            loss = both * (2 * self.config.temperature)
+            agreement = (rows["query"] * rows["key2"]).sum(dim=1)
+        return StepOutput(loss, {"agreement": agreement.detach().mean()})
+
+    def after_step(self, clock: Clock) -> None:
+        """Put the step's keys into the queue, in the order of the global batch, in place of the oldest."""
+        if self.predictor is not None:
+            return
+        assert self._fresh is not None, "no loss was computed since the last update"
+        keys = all_gather(self._fresh)[-len(self.queue) :].to(self.queue.dtype)
+        places = (self.filled + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[places] = keys
+        self.filled.copy_((self.filled + len(keys)) % len(self.queue))
+        self._fresh = None
+        average_statistics(self)
+
+    def averages(self, clock: Clock) -> Iterable[Average]:
+        """The momentum encoder and head."""
+        keep = self.config.momentum
+        if self.predictor is not None:
+            keep = 1 - (1 - keep) * (math.cos(math.pi * clock.progress) + 1) / 2
+        for name, module in (("encoder", self.encoder), ("head", self.head)):
+            for target, source in zip(self.momentum[name].parameters(), module.parameters(), strict=True):
+                yield Average(target, source, keep)
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The trained encoder, without heads."""
+        return {"image": self.encoder}
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm names for the backbone: positions and class token."""
+        named = self.encoder.backbone.no_weight_decay() if hasattr(self.encoder.backbone, "no_weight_decay") else set()
+        return {f"encoder.backbone.{name}" for name, _ in self.encoder.backbone.named_parameters() if name in named}
+
+    def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
+        """Queries' views, keys' views, and the cosines between them."""
+        batch = {name: value[:SHOWN] for name, value in batch.items()}
+        views = [self.view(batch, ctx, name) for name in ("image", "image2")]
+        with frozen_statistics(self), dropping_for(batch, ctx):
+            cosines = (self._query(views[0]) * self._key(views[1])).sum(dim=1)
+        images = [(view * 255).round().to(torch.uint8) for view in views]
+        said = ", ".join(f"{c:.2f}" for c in cosines.tolist())
+        return {"views": Picture(tile(images), f"Views of queries and keys. Cosines from left to right: {said}")}
