@@ -16,6 +16,7 @@ from pipeline.config.schema import Strict
 from pipeline.core.random import SampleRandom
 
 Part = Annotated[float, Field(ge=0, le=1)]
+HOLE_ASPECT = 2.0
 
 
 class Corruption(Strict):
@@ -55,17 +56,27 @@ def corrupt(x: Tensor, random: SampleRandom, settings: Corruption) -> Tensor:
         stays = random.integers(0, c, 1) == torch.arange(c, device=x.device)
         x = x * (stays | (random.uniform(c) >= settings.channels))[:, :, None, None]
     for _ in range(settings.holes):
-        x = x * ~hole(random, (h, w), settings.hole_area)
+        x = x * ~rectangle(random, (h, w), settings.hole_area, HOLE_ASPECT)
     return x
 
 
-def hole(random: SampleRandom, size: tuple[int, int], area: tuple[float, float]) -> Tensor:
-    """One random rectangle inside each image, bool[B,1,H,W]."""
+def rectangle(random: SampleRandom, size: tuple[int, int], area: tuple[float, float], aspect: float) -> Tensor:
+    """One random rectangle inside each image.
+
+    Args:
+        random: numbers of the samples.
+        size: height and width.
+        area: least and most, as a part of the image.
+        aspect: largest of height over width and width over height; it is log-uniform.
+
+    Returns:
+        bool[B,1,H,W].
+    """
     rows, columns = size
     part_u, aspect_u, top_u, left_u = random.uniform(4)[:, :, None, None, None].unbind(1)
     pixels = (area[0] + part_u * (area[1] - area[0])) * rows * columns
-    aspect = torch.exp((2 * aspect_u - 1) * math.log(2))
-    height, width = (pixels * aspect).sqrt().clamp(1, rows), (pixels / aspect).sqrt().clamp(1, columns)
+    ratio = torch.exp((2 * aspect_u - 1) * math.log(aspect))
+    height, width = (pixels * ratio).sqrt().clamp(1, rows), (pixels / ratio).sqrt().clamp(1, columns)
     top, left = top_u * (rows - height), left_u * (columns - width)
     row = torch.arange(rows, device=top.device)[:, None] + 0.5
     column = torch.arange(columns, device=top.device) + 0.5

@@ -133,7 +133,11 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Features of a batch, in the precision of the backbone's output."""
-        x = self.backbone(to_weights(self.normalize(image), self.backbone))
+        return self.features(self.normalize(image))
+
+    def features(self, x: Tensor) -> Tensor:
+        """The same of what is normalised already, float32[B,C,H,W]."""
+        x = self.backbone(to_weights(x, self.backbone))
         if self.pool == "native":
             return x
         return x[:, 0] if self.pool == "cls" else x[:, self.backbone.num_prefix_tokens :].mean(dim=1)

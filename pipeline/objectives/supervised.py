@@ -15,6 +15,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, backbone_layers, create_backbone
 from pipeline.nn.images import Normalize, tile
+from pipeline.nn.mixing import Mixing, mix
 from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
@@ -26,6 +27,8 @@ class Config(EncoderConfig):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the target that is spread over all classes."""
+    mixing: Mixing = Mixing()
+    """Mixup, CutMix and random erasing."""
 
 
 class Supervised(Objective):
@@ -51,17 +54,30 @@ class Supervised(Objective):
         self._labels_checked = False
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
-        """Cross-entropy; "top1", and "top5" where there are at least five classes, are parts of the micro-batch."""
+        """Cross-entropy; "top1", and "top5" where there are at least five classes, are parts of the micro-batch.
+
+        Where samples are mixed, the loss is that of both labels by their parts, and hits are those of the first.
+        """
         label = batch["label"]
         if not self._labels_checked:  # once: it waits for the device
             self._check_labels(label)
-        logits = self.logits(batch["image"])
-        loss = functional.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing)
+        if self.config.mixing.active:
+            x = self.encoder.normalize(batch["image"])
+            x, partner, part = mix(x, ctx.random(batch, "supervised.mix"), self.config.mixing)
+            logits = self.head(self.encoder.features(x)).float()
+            own, other = (self._cross_entropy(logits, target) for target in (label, label[partner]))
+            loss = (part * own + (1 - part) * other).mean()
+        else:
+            logits = self.logits(batch["image"])
+            loss = self._cross_entropy(logits, label).mean()
         best = logits.detach().topk(min(5, len(self.classes)), dim=1).indices == label[:, None]
         metrics = {"top1": best[:, :1].any(dim=1).float().mean()}
         if len(self.classes) >= 5:
             metrics["top5"] = best.any(dim=1).float().mean()
         return StepOutput(loss, metrics)
+
+    def _cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing, reduction="none")
 
     def logits(self, image: Tensor) -> Tensor:
         """uint8[B,C,H,W] to float32[B,K]."""

@@ -3,7 +3,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.core.random import SampleRandom
-from pipeline.nn.corruption import Corruption, corrupt, hole
+from pipeline.nn.corruption import Corruption, corrupt, rectangle
 
 
 def numbers(ids):
@@ -44,7 +44,7 @@ def test_one_channel_always_stays():
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)])
 def test_holes_are_rectangles_of_the_area_that_is_asked_for(size):
-    found = hole(numbers(IDS), size, (0.1, 0.2))
+    found = rectangle(numbers(IDS), size, (0.1, 0.2), 2.0)
     assert found.shape == (400, 1, *size)
     for mask in found[:50, 0]:
         rows, columns = mask.any(1), mask.any(0)

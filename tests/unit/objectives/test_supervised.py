@@ -5,6 +5,7 @@ import torch
 
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
+from pipeline.nn.mixing import mix
 from pipeline.objectives.supervised import Config, Supervised
 
 CTX = StepContext(seed=1, clock=Clock(0, 0, 100))
@@ -91,3 +92,16 @@ def test_the_showcase_names_truth_and_mistakes():
     model.logits = lambda image: torch.eye(6)[[0, 2]]
     caption = model.showcase(batch([0, 1]), CTX)["predictions"].caption
     assert caption.endswith("c0, c1 (taken for c2)")
+
+
+def test_the_loss_of_mixed_samples_is_that_of_soft_labels():
+    model = build(mixing={"mixup": 0.8, "cutmix": 1.0}, label_smoothing=0.1).train()
+    data = batch([0, 1, 2, 3, 4, 5])
+    out = model(data, CTX)
+    x, partner, part = mix(
+        model.encoder.normalize(data["image"]), CTX.random(data, "supervised.mix"), model.config.mixing
+    )
+    soft = part[:, None] * torch.eye(6)[data["label"]] + (1 - part[:, None]) * torch.eye(6)[data["label"][partner]]
+    soft = 0.9 * soft + 0.1 / 6
+    logits = model.head(model.encoder.backbone(x))
+    torch.testing.assert_close(out.loss, -(soft * logits.log_softmax(1)).sum(1).mean())
