@@ -24,6 +24,8 @@ _OPEN_FILES = 256
 _ATTEMPTS = 3
 _PAUSE = 1.0
 """Seconds before the second attempt at a server; twice as long before each next one."""
+_WAIT = 0.05
+"""Seconds between looks whether there is room in a cache."""
 _CHUNK = 8 << 20
 
 T = TypeVar("T")
@@ -238,7 +240,6 @@ class Cached:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_name(f".{path.name}.lock")):
                 if not self._touch(path):
-                    self._make_room(shard.bytes)
                     self._fetch(shard, path)
 
     def _touch(self, path: Path) -> bool:
@@ -255,6 +256,7 @@ class Cached:
 
         def fetch() -> None:
             digest, size = hashlib.sha256(), 0
+            self._reserve(part, shard.bytes)
             with (
                 files.open(f"{root.rstrip('/')}/{shard.name}", "rb", block_size=_CHUNK) as source,
                 open(part, "wb") as f,
@@ -278,23 +280,46 @@ class Cached:
         finally:
             part.unlink(missing_ok=True)
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove what was not used for longest until ``wanted`` more bytes fit."""
+    def _reserve(self, part: Path, size: int) -> None:
+        """Make a file of ``size`` bytes for a shard to come, once the limit allows, removing shards for it."""
+        while not self._fits(part, size):
+            time.sleep(_WAIT)
+
+    def _fits(self, part: Path, size: int) -> bool:
+        """Whether the space could be had; if not, shards that are on their way take it and will be usable soon."""
         with _locked(self._folder / ".lock"):
-            files: list[tuple[float, int, Path]] = []
-            for path in self._folder.rglob("[!.]*"):
+            kept: list[tuple[float, int, Path]] = []
+            coming = 0
+            for path in self._folder.rglob("*"):
                 try:
                     status = path.stat()
                 except FileNotFoundError:
                     continue
-                if path.is_file():
-                    files.append((status.st_mtime, status.st_size, path))
-            total = sum(size for _, size, _ in files)
-            for _, size, path in sorted(files):
-                if total + wanted <= self._limit:
+                if path.name.endswith(".part") and path != part:
+                    coming += status.st_size * self._is_coming(path)
+                elif path.is_file() and not path.name.startswith("."):
+                    kept.append((status.st_mtime, status.st_size, path))
+            excess = coming + sum(s for _, s, _ in kept) + size - self._limit
+            for _, freed, path in sorted(kept):
+                if excess <= 0:
                     break
                 path.unlink(missing_ok=True)
-                total -= size
+                excess -= freed
+            if excess <= 0:
+                with open(part, "wb") as f:
+                    f.truncate(size)
+            return excess <= 0
+
+    @staticmethod
+    def _is_coming(part: Path) -> bool:
+        """Whether someone fetches this; what a killed process left is removed."""
+        with open(part.with_suffix(".lock"), "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            part.unlink(missing_ok=True)
+            return False
 
 
 @contextmanager

@@ -99,7 +99,6 @@ def local(tmp_path_factory):
 @pytest.fixture
 def server(local, monkeypatch):
     monkeypatch.setattr(storage, "_PAUSE", 0.01)
-    monkeypatch.setattr(location, "SILENCE", 0.5)
     made = Server(local.root)
     yield made
     made.released.set()
@@ -159,6 +158,15 @@ def test_cache_stays_below_its_limit(local, server, tmp_path):
     assert sum(p.stat().st_size for p in (tmp_path / local.fingerprint).glob("[!.]*")) <= limit
 
 
+def test_what_a_killed_process_left_in_the_cache_is_removed(local, server, tmp_path):
+    (tmp_path / ".x-000009.tar.part").write_bytes(bytes(2 * max(s.bytes for s in local.shards)))
+    cached = Cached(server.url, str(tmp_path), 2 * max(s.bytes for s in local.shards))
+    for shard in local.shards:
+        cached.read(shard, [0], [512])
+    assert not list(tmp_path.glob(".*.part"))
+    cached.close()
+
+
 def test_cache_smaller_than_a_shard_is_refused(server, tmp_path):
     with pytest.raises(ConfigError, match=r"data\.cache\.limit_gb = 1e-06 is less than a shard"):
         open_at(server.url, cache=Cache(folder=str(tmp_path), limit_gb=1e-6))
@@ -199,7 +207,9 @@ def test_a_server_that_fails_now_and_then_does_no_harm(local, server, tmp_path, 
         (99, r"cannot read .*x-000002\.tar \(.*503.*\), tried 3 times"),
     ],
 )
-def test_a_server_that_keeps_failing_is_an_error_naming_the_shard(server, tmp_path, fault, reason, kept):
+def test_a_server_that_keeps_failing_is_an_error_naming_the_shard(server, tmp_path, monkeypatch, fault, reason, kept):
+    if fault == "silent":
+        monkeypatch.setattr(location, "SILENCE", 0.3)
     server.faults = {"x-000002.tar": fault}
     cache = Cache(folder=str(tmp_path), limit_gb=1) if kept else None
     with pytest.raises(DataError, match=reason):
