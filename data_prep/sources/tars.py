@@ -1,7 +1,7 @@
 """Existing WebDataset tars, repacked: filtered, re-encoded, split and dealt out into new shards.
 
-To use tars as they are, ``sluice prep index`` is enough. Where a tar is damaged, the samples before the damage are
-taken and the rest is one rejected input that says what is wrong.
+To use tars as they are, ``sluice prep index`` is enough. Where a tar is damaged, the samples before the damage
+(but the last, which may be half) are taken, and the rest is one rejected input that says what is wrong.
 """
 
 from __future__ import annotations

@@ -1,0 +1,144 @@
+"""Sources that read what others made: tars and torchvision's data sets."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from data_prep.build import build
+from data_prep.options import ImageOptions, Options
+from data_prep.sources.tars import TarsSource
+from data_prep.sources.torchvision import TorchvisionSource
+from pipeline.core.errors import ConfigError, DataError
+from tests.unit.data_prep.samples import encoded, members, picture, png, stock_reader
+from tests.unit.data_prep.test_build import lines
+from tests.unit.data_prep.test_scan import _tar
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Two tars with keys that occur in both, and one of them cut."""
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        content = {}
+        for j in range(4):
+            key = f"class{j % 2}/{j}"
+            content |= {f"{key}.png": png(10 * i + j), f"{key}.cls": f"{j}".encode(), f"{key}.txt": b"text"}
+            content |= {f"{key}.json": b'{"n": 1}', f"{key}.npy": b"numbers"}
+        _tar(tmp_path / "in" / f"{i}.tar", content | {"only.txt": b"no image", "bad.png": png(), "bad.json": b"{"})
+    return tmp_path / "in"
+
+
+def test_tars_are_repacked(tars, tmp_path):
+    built = build(TarsSource([tars]), tmp_path / "out", Options({}, shard_samples=3))
+    assert built.counts.samples == 8
+    assert built.manifests["train"].classes == ("0", "1", "2", "3")
+    samples = stock_reader(tmp_path / "out/train")
+    assert len({s["__key__"] for s in samples}) == 8
+    for sample in samples:
+        tar, _, j = sample["__key__"].split("/")
+        assert sample["cls"].decode() == j and sample["png"] == png(10 * int(tar) + int(j))
+        assert (sample["txt"], sample["npy"], json.loads(sample["json"])) == (b"text", b"numbers", {"n": 1})
+    reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]
+    assert [r.split(":")[0] for r in reasons] == ["no image, only txt", "metadata is not JSON"] * 2
+
+
+def test_keys_with_dots_follow_webdataset(tmp_path):
+    _tar(tmp_path / "x.tar", {"a/b.1.png": png(), "a/b.png": png(), "a/b.npy": b"x"})
+    (record,) = TarsSource([tmp_path / "x.tar"])
+    assert record.identity == "a/b" and set(record.more) == {"1.png", "npy"}
+
+
+def test_labels_from_folders(tmp_path):
+    _tar(tmp_path / "x.tar", {"dog/a.png": png(1), "cat/b.png": png(2), "cat/c.png": png(3)})
+    built = build(TarsSource([str(tmp_path / "{x,x}.tar")], "folder"), tmp_path / "out", Options({}))
+    assert built.manifests["train"].classes == ("cat", "dog") and built.counts.samples == 6
+    assert sorted(v for k, v in members(tmp_path / "out/train").items() if k.endswith("cls")) == [b"0"] * 4 + [b"1"] * 2
+
+
+def test_a_damaged_tar_is_one_reject(tmp_path):
+    _tar(tmp_path / "0.tar", {f"{i}.png": png(i) for i in range(4)})
+    _tar(tmp_path / "1.tar", {f"{i}.png": png(i + 9) for i in range(4)})
+    data = (tmp_path / "0.tar").read_bytes()
+    from data_prep.scan import walk
+
+    (tmp_path / "0.tar").write_bytes(data[: list(walk(data))[2].offset - 512])
+    (tmp_path / "2.tar").write_bytes(b"")
+    built = build(TarsSource([tmp_path]), tmp_path / "out", Options({}))
+    # the sample before the cut may be half of one, so it is part of what is lost
+    assert (built.counts.samples, built.counts.rejects) == (5, 2)
+    reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]
+    assert "no end-of-archive" in reasons[0] and "empty file" in reasons[1]
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(DataError, match="no tar at"):
+        TarsSource([tmp_path / "no.tar"])
+    with pytest.raises(DataError, match="no tars"):
+        TarsSource([tmp_path])
+    with pytest.raises(ConfigError):
+        TarsSource([tmp_path], "other")
+
+
+def test_torchvision_from_memory(tmp_path):
+    """CIFAR10's own files, made here: five batches and a test batch of pickled pixels."""
+    import hashlib
+
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pixels = {}
+    for name in [n for n, _ in CIFAR10.train_list + CIFAR10.test_list]:
+        pixels[name] = rng.integers(0, 256, (2, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels[name], "labels": [3, 9]}))
+    names = [f"class {i}" for i in range(10)]
+    (folder / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({"label_names": names}))
+    patched = {n: hashlib.md5((folder / n).read_bytes()).hexdigest() for n in (*pixels, CIFAR10.meta["filename"])}
+    train, test, meta = CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta
+    try:
+        CIFAR10.train_list = [[n, patched[n]] for n, _ in train]
+        CIFAR10.test_list = [[n, patched[n]] for n, _ in test]
+        CIFAR10.meta = {**meta, "md5": patched[meta["filename"]]}
+        splits = {"train": {"train": True}, "val": {"train": False}}
+        built = build(TorchvisionSource("CIFAR10", str(tmp_path), splits), tmp_path / "out", Options())
+    finally:
+        CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta = train, test, meta
+    assert {s: m.samples for s, m in built.manifests.items()} == {"train": 10, "val": 2}
+    assert built.manifests["train"].classes == tuple(names)
+    content = members(tmp_path / "out/val")
+    from data_prep.images import load
+
+    found = np.asarray(load(content["val-00000001.png"])[0])
+    np.testing.assert_array_equal(found, pixels["test_batch"][1].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert content["val-00000001.cls"] == b"9"
+
+
+def test_torchvision_from_files_keeps_their_bytes(tmp_path):
+    for name in ("a/1.jpg", "b/2.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_bytes(encoded(picture(len(name)), "JPEG"))
+    source = TorchvisionSource("ImageFolder", str(tmp_path / "in"), {"train": {}})
+    build(source, tmp_path / "out", Options({}))
+    content = members(tmp_path / "out/train")
+    assert content["train-00000001.jpg"] == (tmp_path / "in/b/2.jpg").read_bytes()
+
+
+def test_torchvision_mistakes(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'CIFAR10'"):
+        TorchvisionSource("CIFAR01", str(tmp_path), {"train": {}})
+    with pytest.raises(DataError, match="is not at"):
+        TorchvisionSource("MNIST", str(tmp_path), {"train": {}})
+    with pytest.raises(ConfigError, match="it takes"):
+        TorchvisionSource("MNIST", str(tmp_path), {"train": {"fold": 3}})
+
+
+def test_metadata_and_captions_come_along(tmp_path):
+    _tar(tmp_path / "x.tar", {"a.png": png(), "a.json": b'{"n": 1}', "a.txt": "\u00e4".encode(), "a.cls": b"tree"})
+    built = build(TarsSource([tmp_path / "x.tar"]), tmp_path / "out", Options({}, image=ImageOptions("webp")))
+    content = members(tmp_path / "out/train")
+    assert built.manifests["train"].classes == ("tree",)
+    assert json.loads(content["00000/a.json"]) == {"n": 1} and content["00000/a.txt"].decode() == "\u00e4"
+    assert content["00000/a.cls"] == b"0" and "00000/a.webp" in content
