@@ -143,6 +143,23 @@ class ImageEncoder(nn.Module):
         return x[:, 0] if self.pool == "cls" else x[:, self.backbone.num_prefix_tokens :].mean(dim=1)
 
 
+class ImageClassifier(nn.Module):
+    """uint8[B,C,H,W] to the logits of a linear classifier, float32[B,K]. Shares the modules it is given."""
+
+    def __init__(self, encoder: ImageEncoder, head: nn.Linear) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    @property
+    def dim(self) -> int:
+        """K, the number of classes."""
+        return self.head.out_features
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of a batch."""
+        return self.head(self.encoder(image)).float()
+
+
 def to_weights(x: Tensor, module: nn.Module) -> Tensor:
     """``x`` in the precision of the module's weights, which some engines hold in bf16; autocast may still lower it."""
     return x.to(next(module.parameters()).dtype)

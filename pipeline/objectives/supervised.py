@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, backbone_layers, create_backbone
+from pipeline.nn.encoder import EncoderConfig, ImageClassifier, ImageEncoder, backbone_layers, create_backbone
 from pipeline.nn.images import Normalize, tile
 from pipeline.nn.mixing import Mixing, mix
 from pipeline.nn.weights import load_encoder
@@ -93,8 +93,8 @@ class Supervised(Objective):
         self._labels_checked = True
 
     def encoders(self) -> dict[str, nn.Module]:
-        """The backbone with its own pooling."""
-        return {"image": self.encoder}
+        """The backbone with its own pooling; "logits" is the classifier on it."""
+        return {"image": self.encoder, "logits": ImageClassifier(self.encoder, self.head)}
 
     def no_weight_decay(self) -> set[str]:
         """What timm names for the backbone: positions and class token."""
