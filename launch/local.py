@@ -68,7 +68,7 @@ def deepspeed_command(module: str, arguments: Sequence[str], procs: int, environ
             )
         options = [f"--include=localhost:{','.join(d.strip() for d in devices[:procs])}"]
     return [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error"),
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical"),
         f"--hostfile={os.devnull}",  # never a /job/hostfile that happens to be there
         *options,
         f"--master_port={free_port()}",

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -68,7 +67,10 @@ def supervise(command: Sequence[str], folder: Path, environment: Mapping[str, st
             child.wait()
             guard.communicate(b"over\n")
     fresh = _stamp(folder / STATE) != before
-    return _exit_code(folder / STATE if fresh else None, status)
+    code = _exit_code(folder / STATE if fresh else None, status)
+    if code == CRASH:
+        _say(f"the run died (status {status}); start it again to go on from its newest checkpoint")
+    return code
 
 
 class _Requests:
@@ -92,7 +94,8 @@ class _Requests:
         if self.session is None:
             return
         if again:
-            os.killpg(self.session, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.session, signal.SIGKILL)
         else:
             self._tell(self.session)
 
@@ -103,7 +106,12 @@ class _Requests:
         for process in session_members(session):
             if process.catches(signal.SIGUSR1):
                 process.send(signal.SIGUSR1)
-        print("sluice: asked to stop; the run saves first (Ctrl-C twice kills it)", file=sys.stderr, flush=True)
+        _say("asked to stop; the run saves first (Ctrl-C twice kills it)")
+
+
+def _say(text: str) -> None:
+    # Not print: a signal handler may interrupt another one here, and buffered files cannot be entered twice.
+    os.write(2, f"sluice: {text}\n".encode())
 
 
 @contextmanager
@@ -170,7 +178,7 @@ def kill_session(session: int) -> None:
         time.sleep(0.02)
     if left:
         pids = ", ".join(str(p.pid) for p in left)
-        print(f"sluice: processes {pids} do not die; look at them before starting again", file=sys.stderr)
+        _say(f"processes {pids} do not die; look at them before starting again")
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -76,9 +76,10 @@ def assert_none_left(folder):
         ([NONFINITE], 70),  # 0 from the launcher, but the run says otherwise
     ],
 )
-def test_exit_code(tmp_path, words, code):
+def test_exit_code(tmp_path, capfd, words, code):
     assert supervise(launcher(tmp_path, *words), tmp_path, environment()) == code
     assert_none_left(tmp_path)
+    assert ("start it again" in capfd.readouterr().err) == (code == 1)
 
 
 def test_what_an_earlier_run_left_behind_is_not_this_run_s(tmp_path):
