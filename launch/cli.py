@@ -50,6 +50,33 @@ def check(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
     run_check(config, overrides, procs)
 
 
+@app.command("plan")
+def plan(
+    data: Annotated[str, typer.Argument(help="Folder or URL of a data set.")],
+    global_batch: Annotated[int, typer.Option(min=1, help="Samples per step, over all ranks.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the run.")] = 1,
+    procs: Annotated[int, typer.Option(min=1, help="Ranks per node.")] = 8,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Samples per rank; left out: no accumulation.")] = None,
+    lanes: Annotated[int | None, typer.Option(min=1, help="As data.lanes; left out: as a run chooses them.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="As data.window.")] = 4,
+    images_per_second: Annotated[float, typer.Option(min=0, help="That all ranks together take.")] = 1000.0,
+) -> None:
+    """Show what a run of this shape would read: steps, shards per node, open shards, bytes per second."""
+    from launch import plan as module
+
+    text = module.plan(
+        data,
+        nodes=nodes,
+        procs=procs,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        lanes=lanes,
+        window=window,
+        images_per_second=images_per_second,
+    )
+    typer.echo(text)
+
+
 @app.command("train")
 def train(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
     """Train on this machine; resumes when the run folder holds a checkpoint."""
@@ -79,6 +106,28 @@ def evaluate(
     if checkpoint:
         arguments += ["--checkpoint", str(checkpoint)]
     _become([*arguments, *["--random-init"] * random_init])
+
+
+@app.command("export")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="Folder for encoder.safetensors and objective.safetensors.")],
+    image_size: Annotated[
+        tuple[int, int] | None, typer.Option(min=1, help="Resample the encoder to images of this height and width.")
+    ] = None,
+    patch_size: Annotated[
+        tuple[int, int] | None, typer.Option(min=1, help="Resample the encoder to patches of this height and width.")
+    ] = None,
+) -> None:
+    """Write the encoder as timm loads it, and the whole objective, as safetensors."""
+    folder, checkpoint = _run_and_checkpoint(run)
+    arguments = ["export", "--run", str(folder), "--out", str(out)]
+    if checkpoint:
+        arguments += ["--checkpoint", str(checkpoint)]
+    for name, size in (("--image-size", image_size), ("--patch-size", patch_size)):
+        if size:
+            arguments += [name, *map(str, size)]
+    _become(arguments)
 
 
 @app.command("report")

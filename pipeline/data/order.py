@@ -165,6 +165,25 @@ class Order:
         line = begin + (epoch.line[at] + place.id - self.starts[shard] - begin + attempt) % size
         return int(self._ids(epoch, line)[0])
 
+    def windows(self, step: int) -> tuple[Ints, Ints]:
+        """For each lane int64[L], the places of the line whose windows a step of epoch 0 reads: first, one after last.
+
+        Args:
+            step: of a lane that does not roll over in it.
+        """
+        lane, share = np.arange(self.lanes), self.global_batch // self.lanes
+        begin, end = self._bounds(lane)
+        epoch = self._epoch(0)
+        low = self._window(epoch, lane, begin + step * share)[0]
+        high = self._window(epoch, lane, np.minimum(begin + (step + 1) * share, end) - 1)[1]
+        return np.searchsorted(epoch.line, low, "right") - 1, np.searchsorted(epoch.line, high - 1, "right")
+
+    def places(self, epoch: int) -> tuple[Ints, Ints]:
+        """For each lane int64[L], the places of the line that it covers: first, one after last."""
+        begin, end = self._bounds(np.arange(self.lanes))
+        line = self._epoch(epoch).line
+        return np.searchsorted(line, begin, "right") - 1, np.searchsorted(line, end - 1, "right")
+
     def _bounds(self, lane: Ints) -> tuple[Ints, Ints]:
         """Where lanes begin and end on the line."""
         return lane * self.samples // self.lanes, (lane + 1) * self.samples // self.lanes
