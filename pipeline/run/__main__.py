@@ -32,6 +32,12 @@ def main(argv: Sequence[str]) -> int:
             lambda: evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides), lambda: None
         )
 
+    if args.command == "export":
+        from pipeline.run.export import export
+
+        sizes = (args.image_size and tuple(args.image_size), args.patch_size and tuple(args.patch_size))
+        return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes), lambda: None)
+
     from pipeline.record.report import write_report
 
     def report() -> int:
@@ -53,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint")
     evaluate.add_argument("--random-init", action="store_true")
     evaluate.add_argument("--set", action="append", default=[], dest="overrides")
+    export = commands.add_parser("export")
+    export.add_argument("--run", required=True)
+    export.add_argument("--checkpoint")
+    export.add_argument("--out", required=True)
+    export.add_argument("--image-size", type=int, nargs=2)
+    export.add_argument("--patch-size", type=int, nargs=2)
     report = commands.add_parser("report")
     report.add_argument("--run", required=True)
     return parser
