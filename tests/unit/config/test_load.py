@@ -142,7 +142,7 @@ def test_files_that_cannot_be_read(write, tmp_path):
 
 
 def test_a_mistake_names_the_file_that_it_is_in(write):
-    base = write("base.toml", "[optimizer]\neps = -1")
+    base = write("base.toml", "[optimizer]\neps = -1\n[run]\nseed = -2")
     with pytest.raises(Mistakes) as caught:
         load_run(write("run.toml", "base = ['base.toml']" + RUN + "[schedule]\nfinal = 2"), ["run.seed=-1"])
     assert caught.value.problems == (
