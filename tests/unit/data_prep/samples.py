@@ -1,6 +1,5 @@
 """What the tests of data_prep are made from: pictures, folders, sources that live in memory."""
 
-import gc
 import hashlib
 import io
 import tarfile
@@ -82,5 +81,4 @@ def stock_reader(folder: Path) -> list[dict]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         found = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
-        gc.collect()
     return found
