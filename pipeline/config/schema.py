@@ -29,6 +29,10 @@ Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Width = Annotated[float, Field(gt=0, lt=0.28)]
+"""Of a power-function average, as a part of the run so far."""
+Weights = Width | Literal["model", "ema"]
+"""Which weights of a checkpoint: as trained, their moving average, or their power-function average of a width."""
 
 
 class Component(BaseModel):
@@ -210,7 +214,7 @@ class EmaConfig(Strict):
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
     """What is kept per update, after a warm-up of (1 + n) / (10 + n) at update n."""
-    power: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+    power: tuple[Width, ...] = ()
     """Relative widths of further, power-function averages, from which averages of any width can be made later."""
 
 
@@ -274,4 +278,8 @@ class SuiteConfig(Strict):
     """Geometry for evaluation; left out: centre crop at the run's training size."""
     batch: Positive = 256
     workers: Annotated[int, Field(ge=0)] = 2
+    weights: Weights = "model"
+    """See [ema]."""
+    judge: Text | None = None
+    """Folder of another run, whose newest checkpoint judges images that this one makes."""
     evals: tuple[Component, ...] = Field(min_length=1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.core.protocols import Average, Batch, Clock, Objective, StepContext, StepOutput
 from pipeline.dist.group import Place
 from pipeline.engine import fragments
+from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import Fragment, Slot, Spec
 
 
@@ -26,6 +27,8 @@ class BaseEngine(ABC):
     optimizer: torch.optim.Optimizer
     """The torch optimizer, whose groups hold the learning rates and whose state is saved."""
     place: Place
+    ema: Ema | None = None
+    """Moving averages of the trained parameters."""
 
     @abstractmethod
     def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:
@@ -62,7 +65,13 @@ class BaseEngine(ABC):
         """Bring what follows the trained parameters in line with them."""
         with torch.no_grad():
             self.follow(self.objective.averages(clock))
+            if self.ema is not None:
+                self.ema.update(clock)
             self.objective.after_step(clock)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the parameters are their moving averages, if there are any."""
+        return nullcontext() if self.ema is None else self.ema.applied(self.publish)
 
     def follow(self, averages: Iterable[Average]) -> None:
         """Move frozen parameters a step towards trained ones."""
@@ -78,11 +87,15 @@ class BaseEngine(ABC):
         yield from fragments.untrained(self.objective)
         if self.replicated:
             yield from fragments.trained(self.slots(), self.optimizer, writing=False)
+            if self.ema is not None:
+                yield from self.ema.fragments()
 
     def exclusive(self, *, writing: bool) -> Iterator[Fragment]:
         """State of which this rank alone holds its part."""
         if not self.replicated:
             yield from fragments.trained(self.slots(), self.optimizer, writing=writing)
+            if self.ema is not None:
+                yield from self.ema.fragments()
 
     def held(self) -> Iterator[Fragment]:
         """All state on this rank, as live views: what a checkpoint is read into."""

@@ -4,7 +4,7 @@ A checkpoint made by any engine, ZeRO stage and world size can so be read by any
 a to b of the tensor called N", never "the partition of rank 3".
 
 Names: ``model/NAME`` for parameters (the fp32 master's value) and buffers, ``optimizer/STATE/NAME`` for the
-optimizer's state of parameter NAME ("exp_avg", "exp_avg_sq", "step", ...).
+optimizer's state of parameter NAME ("exp_avg", "exp_avg_sq", "step", ...), ``ema/NAME`` for its moving average.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
+EMA = "ema"
 
 
 class Fragment(NamedTuple):

@@ -20,6 +20,7 @@ from pipeline.data.stream import open_stream
 from pipeline.dist.group import Place
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import Saved
+from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import MODEL, Spec
 
 SHOWN = 8
@@ -43,7 +44,15 @@ def build_objective(config: RunConfig, data: DataFacts, title: str) -> Objective
 
 
 def build_engine(config: RunConfig, objective: Objective, plan: Plan, place: Place) -> BaseEngine:
-    """The engine that the configuration names; only that one is imported."""
+    """The engine that the configuration names, with its moving averages."""
+    engine = _named_engine(config, objective, plan, place)
+    if config.ema is not None:
+        engine.ema = Ema(config.ema, engine.slots())
+    return engine
+
+
+def _named_engine(config: RunConfig, objective: Objective, plan: Plan, place: Place) -> BaseEngine:
+    """Only the engine that is named is imported."""
     if config.engine.name == "deepspeed":
         from pipeline.engine.deepspeed import DeepSpeedEngine
 

@@ -20,25 +20,19 @@ from pipeline.core import registry
 from pipeline.core.components import EVALS, check_component
 from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import load as load_manifest
-from pipeline.core.protocols import DataFacts, Evaluation, Objective, Result
+from pipeline.core.protocols import DataFacts, Evaluation, Result
 from pipeline.data.evaluation import OrderedStream, open_eval
 from pipeline.dist.group import Place, process_group
 from pipeline.engine.checkpoint import CheckpointStore, Saved, read_manifest, verify_file
-from pipeline.engine.fragments import MODEL, Spec, named_tensors, whole
+from pipeline.engine.fragments import MODEL
 from pipeline.evals._features import remembering
 from pipeline.record.report import write_report
 from pipeline.record.results import add_results, rows, table
-from pipeline.run.build import build_objective, check_model
+from pipeline.run.build import build_objective
 from pipeline.run.train import CHECKPOINTS
+from pipeline.run.weights import restore
 
 RANDOM = "random init"
-
-
-def load_weights(objective: Objective, saved: Saved, rank: int) -> None:
-    """Fill a whole model from a checkpoint, whatever engine and world size wrote it."""
-    tensors = named_tensors(objective)
-    check_model(saved, {f"{MODEL}/{n}": Spec(tuple(t.shape), str(t.dtype)[6:]) for n, t in tensors.items()})
-    saved.fill([whole(f"{MODEL}/{name}", tensor) for name, tensor in tensors.items()], rank)
 
 
 def find_checkpoint(run: Path, named: str | None, place: Place) -> Saved:
@@ -72,14 +66,11 @@ def evaluate(run: str, suite: str, checkpoint: str | None, random_init: bool, ov
             objective, model = build_objective(config, facts, run), (RANDOM, None)
         else:
             saved = find_checkpoint(folder, checkpoint, place)
-            config = RunConfig.model_validate(saved.state["config"])
-            known = saved.state["facts"]
-            height, width = known["image_size"]
-            objective = build_objective(config, DataFacts((height, width), tuple(known["classes"])), str(saved.folder))
-            load_weights(objective, saved, place.rank)
-            model = (f"step {saved.step}", saved.step)
+            config, _, objective = restore(saved, place.rank, plan.weights)
+            averaged = "" if plan.weights == MODEL else f", {plan.weights}"
+            model = (f"step {saved.step}{averaged}", saved.step)
         objective.to(place.device).eval().requires_grad_(False)
-        encoders = objective.encoders()
+        encoders = objective.encoders() | _judges(plan, place)
         settings = [check_component(EVALS, c, suite, ("evals", n)) for n, c in enumerate(plan.evals)]
         streams = _open_streams(plan, config, place, stack)
         stack.enter_context(remembering())
@@ -98,6 +89,15 @@ def evaluate(run: str, suite: str, checkpoint: str | None, random_init: bool, ov
     return FINISHED
 
 
+def _judges(suite: SuiteConfig, place: Place) -> dict[str, nn.Module]:
+    """The encoders of the run that judges, under "judge.NAME"."""
+    if suite.judge is None:
+        return {}
+    _, _, objective = restore(find_checkpoint(Path(suite.judge), None, place), place.rank, MODEL)
+    objective.to(place.device).eval().requires_grad_(False)
+    return {f"judge.{name}": encoder for name, encoder in objective.encoders().items()}
+
+
 def _geometry(suite: SuiteConfig, config: RunConfig) -> Image:
     """The suite's, or centre crops of the size of the run."""
     return suite.image or Image(size=config.data.image.size, crop="center")
@@ -106,6 +106,7 @@ def _geometry(suite: SuiteConfig, config: RunConfig) -> Image:
 def _digest(component: Component, suite: SuiteConfig, config: RunConfig) -> str:
     """Of the settings that decide a number, so that a report can say which numbers may be compared."""
     decides = [component.model_dump(mode="json"), _geometry(suite, config).model_dump(mode="json"), suite.streams]
+    decides += [suite.judge] if suite.judge is not None else []
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from pipeline.config.exitcodes import FINISHED
+from pipeline.config.schema import Weights
 from pipeline.core.errors import ConfigError
 from pipeline.dist.group import process_group
 from pipeline.engine.fragments import MODEL
@@ -24,7 +25,7 @@ def export(
     out: str,
     image_size: tuple[int, int] | None = None,
     patch_size: tuple[int, int] | None = None,
-    weights: str | float = MODEL,
+    weights: Weights = MODEL,
 ) -> int:
     """Write both files into the folder ``out`` and say how the encoder is loaded.
 

@@ -87,10 +87,10 @@ class Job:
             write_state(self.folder, State("running", None, clock.step, self.attempt))
 
     def showcase(self, clock: Clock) -> None:
-        """The objective's pictures."""
+        """The objective's pictures, with the averaged weights where there are any."""
         objective = self.engine.objective
         objective.eval()
-        with torch.no_grad(), self.engine.whole_parameters():
+        with torch.no_grad(), self.engine.averaged(), self.engine.whole_parameters():
             ctx = StepContext(self.config.run.seed, clock, training=False)
             pictures = objective.showcase(self.engine.move(self.sample), ctx)
         objective.train()
