@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import torch
+
 from pipeline.config.schema import Captions, Data, Image
+from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import load
 from pipeline.core.protocols import Batch
 from pipeline.data.assemble import Assembler
@@ -38,6 +42,24 @@ class OrderedStream:
             self._workers = Workers(self._assembler, self._wanted)
         for made in self._workers.batches(0) if self._workers else assemble_here(self._assembler, 0):
             yield made.batch
+
+    def tokens(self, texts: Sequence[str]) -> Batch:
+        """Any texts as the field "text" would be: "text", int64[N,L], and "text_length", int64[N].
+
+        Raises:
+            ConfigError: the stream has no field "text", so no tokenizer.
+        """
+        decoder = self._assembler.text
+        if decoder is None:
+            raise ConfigError('this evaluation needs texts; add "text" to the suite\'s fields')
+        rows = [decoder.decode(memoryview(text.encode())) for text in texts]
+        length = torch.tensor([count for _, count in rows])
+        return {"text": torch.from_numpy(np.stack([row for row, _ in rows])), "text_length": length}
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Hash of the tokenizer; None without the field "text"."""
+        return self._assembler.text.sha256 if self._assembler.text else None
 
     def close(self) -> None:
         """Stop workers and release files."""

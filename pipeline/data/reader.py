@@ -18,6 +18,7 @@ BLOCK = 512
 _INDEXES = 256
 _GAP = 8 * BLOCK
 """Bytes between members that are read along rather than skipped."""
+_NOWHERE = np.iinfo(np.int64).max
 _SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)
 """Of a tar header."""
 
@@ -37,28 +38,27 @@ class SampleError(DataError):
 
 
 class Read(NamedTuple):
-    """Samples that were read together. R of them."""
+    """Samples that were read together. R of them. The members' memory is used again for the next ones."""
 
     rows: Ints
     """int64[R], their places among the numbers asked for."""
     found: list[Members | SampleError]
 
 
-class _Rows(NamedTuple):
-    """Where the wanted fields of some samples of one shard lie. R samples, F fields; -1 where absent."""
+class _Table(NamedTuple):
+    """Where the fields of some samples lie, sorted by shard and place in it. R samples, F fields of the manifest."""
 
     rows: Ints
-    shard: int
-    inside: Ints
-    """int64[R], number in the shard."""
+    shard: Ints
     offset: Ints
+    """int64[R,F]; -1 where absent, as in the next two."""
     size: Ints
-    crc32: Ints | None
+    crc32: Ints
+    """-1 also where the index has none."""
 
-    def take(self, chosen: Ints) -> _Rows:
+    def take(self, chosen: Ints | slice) -> _Table:
         """Some of the samples."""
-        tables = (None if t is None else t[chosen] for t in (self.inside, self.offset, self.size, self.crc32))
-        return _Rows(self.rows[chosen], self.shard, *tables)  # type: ignore[arg-type]
+        return _Table(*(t[chosen] for t in self))
 
 
 class Reader:
@@ -83,7 +83,8 @@ class Reader:
         self._columns = [names.index(name) for name in self._fields]
         self._storage = storage
         self._budget = budget
-        self._indexes: OrderedDict[int, tuple[Ints, Ints, Ints | None]] = OrderedDict()
+        self._buffer = np.empty(0, np.uint8)
+        self._indexes: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
 
     def read(self, ids: Ints) -> Iterator[Read]:
         """The members of samples, a few at a time; all are delivered, in any order.
@@ -91,12 +92,15 @@ class Reader:
         Raises:
             DataError: a shard or its index is missing or damaged.
         """
-        shards = np.searchsorted(self._starts, ids, "right") - 1
-        for shard in np.unique(shards):
-            where = self._where(int(shard), np.flatnonzero(shards == shard), ids)
-            where = where.take(np.argsort(where.offset[:, 0], kind="stable"))
-            for part in self._parts(where):
-                yield self._fetch(part)
+        table = self._table(ids)
+        total = np.cumsum(table.size.clip(min=0).sum(1))
+        cuts = np.searchsorted(total, np.arange(self._budget, total[-1] + self._budget, self._budget), "right")
+        begin = 0
+        for end in [*cuts.tolist(), len(ids)]:
+            end = max(end, begin + 1)
+            if begin < len(ids):
+                yield self._fetch(table.take(slice(begin, end)), ids)
+            begin = end
 
     def error(self, sample: int, reason: str) -> SampleError:
         """An error that names shard and key of a sample."""
@@ -113,76 +117,97 @@ class Reader:
         """Release files."""
         self._storage.close()
 
-    def _where(self, shard: int, rows: Ints, ids: Ints) -> _Rows:
-        """Look samples of one shard up in its index; the least recently used indexes are dropped."""
+    def _index(self, shard: int) -> tuple[Ints, Ints, Ints]:
+        """Offsets, sizes and CRC-32 of a shard's members; the least recently used indexes are dropped."""
         if shard not in self._indexes:
             index = load_index(self._manifest, self._manifest.shards[shard])
-            tables = (index.offset, index.size, index.crc32)
-            self._indexes[shard] = tables
+            crc32 = np.full_like(index.size, -1) if index.crc32 is None else index.crc32
+            self._indexes[shard] = (index.offset, index.size, crc32)
             if len(self._indexes) > _INDEXES:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(shard)
-        inside = ids[rows] - self._starts[shard]
-        cut = (None if t is None else t[inside] for t in self._indexes[shard])
-        return _Rows(rows, shard, inside, *cut)  # type: ignore[arg-type]
+        return self._indexes[shard]
 
-    def _parts(self, where: _Rows) -> Iterator[_Rows]:
-        """Cut samples into parts that fit the budget."""
-        total = np.cumsum(where.size.clip(min=0).sum(1))
-        part = (total - 1) // self._budget
-        for number in np.unique(part):
-            yield where.take(np.flatnonzero(part == number))
+    def _table(self, ids: Ints) -> _Table:
+        """Look samples up in the indexes of their shards."""
+        shard = np.searchsorted(self._starts, ids, "right") - 1
+        shape = (len(ids), len(self._manifest.fields))
+        offset, size, crc32 = (np.empty(shape, np.int64) for _ in range(3))
+        for number in np.unique(shard).tolist():
+            rows = np.flatnonzero(shard == number)
+            inside = ids[rows] - self._starts[number]
+            offset[rows], size[rows], crc32[rows] = (t[inside] for t in self._index(number))
+        order = np.lexsort((offset.max(1, initial=-1), shard))
+        return _Table(order, shard[order], offset[order], size[order], crc32[order])
 
-    def _fetch(self, where: _Rows) -> Read:
-        """Read one part, neighbours in one go, then check the members and take them apart."""
-        offset = where.offset[:, self._columns]
+    def _fetch(self, table: _Table, ids: Ints) -> Read:
+        """Read some samples, neighbours in one go, then check the members and take them apart."""
+        offset = table.offset[:, self._columns]
         usable = np.flatnonzero((offset[:, : self._needed] >= 0).all(1) & (offset >= 0).any(1))
-        found: list[Members | SampleError | None] = [None] * len(where.rows)
+        found: list[Members | SampleError | None] = [None] * len(table.rows)
         if len(usable):
-            offset, size = offset[usable], where.size[usable][:, self._columns]
+            part = table.take(usable)
+            offset, size, crc32 = (t[:, self._columns] for t in part[2:])
             have = offset >= 0
-            begin = np.where(have, offset, np.iinfo(np.int64).max).min(1) - BLOCK
-            end = np.where(have, offset + size, 0).max(1)
-            new = np.concatenate([[True], begin[1:] - np.maximum.accumulate(end)[:-1] > _GAP])
-            starts, stops = begin[new], np.maximum.reduceat(end, np.flatnonzero(new))
-            shard = self._manifest.shards[where.shard]
-            buffer = self._storage.read(shard, starts.tolist(), stops.tolist())
-            before = np.concatenate([[0], np.cumsum(stops - starts)[:-1]])
-            at = offset + (before - starts)[np.cumsum(new) - 1][:, None]
-            problems = header_problems(buffer, np.where(have, at, BLOCK), np.where(have, size, -1))
-            checks = None if where.crc32 is None else where.crc32[usable][:, self._columns].tolist()
-            data = buffer.data
-            for i, (row, ats, sizes) in enumerate(zip(usable.tolist(), at.tolist(), size.tolist(), strict=True)):
+            data, at = self._load(part.shard, np.where(have, offset, _NOWHERE), np.where(have, size, 0))
+            problems = header_problems(np.frombuffer(data, np.uint8), np.where(have, at, BLOCK), size)
+            wanted = zip(usable.tolist(), at.tolist(), size.tolist(), crc32.tolist(), strict=True)
+            for i, (row, ats, sizes, checks) in enumerate(wanted):
                 members = {f: data[a : a + n] for f, a, n in zip(self._fields, ats, sizes, strict=True) if n >= 0}
-                bad = problems.get(i) or (checks and self._rotten(members, checks[i]))
-                found[row] = self._error(where, row, bad) if bad else members
-        return Read(where.rows, [self._absent(where, row) if f is None else f for row, f in enumerate(found)])
+                bad = problems.get(i) or self._rotten(members, checks)
+                found[row] = self._error(table, row, ids, bad) if bad else members
+        return Read(table.rows, [self._absent(table, row, ids) if f is None else f for row, f in enumerate(found)])
+
+    def _load(self, shard: Ints, offset: Ints, size: Ints) -> tuple[memoryview, Ints]:
+        """Read members; their bytes, and where in them each member's data begin."""
+        begin, end = offset.min(1) - BLOCK, np.where(offset < _NOWHERE, offset + size, 0).max(1)
+        new = np.concatenate([[True], (np.diff(shard) > 0) | (begin[1:] - end[:-1] > _GAP) | (begin[1:] < end[:-1])])
+        spans = np.flatnonzero(new)
+        starts, stops = begin[spans], np.maximum.reduceat(end, spans)
+        place = np.concatenate([[0], np.cumsum(stops - starts)])
+        if len(self._buffer) < place[-1]:
+            self._buffer = np.empty(place[-1], np.uint8)
+        data, of_span = self._buffer.data, shard[spans]
+        for number in np.unique(of_span).tolist():
+            low, high = np.searchsorted(of_span, [number, number + 1]).tolist()
+            self._storage.read(
+                self._manifest.shards[number],
+                starts[low:high].tolist(),
+                stops[low:high].tolist(),
+                data[place[low] : place[high]],
+            )
+        return data[: place[-1]], offset + (place[:-1] - starts)[np.cumsum(new) - 1][:, None]
 
     def _rotten(self, members: Members, checks: Sequence[int]) -> str | None:
         """Which field is not what was indexed."""
         for name, check in zip(self._fields, checks, strict=True):
-            if name in members and zlib.crc32(members[name]) != check:
+            if check >= 0 and zlib.crc32(members[name]) != check:
                 return f"field {name!r} is not what was indexed (wrong CRC-32)"
         return None
 
-    def _error(self, where: _Rows, row: int, reason: str) -> SampleError:
-        return self.error(int(self._starts[where.shard] + where.inside[row]), reason)
+    def _error(self, table: _Table, row: int, ids: Ints, reason: str) -> SampleError:
+        return self.error(int(ids[table.rows[row]]), reason)
 
-    def _absent(self, where: _Rows, row: int) -> SampleError:
+    def _absent(self, table: _Table, row: int, ids: Ints) -> SampleError:
         """The error of a sample that lacks a wanted field."""
-        names = [name for name, at in zip(self._manifest.fields, where.offset[row], strict=True) if at >= 0]
+        names = [name for name, at in zip(self._manifest.fields, table.offset[row], strict=True) if at >= 0]
         lacking = " or ".join(repr(f) for f in self._fields[: self._needed] or self._fields if f not in names)
-        return self._error(where, row, f"it has no field {lacking}, only {', '.join(names) or 'nothing'}")
+        return self._error(table, row, ids, f"it has no field {lacking}, only {', '.join(names) or 'nothing'}")
 
 
-def _octal(text: np.ndarray) -> Ints:
-    """Numbers written in octal, [N,K] characters to int64[N]; -1 where there is no digit."""
-    value, seen = np.zeros(len(text), np.int64), np.zeros(len(text), bool)
-    for column in text.T:
-        digit = (column >= ord("0")) & (column < ord("8"))
-        value = np.where(digit, value * 8 + column - ord("0"), value)
-        seen |= digit
-    return np.where(seen, value, -1)
+def _octal(text: np.ndarray, digits: int) -> Ints:
+    """Numbers written in octal, uint8[N,K] characters to int64[N]; -1 where there is no digit.
+
+    Args:
+        text: padded with blanks or zero bytes in any way.
+        digits: how many there are, from the first character on, in the form that nearly all writers use.
+    """
+    usual = text[:, :digits].astype(np.int64) - ord("0")
+    value = usual @ (8 ** np.arange(digits - 1, -1, -1))
+    for row in np.flatnonzero(((usual < 0) | (usual > 7)).any(1) | ((text[:, digits] >> 3) == ord("0") >> 3)).tolist():
+        words = bytes(text[row]).strip(b"\0 ")
+        value[row] = int(words, 8) if words and set(words) <= set(b"01234567") else -1
+    return value
 
 
 def header_problems(buffer: np.ndarray, at: Ints, size: Ints) -> dict[int, str]:
@@ -193,12 +218,12 @@ def header_problems(buffer: np.ndarray, at: Ints, size: Ints) -> dict[int, str]:
         at: int64[R,F], where the members' data begin in it, each right after its header.
         size: int64[R,F], bytes of the data, as the index says; -1 where there is no member.
     """
-    headers = buffer[at.reshape(-1, 1) + np.arange(-BLOCK, 0)]
+    headers = np.lib.stride_tricks.sliding_window_view(buffer, BLOCK)[at.ravel() - BLOCK]
     field = headers[:, _CHECKSUM]
     checksum = headers.sum(1, dtype=np.int64) - field.sum(1, dtype=np.int64) + ord(" ") * field.shape[1]
-    written = _octal(field)
+    written = _octal(field, 6)
     # Sizes of 8 GiB and more are in binary, marked by the highest bit.
-    other = (_octal(headers[:, _SIZE]) != size.reshape(-1)) & (headers[:, _SIZE.start] < 0x80)
+    other = (_octal(headers[:, _SIZE], 11) != size.ravel()) & (headers[:, _SIZE.start] < 0x80)
     tests = (
         (written < 0, "it has no tar header before its data"),
         (written != checksum, "a tar header has a wrong checksum"),
@@ -206,6 +231,6 @@ def header_problems(buffer: np.ndarray, at: Ints, size: Ints) -> dict[int, str]:
     )
     problems: dict[int, str] = {}
     for bad, words in tests:
-        for member in np.flatnonzero(bad & (size.reshape(-1) >= 0)).tolist():
+        for member in np.flatnonzero(bad & (size.ravel() >= 0)).tolist():
             problems.setdefault(member // at.shape[1], words)
     return problems

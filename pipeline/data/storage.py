@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from pipeline.config.schema import Cache
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.location import filesystem, is_url, reason
@@ -34,8 +32,8 @@ T = TypeVar("T")
 class Storage(Protocol):
     """Reads parts of shards."""
 
-    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int]) -> np.ndarray:
-        """The bytes of some ranges one after the other: uint8.
+    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int], into: memoryview) -> None:
+        """Write the bytes of some ranges into memory, one after the other.
 
         Raises:
             DataError: the shard is missing, not of the manifest's size, or cannot be read.
@@ -87,18 +85,16 @@ class Local:
         self._root = root.rstrip("/")
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int]) -> np.ndarray:
+    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int], into: memoryview) -> None:
         """See :class:`Storage`."""
         descriptor = self._descriptor(shard)
-        buffer = np.empty(sum(stops) - sum(starts), np.uint8)
-        view, at = buffer.data, 0
+        at = 0
         for start, stop in zip(starts, stops, strict=True):
             while start < stop:
-                count = os.preadv(descriptor, [view[at : at + stop - start]], start)
+                count = os.preadv(descriptor, [into[at : at + stop - start]], start)
                 if not count:
                     raise _wrong_size(f"{self._root}/{shard.name}", os.fstat(descriptor).st_size, shard)
                 start, at = start + count, at + count
-        return buffer
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """See :class:`Storage`."""
@@ -156,7 +152,7 @@ class Remote:
     def __init__(self, root: str) -> None:
         self._root = root.rstrip("/")
 
-    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int]) -> np.ndarray:
+    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int], into: memoryview) -> None:
         """See :class:`Storage`."""
         files, path = filesystem(self._root)
         where, name = f"{self._root}/{shard.name}", f"{path.rstrip('/')}/{shard.name}"
@@ -173,7 +169,7 @@ class Remote:
             return parts
 
         try:
-            return np.frombuffer(bytearray().join(patiently(where, fetch)), np.uint8)
+            into[:] = b"".join(patiently(where, fetch))
         except OSError as error:
             raise _missing(where, error) from error
 
@@ -205,12 +201,13 @@ class Cached:
         self._ahead: ThreadPoolExecutor | None = None
         self._asked: OrderedDict[str, None] = OrderedDict()
 
-    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int]) -> np.ndarray:
+    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int], into: memoryview) -> None:
         """See :class:`Storage`."""
         while True:
             self._ensure(shard)
             try:
-                return self._local.read(shard, starts, stops)
+                self._local.read(shard, starts, stops, into)
+                return
             except DataError:
                 # Another process may have made room in between.
                 if (self._folder / shard.name).exists():

@@ -162,7 +162,7 @@ def test_what_a_killed_process_left_in_the_cache_is_removed(local, server, tmp_p
     (tmp_path / ".x-000009.tar.part").write_bytes(bytes(2 * max(s.bytes for s in local.shards)))
     cached = Cached(server.url, str(tmp_path), 2 * max(s.bytes for s in local.shards))
     for shard in local.shards:
-        cached.read(shard, [0], [512])
+        cached.read(shard, [0], [512], memoryview(bytearray(512)))
     assert not list(tmp_path.glob(".*.part"))
     cached.close()
 
@@ -176,7 +176,7 @@ def test_a_shard_is_fetched_once_for_all_who_want_it(local, server, tmp_path):
     """Eight threads with eight caches over the same folder, as the ranks of a node have."""
     caches = [Cached(server.url, str(tmp_path), 10**9) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda c: [c.read(s, [0], [512]) for s in local.shards], caches))
+        list(pool.map(lambda c: [c.read(s, [0], [512], memoryview(bytearray(512))) for s in local.shards], caches))
     whole = [name for name, wanted in server.asked if wanted is None or wanted.startswith("bytes=0-")]
     assert sorted(whole) == [s.name for s in local.shards]
     assert not list(tmp_path.glob(".*.part"))
@@ -253,10 +253,10 @@ def test_missing_manifest_and_unknown_scheme(server):
 def test_shard_that_shrinks_while_it_is_read(local, tmp_path):
     copy = write_data(tmp_path, SIZES)
     reader, shard = Local(copy.root), copy.shards[2]
-    reader.read(shard, [0], [512])
+    reader.read(shard, [0], [512], memoryview(bytearray(512)))
     os.truncate(f"{copy.root}/{shard.name}", 1024)
     with pytest.raises(DataError, match=r"x-000002\.tar has 1024 bytes, its manifest says"):
-        reader.read(shard, [0], [4096])
+        reader.read(shard, [0], [4096], memoryview(bytearray(4096)))
     with pytest.raises(DataError, match=r"x-000002\.tar has 1024 bytes"):
         check_shard(copy, shard)
     reader.close()
