@@ -39,7 +39,7 @@ def child_environment(procs: int) -> dict[str, str]:
     """The environment of a run: this one, and what its ranks need that is not set already."""
     environment = dict(os.environ)
     environment["PYTHONSAFEPATH"] = "1"  # a folder named "pipeline" where the command is run is not our package
-    if not _CUDA.is_dir():
+    if not _CUDA.is_dir() or environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         environment.setdefault("DS_ACCELERATOR", "cpu")
     if procs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // procs)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import local
 from launch.local import child_environment, deepspeed_command
 from launch.supervise import session_members, supervise
 from pipeline.core.errors import LaunchError
@@ -221,6 +222,17 @@ def test_devices_that_are_named_are_the_ones_that_are_used():
         with pytest.raises(LaunchError, match="does not name 2 devices by number"):
             deepspeed_command(FAKE, [], 2, named | {"CUDA_VISIBLE_DEVICES": devices})
     assert "--num_gpus=2" in deepspeed_command(FAKE, [], 2, named | {"DS_ACCELERATOR": "cpu"})
+
+
+def test_no_device_is_the_processor(monkeypatch, tmp_path):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(local, "_CUDA", tmp_path / "none")
+    assert child_environment(1)["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.setattr(local, "_CUDA", tmp_path)
+    assert "DS_ACCELERATOR" not in child_environment(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert child_environment(1)["DS_ACCELERATOR"] == "cpu"
 
 
 def test_threads_are_shared_out(monkeypatch):
