@@ -23,7 +23,6 @@ from typing import Any, TextIO, cast
 from data_prep.fetch import Failed, Remote
 from data_prep.record import Inline, LocalFile, Payload, Record, Rejected, extension_of, file_stamp, number_classes
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.registry import suggest
 
 KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 PARQUET_ROWS = 32
@@ -70,7 +69,7 @@ class TableSource:
         for path in self.tables:
             there = _header(path)
             for name in sorted(wanted - set(there)):
-                raise ConfigError(f"{path} has no column {name!r}; {suggest(name, there)}")
+                raise ConfigError(f"{path} has no column {name!r}, only {', '.join(map(repr, there))}")
         if self.columns.label:
             self.classes, self._number = self._labels()
 

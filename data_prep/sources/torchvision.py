@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 import io
@@ -13,7 +14,6 @@ from typing import Any, cast
 from data_prep.fetch import Failed
 from data_prep.record import Inline, LocalFile, Payload, Record, extension_of, file_stamp
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.registry import suggest
 
 
 @dataclass
@@ -64,7 +64,9 @@ def _open(name: str, root: str, arguments: tuple[tuple[str, Any], ...]) -> Any:
 
     names = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
     if name not in names:
-        raise ConfigError(f"unknown torchvision data set {name!r}; {suggest(name, names)}")
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        raise ConfigError(f"unknown torchvision data set {name!r}; {hint}")
     make = getattr(datasets, name)
     try:
         return make(root, **dict(arguments))

@@ -156,7 +156,7 @@ def test_a_vanished_root_stops_the_build(tmp_path, rows):
 
 def test_mistakes(tmp_path, rows):
     write(tmp_path / "t.csv", rows)
-    with pytest.raises(ConfigError, match="did you mean 'file'"):
+    with pytest.raises(ConfigError, match="has no column 'flie', only 'file', 'text'"):
         TableSource([tmp_path / "t.csv"], Columns("flie"))
     with pytest.raises(ConfigError, match="not a table"):
         (tmp_path / "t.xlsx").touch()
