@@ -7,7 +7,7 @@ Szegedy et al., "Rethinking the Inception Architecture" (2016). Shape letters: B
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,6 +16,7 @@ from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepCo
 from pipeline.nn.encoder import EncoderConfig, ImageClassifier, ImageEncoder, backbone_layers, create_backbone
 from pipeline.nn.images import Normalize, tile
 from pipeline.nn.mixing import Mixing, mix
+from pipeline.nn.randaugment import RandAugment, rand_augment
 from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
@@ -27,8 +28,16 @@ class Config(EncoderConfig):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the target that is spread over all classes."""
+    augment: RandAugment | None = None
+    """RandAugment, for images of three channels; left out: none."""
     mixing: Mixing = Mixing()
     """Mixup, CutMix and random erasing."""
+
+    @model_validator(mode="after")
+    def _colors(self) -> "Config":
+        if self.augment is not None and len(self.mean) != 3:
+            raise ValueError(f"'augment' is for images of three channels, not {len(self.mean)}")
+        return self
 
 
 class Supervised(Objective):
@@ -61,14 +70,18 @@ class Supervised(Objective):
         label = batch["label"]
         if not self._labels_checked:  # once: it waits for the device
             self._check_labels(label)
+        image = batch["image"]
+        if self.config.augment is not None:
+            fill = self.encoder.normalize.mean.flatten() * 255
+            image = rand_augment(image, ctx.random(batch, "supervised.augment"), self.config.augment, fill)
         if self.config.mixing.active:
-            x = self.encoder.normalize(batch["image"])
+            x = self.encoder.normalize(image)
             x, partner, part = mix(x, ctx.random(batch, "supervised.mix"), self.config.mixing)
             logits = self.head(self.encoder.features(x)).float()
             own, other = (self._cross_entropy(logits, target) for target in (label, label[partner]))
             loss = (part * own + (1 - part) * other).mean()
         else:
-            logits = self.logits(batch["image"])
+            logits = self.logits(image)
             loss = self._cross_entropy(logits, label).mean()
         best = logits.detach().topk(min(5, len(self.classes)), dim=1).indices == label[:, None]
         metrics = {"top1": best[:, :1].any(dim=1).float().mean()}

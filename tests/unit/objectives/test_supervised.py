@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
@@ -105,3 +106,18 @@ def test_the_loss_of_mixed_samples_is_that_of_soft_labels():
     soft = 0.9 * soft + 0.1 / 6
     logits = model.head(model.encoder.backbone(x))
     torch.testing.assert_close(out.loss, -(soft * logits.log_softmax(1)).sum(1).mean())
+
+
+def test_augmentation_changes_what_is_seen_and_belongs_to_the_sample():
+    model, data = build(augment={"probability": 1.0}).train(), batch([0, 1, 2, 3])
+    seen = []
+    model.logits = lambda image: (seen.append(image), torch.zeros(len(image), 6))[1]
+    model(data, CTX)
+    model({field: value[2:] for field, value in data.items()}, CTX)
+    assert not torch.equal(seen[0], data["image"])
+    assert (seen[0][2:].int() - seen[1].int()).abs().max() <= 1
+
+
+def test_augmentation_of_other_than_three_channels_is_refused():
+    with pytest.raises(ValidationError, match="three channels, not 1"):
+        Config(augment={}, mean=(0.5,), std=(0.5,))
