@@ -96,6 +96,10 @@ class Objective(nn.Module, ABC):
         """Frozen parameters that the engine moves after each update, wherever it keeps them: momentum encoders."""
         return ()
 
+    def limits(self) -> Mapping[str, tuple[float, float]]:
+        """Least and largest value of trained parameters, by name; the engine holds the master weights to them."""
+        return {}
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, beside those of one dimension."""
         return set()
@@ -248,6 +252,10 @@ class EvalStream(Protocol):
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches; the last one may be smaller."""
+        ...
+
+    def tokens(self, texts: Sequence[str]) -> Batch:
+        """Fields "text" and "text_length" of any texts; ConfigError where the stream has no field "text"."""
         ...
 
 

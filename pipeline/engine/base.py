@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,6 +64,7 @@ class BaseEngine(ABC):
     def after_step(self, clock: Clock) -> None:
         """Bring what follows the trained parameters in line with them."""
         with torch.no_grad():
+            self.hold(self.objective.limits())
             self.follow(self.objective.averages(clock))
             if self.ema is not None:
                 self.ema.update(clock)
@@ -77,6 +78,15 @@ class BaseEngine(ABC):
         """Move frozen parameters a step towards trained ones."""
         for target, source, keep in averages:
             target.lerp_(source, 1 - keep)
+
+    def hold(self, limits: Mapping[str, tuple[float, float]]) -> None:
+        """Clamp trained parameters, both what the forward uses and what the optimizer updates."""
+        if not limits:
+            return
+        parts = [(slot.name, slot.updated.view(-1)[slot.offset :][: slot.count]) for slot in self.slots()]
+        for name, tensor in (*self.objective.named_parameters(), *parts):
+            if name in limits:
+                tensor.clamp_(*limits[name])
 
     def move(self, batch: Batch) -> Batch:
         """The batch on this rank's device."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -165,6 +165,13 @@ class DeepSpeedEngine(BaseEngine):
         # Equal shapes are cut alike, so each rank can average the parts that it holds.
         moved = [target.ds_tensor.lerp_(source.ds_tensor, 1 - keep) for target, source, keep in averages]
         if moved:
+            self._gather_persistent()
+
+    def hold(self, limits: Mapping[str, tuple[float, float]]) -> None:
+        super().hold(limits)
+        if limits and self.stage == 3:
+            for name, bounds in limits.items():
+                self.names[name].ds_tensor.clamp_(*bounds)
             self._gather_persistent()
 
     @contextmanager

@@ -35,6 +35,7 @@ from pipeline.nn.dropout import drop_per_sample, dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
 from pipeline.nn.images import Normalize, tile
 from pipeline.nn.projection import projection, small_stem
+from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -85,6 +86,8 @@ class MoCo(PairwiseObjective):
         drop_per_sample(backbone, "moco")
         if config.small_stem:
             small_stem(backbone, len(config.mean))
+        if config.weights:
+            load_encoder(backbone, config.weights)
         if config.freeze_patches:
             backbone.patch_embed.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
         self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")

@@ -28,6 +28,7 @@ from pipeline.nn.dropout import drop_per_sample, dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
 from pipeline.nn.images import Normalize, tile
 from pipeline.nn.projection import projection, small_stem
+from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -63,6 +64,8 @@ class SimCLR(PairwiseObjective):
         drop_per_sample(backbone, "simclr")
         if config.small_stem:
             small_stem(backbone, len(config.mean))
+        if config.weights:
+            load_encoder(backbone, config.weights)
         self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
         hidden = config.hidden or self.encoder.dim
         widths = [self.encoder.dim, *[hidden] * (config.layers - 1), config.dim]

@@ -73,6 +73,8 @@ def evaluate(run: str, suite: str, checkpoint: str | None, random_init: bool, ov
         encoders = objective.encoders() | _judges(plan, place)
         settings = [check_component(EVALS, c, suite, ("evals", n)) for n, c in enumerate(plan.evals)]
         streams = _open_streams(plan, config, place, stack)
+        if not random_init:
+            _check_tokenizer(streams, saved)
         stack.enter_context(remembering())
         for component, own in zip(plan.evals, settings, strict=True):
             results = _run_one(component, own, encoders, streams)
@@ -124,11 +126,27 @@ def _open_streams(suite: SuiteConfig, config: RunConfig, place: Place, stack: Ex
                     workers=suite.workers,
                     rank=place.rank,
                     world=place.world_size,
+                    captions=config.data.captions,
                 )
             )
         )
         for name, folder in suite.streams.items()
     }
+
+
+def _check_tokenizer(streams: dict[str, OrderedStream], saved: Saved) -> None:
+    """Hold the tokenizer of texts against the one that the model was trained with.
+
+    Raises:
+        ConfigError: it is another.
+    """
+    trained = saved.state["stream"].get("tokenizer")
+    for name, stream in streams.items():
+        if trained and stream.tokenizer not in (None, trained):
+            raise ConfigError(
+                f"streams.{name}: its texts are tokenized by another tokenizer ({stream.tokenizer[:12]}) than the "
+                f"checkpoint's ({trained[:12]}); name that one's tokenizer.json in the run's data.captions.tokenizer"
+            )
 
 
 def _run_one(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,16 @@ def make_batch(objective: Objective, name: str, samples: int = 8) -> Batch:
         sizes = {"B": samples, "H": height, "W": width}
         shape = [sizes[s] if s in sizes else int(s) for s in letters.split(",")]
         high = 256 if dtype == "uint8" else len(CLASSES)
-        batch[field] = torch.randint(0, high, shape, generator=generator, dtype=getattr(torch, dtype))
+        low = int(field.endswith("_length"))  # no text is without a token
+        batch[field] = torch.randint(low, high, shape, generator=generator, dtype=getattr(torch, dtype))
     return batch
 
 
 class ListStream:
-    """An EvalStream over tensors in memory, shared out over ranks in turn; batches of uneven size."""
+    """An EvalStream over tensors in memory, shared out over ranks in turn; batches of uneven size.
+
+    A sample's text is the name of its class, in one token, before padding.
+    """
 
     def __init__(self, image: Tensor, label: Tensor, rank: int = 0, world: int = 1, batch: int = 5) -> None:
         self.image, self.label, self.samples = image, label, len(image)
@@ -81,6 +85,11 @@ class ListStream:
             yield {
                 "image": self.image[ids],
                 "label": self.label[ids],
+                **self.tokens([self.classes[i] for i in self.label[ids]]),
                 "id": ids,
                 "epoch": torch.zeros_like(ids),
             }
+
+    def tokens(self, texts: Sequence[str]) -> Batch:
+        rows = [[int(text.removesuffix(".").rpartition(" ")[2]), 99] for text in texts]
+        return {"text": torch.tensor(rows), "text_length": torch.ones(len(rows), dtype=torch.int64)}

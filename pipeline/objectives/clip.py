@@ -1,0 +1,215 @@
+"""CLIP: images and their captions find each other among those of the batch.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (ICML 2021), and with the
+sigmoid loss SigLIP: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (ICCV 2023). Frozen towers: LiT, Zhai
+et al. (CVPR 2022). Dropped patches: FLIP, Li et al. (CVPR 2023). Shape letters: B samples, L tokens, E common width.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import (
+    Batch,
+    DataFacts,
+    Embeddings,
+    PairwiseObjective,
+    Picture,
+    StepContext,
+    StepOutput,
+)
+from pipeline.nn.contrastive import info_nce, sigmoid_loss
+from pipeline.nn.dropout import drop_per_sample, dropping_for
+from pipeline.nn.encoder import EncoderConfig, ImageEncoder, backbone_layers, create_backbone, to_weights
+from pipeline.nn.images import Normalize, tile
+from pipeline.nn.masking import encode_visible, make_maskable
+from pipeline.nn.text import TextEncoder, TextPool
+from pipeline.nn.weights import load_encoder
+
+SHOWN = 8
+"""Samples in the showcase."""
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LARGEST_SCALE = 100.0
+Count = Annotated[int, Field(ge=1)]
+
+
+class Config(EncoderConfig):
+    """Settings of CLIP; the defaults are ViT-B/32's."""
+
+    encoder: str = "vit_base_patch32_224"
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] = CLIP_MEAN
+    std: Annotated[tuple[float, ...], Field(min_length=1)] = CLIP_STD
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    dim: Count = 512
+    """E."""
+    vocab: Count = 49408
+    """Tokens that the tokenizer has."""
+    length: Count = 77
+    """L, tokens of a text: data.captions.length."""
+    text_width: Count = 512
+    text_depth: Count = 12
+    text_heads: Count = 8
+    text_pool: TextPool = "end"
+    """"end": read from the left, what stands at the end of the text; "mean": read both ways, the mean."""
+    image_layers: Annotated[int, Field(ge=0)] | None = None
+    """Train only so many of the image encoder's last layers; 0: none, as LiT; left out: all. Its projection is trained
+    in any case."""
+    text_layers: Annotated[int, Field(ge=0)] | None = None
+    """The same for the text encoder, whose projection is the last layer's."""
+    keep_patches: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of the patches that is encoded in training (FLIP)."""
+    share: Literal["gathered", "blocks"] = "gathered"
+    """Features of all ranks at once, or (slower, for the largest batches) one rank's after the other's."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> "Config":
+        if self.text_width % self.text_heads:
+            raise ValueError(f"text_heads = {self.text_heads} does not divide text_width = {self.text_width}")
+        return self
+
+
+class ImageTower(nn.Module):
+    """uint8[B,C,H,W] to float[B,E]."""
+
+    def __init__(self, encoder: ImageEncoder, dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dim = dim
+        self.projection = nn.Linear(encoder.dim, dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=encoder.dim**-0.5)
+
+    def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Features of a batch; ``keep``, int64[B,V]: of these patches alone."""
+        if keep is None:
+            return self.projection(self.encoder(image))
+        x = to_weights(self.encoder.normalize(image), self.encoder.backbone)
+        return self.projection(encode_visible(self.encoder.backbone, x, keep))
+
+    def train(self, mode: bool = True) -> "ImageTower":
+        """An encoder that is frozen as a whole stays in evaluation mode, batch norm and dropout included."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
+
+
+class CLIP(PairwiseObjective):
+    """Two towers and a temperature."""
+
+    def __init__(self, config: Config, facts: DataFacts) -> None:
+        super().__init__()
+        self.needs = {
+            "image": f"uint8[B,{len(config.mean)},H,W]",
+            "text": f"int64[B,{config.length}]",
+            "text_length": "int64[B]",
+        }
+        self.config = config
+        backbone = create_backbone(config, facts.image_size)
+        drop_per_sample(backbone, "clip")
+        if config.weights:
+            load_encoder(backbone, config.weights)
+        self.patches = make_maskable(backbone, facts.image_size).patches if config.keep_patches < 1 else 0
+        self.image = ImageTower(ImageEncoder(Normalize(config.mean, config.std), backbone, "native"), config.dim)
+        self.text = TextEncoder(
+            vocab=config.vocab,
+            length=config.length,
+            width=config.text_width,
+            depth=config.text_depth,
+            heads=config.text_heads,
+            dim=config.dim,
+            pool=config.text_pool,
+        )
+        softmax = config.loss == "softmax"
+        # One dimension: not decayed, and some engines cannot send a number without any.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07 if softmax else 10.0)]))
+        self.bias = None if softmax else nn.Parameter(torch.tensor([-10.0]))
+        image_layers = backbone_layers(backbone, "image.encoder.backbone.")
+        self._freeze("image.encoder.", image_layers, config.image_layers, "image_layers")
+        self._freeze("text.", self.text.layers("text."), config.text_layers, "text_layers")
+        self._tokens_checked = False
+
+    def _freeze(self, tower: str, layers: Iterable[Iterable[str]], trained: int | None, setting: str) -> None:
+        """Freeze all parameters of a tower before its last ``trained`` layers; None freezes none."""
+        groups = [tuple(prefixes) for prefixes in layers]
+        if trained is None:
+            return
+        if trained > len(groups):
+            raise ConfigError(f"objective.{setting}: {trained} layers are to be trained, but there are {len(groups)}")
+        frozen = tuple(prefix for group in groups[: len(groups) - trained] for prefix in group)
+        for name, parameter in self.named_parameters():
+            if name.startswith(tower) and (trained == 0 or name.startswith(frozen)):
+                parameter.requires_grad_(False)
+
+    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Unit vectors float32[B,E] of images and texts."""
+        if not self._tokens_checked:  # once: it waits for the device
+            self._check_tokens(batch["text"])
+        keep = None
+        if self.patches and self.training:
+            visible = max(1, int(self.patches * self.config.keep_patches))
+            keep = ctx.random(batch, "clip.keep").permutation(self.patches)[:, :visible]
+        with dropping_for(batch, ctx):
+            image, text = self.image(batch["image"], keep), self.text(batch["text"], batch["text_length"])
+        return {name: functional.normalize(x.float(), dim=1) for name, x in (("image", image), ("text", text))}
+
+    def _check_tokens(self, text: Tensor) -> None:
+        if int(text.max()) >= self.config.vocab:
+            raise ConfigError(
+                f"objective.vocab is {self.config.vocab}, but the batch holds token {int(text.max())}; set it to the "
+                "number of tokens that the tokenizer has"
+            )
+        self._tokens_checked = True
+
+    def shared(self) -> dict[str, Tensor]:
+        """Inverse temperature, and the sigmoid's bias."""
+        scale = {"scale": self.log_scale.float().exp()}
+        return scale if self.bias is None else scale | {"bias": self.bias.float()}
+
+    def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
+        """InfoNCE or sigmoid loss; "scale" is the inverse temperature, "agreement" the mean cosine of true pairs."""
+        image, text = embeddings.rows["image"], embeddings.rows["text"]
+        scale = embeddings.shared["scale"]
+        metrics = {
+            "scale": scale.detach().squeeze(0),
+            "agreement": (image * text).detach().sum(dim=1).mean(),
+        }
+        if self.bias is None:
+            return StepOutput(info_nce(image, text, scale, share=self.config.share), metrics)
+        bias = embeddings.shared["bias"]
+        loss = sigmoid_loss(image, text, scale, bias, share=self.config.share)
+        return StepOutput(loss, metrics | {"bias": bias.detach().squeeze(0)})
+
+    def limits(self) -> Mapping[str, tuple[float, float]]:
+        """The inverse temperature stays between 1 and 100, as in the paper."""
+        return {"log_scale": (0.0, math.log(LARGEST_SCALE))}
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """Both towers: "text" maps int64[B,L] and int64[B] to float[B,E]."""
+        return {"image": self.image, "text": self.text}
+
+    def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
+        """Images; under each the image whose caption is nearest to it, and the image nearest to its caption."""
+        batch = {name: value[:SHOWN] for name, value in batch.items()}
+        rows = self.embed(batch, ctx)
+        cosines = rows["image"] @ rows["text"].T
+        caption, image = cosines.argmax(dim=1), cosines.argmax(dim=0)
+        here = torch.arange(len(cosines), device=cosines.device)
+        said = ", ".join(f"{c:.2f}" for c in cosines.diagonal().tolist())
+        text = (
+            f"Top: images. Middle: the image whose caption is nearest to the one above ({_hits(caption == here)} "
+            f"are its own). Bottom: the image nearest to the caption of the one on top ({_hits(image == here)}). "
+            f"Cosines of image and own caption, from left to right: {said}"
+        )
+        shown = [batch["image"], batch["image"][caption], batch["image"][image]]
+        return {"matches": Picture(tile(shown), text)}
+
+
+def _hits(right: Tensor) -> str:
+    return f"{int(right.sum())} of {len(right)}"

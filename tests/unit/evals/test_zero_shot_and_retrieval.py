@@ -1,0 +1,115 @@
+"""Zero-shot classification and retrieval against counting by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.core.errors import DataError
+from pipeline.dist.group import process_group
+from pipeline.evals.retrieval import Config as RetrievalConfig
+from pipeline.evals.retrieval import Retrieval, best_ranks
+from pipeline.evals.zero_shot import Config, ZeroShot
+from tests.contracts.components import ListStream
+from tests.ranks import start_ranks
+
+N, CLASSES, WIDTH = 37, 5, 4
+
+
+class Table(nn.Module):
+    """The row of a table that a sample's first pixel or token names."""
+
+    def __init__(self, seed: int, rows: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.rows = nn.Parameter(torch.randn(rows, WIDTH, generator=generator))
+
+    def forward(self, x: Tensor, length: Tensor | None = None) -> Tensor:
+        return self.rows[x.flatten(1)[:, 0].long()]
+
+
+def stream(rank: int = 0, world: int = 1) -> ListStream:
+    image = torch.arange(N, dtype=torch.uint8).view(N, 1, 1, 1)
+    return ListStream(image, torch.arange(N) * 3 % CLASSES, rank, world)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / a.norm() / b.norm())
+
+
+def encoders() -> dict[str, Table]:
+    return {"image": Table(0, N), "text": Table(1, CLASSES)}
+
+
+def measured(rank: int = 0, world: int = 1) -> dict[str, tuple[float, int]]:
+    with torch.no_grad():
+        found = [
+            *ZeroShot(Config(templates=("a {}", "the {}."))).run(encoders(), {"val": stream(rank, world)}),
+            *Retrieval(RetrievalConfig(k=(1, 3, 20, 37))).run(encoders(), {"val": stream(rank, world)}),
+        ]
+    return {r.name: (r.value, r.n) for r in found}
+
+
+def by_hand() -> dict[str, tuple[float, int]]:
+    towers, label = encoders(), stream().label.tolist()
+    image, text = towers["image"].rows.detach(), towers["text"].rows.detach()
+    near = [[cosine(i, t) for t in text] for i in image]
+    right = [max(range(CLASSES), key=row.__getitem__) == own for row, own in zip(near, label, strict=True)]
+    found = {"zero_shot/top1": (sum(right) / N, N), "zero_shot/top5": (1.0, N)}
+    per_class = [[r for r, own in zip(right, label, strict=True) if own == c] for c in range(CLASSES)]
+    found["zero_shot/mean_class_recall"] = (sum(sum(c) / len(c) for c in per_class) / CLASSES, N)
+    for k in (1, 3):
+        hits = [
+            own in sorted(range(CLASSES), key=lambda c, r=row: -r[c])[:k] for row, own in zip(near, label, strict=True)
+        ]
+        found[f"retrieval/top{k}_text"] = (sum(hits) / N, N)
+    for k in (1, 3, 20):
+        hits = [
+            any(label[i] == c for i in sorted(range(N), key=lambda i, c=c: -near[i][c])[:k]) for c in range(CLASSES)
+        ]
+        found[f"retrieval/top{k}_image"] = (sum(hits) / CLASSES, CLASSES)
+    return found
+
+
+def test_both_count_as_by_hand(lone_group):
+    expected = by_hand()
+    found = measured()
+    assert found.keys() == expected.keys()
+    for name, (value, n) in expected.items():
+        assert found[name] == (pytest.approx(value), n), name
+    assert 0.05 < found["zero_shot/top1"][0] < 0.6 and 0.05 < found["retrieval/top3_text"][0] < 0.95
+
+
+def on_a_rank() -> str:
+    with process_group(1.0):
+        return json.dumps(measured(dist.get_rank(), dist.get_world_size()))
+
+
+def test_the_number_of_ranks_does_not_matter():
+    first, *others = [e.value for world in (1, 3) for e in start_ranks(world, on_a_rank)]
+    assert first and others == [first] * 3
+
+
+def test_features_that_are_all_alike_find_nothing():
+    same = torch.ones(4, 2)
+    assert best_ranks(same, same, torch.arange(4), torch.arange(4)).tolist() == [3, 3, 3, 3]
+
+
+def test_a_stream_without_texts_is_named(lone_group):
+    class Silent(ListStream):
+        def __iter__(self):
+            return ({n: v for n, v in b.items() if not n.startswith("text")} for b in super().__iter__())
+
+    plain = stream()
+    silent = Silent(plain.image, plain.label)
+    with pytest.raises(DataError, match='add "text"'):
+        list(Retrieval(RetrievalConfig()).run(encoders(), {"val": silent}))
+
+
+def test_a_template_needs_a_place_for_the_name():
+    with pytest.raises(ValueError, match=r"has no \{\}"):
+        Config(templates=("a photo",))
