@@ -254,11 +254,14 @@ def glyphs(
     samples: Annotated[int, typer.Option(help="Images per character and typeface.")] = 10,
     pixels: Pixels = 32,
     seed: int = 0,
+    variation: Annotated[
+        float, typer.Option(help="How much turn, scale, place and colours vary: 0 is upright black on white.")
+    ] = 1.0,
 ) -> Source:
     """Build the embedded data: Unicode characters in many typefaces, some of them only in val."""
     from data_prep.sources.glyphs import GlyphsSource
 
-    return GlyphsSource(characters, samples, pixels, seed)
+    return GlyphsSource(characters, samples, pixels, seed, variation)
 
 
 @_source

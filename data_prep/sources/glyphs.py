@@ -106,12 +106,16 @@ class GlyphsSource:
     size: int = 32
     """Pixels of the side."""
     seed: int = 0
+    variation: float = 1.0
+    """How much turn, scale, place and colours vary, 0 to 1; 0 is upright black on white."""
 
     positional: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not 16 <= self.size <= 512:
             raise ConfigError(f"glyphs: samples is at least 1, size 16 to 512; got {self.samples} and {self.size}")
+        if not 0 <= self.variation <= 1:
+            raise ConfigError(f"glyphs: variation is 0 to 1, not {self.variation}")
         known = alphabet(self.characters)
         if len(known) < self.characters or self.characters < 1:
             raise ConfigError(f"glyphs: there are 1 to {len(known)} characters to be had, not {self.characters}")
@@ -130,6 +134,7 @@ class GlyphsSource:
             "samples": self.samples,
             "size": self.size,
             "seed": self.seed,
+            "variation": self.variation,
             "fonts": f"matplotlib {matplotlib.__version__}",
             "renderer": f"Pillow {PIL.__version__}",
         }
@@ -151,7 +156,7 @@ class GlyphsSource:
             yield Record(
                 key=key,
                 identity=key,
-                image=Drawing(face, c, self.size, f"{self.seed} {key}"),
+                image=Drawing(face, c, self.size, self.variation, f"{self.seed} {key}"),
                 stamp="",
                 label=label,
                 caption=f"{article} {typeface.style} {name}",
@@ -167,6 +172,7 @@ class Drawing:
     face: int
     character: str
     size: int
+    variation: float
     seed: str
 
     def read(self) -> bytes:
@@ -174,13 +180,14 @@ class Drawing:
         r = random.Random(self.seed)
         side = self.size * _FINE
         glyph = _mask(self.face, self.character, side, r.choice((0, 0, 1)))
-        angle, scale = math.radians(r.uniform(-20, 20)), r.uniform(0.75, 1.15)
-        dx, dy = r.uniform(-0.1, 0.1) * side, r.uniform(-0.1, 0.1) * side
+        v = self.variation
+        angle, scale = math.radians(r.uniform(-20, 20) * v), 1 + r.uniform(-0.25, 0.15) * v
+        dx, dy = r.uniform(-0.1, 0.1) * v * side, r.uniform(-0.1, 0.1) * v * side
         c, s, centre = math.cos(angle) / scale, math.sin(angle) / scale, side / 2
         x, y = centre + dx, centre + dy
         matrix = (c, s, centre - c * x - s * y, -s, c, centre + s * x - c * y)
         mask = glyph.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).reduce(_FINE)
-        ink, paper = _colours(r)
+        ink, paper = _colours(r, v)
         target = io.BytesIO()
         Image.composite(Image.new("RGB", mask.size, ink), Image.new("RGB", mask.size, paper), mask).save(
             target, "PNG", compress_level=3
@@ -188,11 +195,12 @@ class Drawing:
         return target.getvalue()
 
 
-def _colours(r: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Ink and paper that differ clearly in brightness."""
+def _colours(r: random.Random, variation: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ink and paper that differ clearly in brightness: random ones, mixed with black ink and white paper."""
     while True:
         bits = r.getrandbits(48).to_bytes(6, "big")
-        ink, paper = (bits[0], bits[1], bits[2]), (bits[3], bits[4], bits[5])
+        ink = tuple(round(variation * x) for x in bits[:3])
+        paper = tuple(round(255 - variation * (255 - x)) for x in bits[3:])
         if abs(_brightness(*ink) - _brightness(*paper)) > 80:
             return ink, paper
 
