@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pipeline.config.schema import Image
 from pipeline.core.random import SampleRandom
-from pipeline.data.jpeg import MAGIC, Box, Jpeg
+from pipeline.data.jpeg import MAGIC, Box, Jpeg, check_pixels
 
 _TRIES = 10
 
@@ -47,6 +47,7 @@ class _Other:
     def __init__(self, data: memoryview) -> None:
         try:
             with PillowImage.open(io.BytesIO(data)) as image:
+                check_pixels(image.height, image.width)
                 # Pillow warns when a transparent colour of a palette goes straight to RGB.
                 has_palette_alpha = image.mode == "P" and "transparency" in image.info
                 rgb = (image.convert("RGBA") if has_palette_alpha else image).convert("RGB")

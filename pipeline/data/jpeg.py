@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 MAGIC = b"\xff\xd8\xff"
+MAX_PIXELS = 1 << 26
+"""Of an image; a larger one is not decoded, so that no file can take all memory of a worker."""
 
 
 class Box(NamedTuple):
@@ -51,6 +53,12 @@ def _decoder() -> tuple[Any, Any]:
     return decoder, codec.DecodeParams(apply_exif_orientation=False)
 
 
+def check_pixels(height: int, width: int) -> None:
+    """Raise ValueError for an image that is too large to decode."""
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"an image of {width} x {height} pixels, more than {MAX_PIXELS:,}")
+
+
 class Jpeg:
     """A JPEG file in memory.
 
@@ -64,6 +72,7 @@ class Jpeg:
             self.size = (int(self._stream.height), int(self._stream.width))
         except RuntimeError as error:
             raise ValueError(f"not a readable JPEG ({error})") from error
+        check_pixels(*self.size)
 
     def window(self, box: Box) -> Tensor:
         """uint8[3,h,w], the pixels of a window.

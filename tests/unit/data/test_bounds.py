@@ -1,0 +1,48 @@
+"""Memory stays within its budget, whatever the samples."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from pipeline.config.schema import Data, Image
+from pipeline.data import jpeg
+from pipeline.data.assemble import Assembler
+from pipeline.data.decode import open_image
+from pipeline.data.plan import EvalPlan
+from tests.unit.data.shards import encode, members, picture, write_data
+
+MB = 10**6
+
+
+@pytest.mark.parametrize(("size", "count"), [(2_000, 400), (2 * MB, 24)])
+def test_a_micro_batch_is_read_within_the_budget(tmp_path, size, count):
+    """Twenty-four samples of 2 MB are 48 MB; with read_mb = 4, a worker holds no more than about twice that."""
+
+    def make(number):
+        parts = members(number)
+        # Pillow stops at the end of the picture, so what follows only makes the file large.
+        return parts | {"png": parts["png"].ljust(size, b"\0")}
+
+    manifest = write_data(tmp_path, [count // 2, count // 2], make)
+    data = Data(train=manifest.root, fields=("image", "label"), image=Image(size=8, crop="center"), read_mb=4)
+    assembler = Assembler(manifest, data, 0, EvalPlan(0, count, count))
+    arrays = {name: np.empty((count, *c.shape), c.dtype) for name, c in assembler.columns.items()}
+    assembler.fill(0, arrays)
+    tracemalloc.start()
+    filled, bad = assembler.fill(0, arrays)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assembler.close()
+    assert filled == count and not bad and arrays["label"].tolist() == [i % 7 for i in range(count)]
+    assert held < 9 * MB
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_an_image_too_large_to_decode_is_bad(monkeypatch, kind):
+    data = memoryview(bytearray(encode(picture(0, (40, 50)), kind)))
+    monkeypatch.setattr(jpeg, "MAX_PIXELS", 2000)
+    assert open_image(data).size == (40, 50)
+    monkeypatch.setattr(jpeg, "MAX_PIXELS", 1999)
+    with pytest.raises(ValueError, match="an image of 50 x 40 pixels, more than 1,999"):
+        open_image(data)
