@@ -144,20 +144,37 @@ class Data(Strict):
 class Optimizer(Strict):
     """The optimizer and its parameter groups."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: PositiveFloat
     """Peak learning rate, before scaling."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Multiply ``lr`` by global_batch/lr_batch ("linear") or its square root ("sqrt")."""
     lr_batch: Positive = 256
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Of adamw."""
     eps: PositiveFloat = 1e-8
+    """Of adamw."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of sgd and lars."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Not applied to norms, biases and what the objective excludes."""
     layer_decay: Fraction = 1.0
     """Learning rate of each layer as a part of the next one's; 1: all the same."""
     clip: PositiveFloat | None = None
     """Largest norm of the gradient; left out: no clipping."""
+
+    @model_validator(mode="after")
+    def _own_settings(self) -> Optimizer:
+        strangers = {"momentum"} if self.name == "adamw" else {"betas", "eps"}
+        if given := sorted(strangers & self.model_fields_set):
+            raise ValueError(f"{self.name} has no {' or '.join(given)}; remove it, or choose another optimizer")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is dumped loads again: settings of other optimizers are left out."""
+        strangers = {"momentum"} if self.name == "adamw" else {"betas", "eps"}
+        return {name: value for name, value in default(self).items() if name not in strangers}
 
 
 class Schedule(Strict):
@@ -257,6 +274,15 @@ class RunConfig(Strict):
     ema: EmaConfig | None = None
     """Left out: none."""
     every: Every = Every()
+
+    @model_validator(mode="after")
+    def _lars_needs_whole_layers(self) -> RunConfig:
+        if self.optimizer.name == "lars" and self.engine.name == "deepspeed" and self.engine.zero > 0:
+            raise ValueError(
+                "lars scales each layer by its norms, which ZeRO cuts to pieces; set engine.zero = 0, "
+                'or engine.name = "accelerate"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _lanes_divide(self) -> RunConfig:

@@ -58,7 +58,43 @@ def build(objective: Objective, config: OptimizerConfig) -> torch.optim.Optimize
         {"params": members, "lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
         for rule, members in groups.items()
     ]
+    if config.name == "sgd":
+        return torch.optim.SGD(described, lr=config.lr, momentum=config.momentum)
+    if config.name == "lars":
+        return LARS(described, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates: You et al., "Large Batch Training of Convolutional Networks" (2017, arXiv 1708.03888).
+
+    g <- g + decay * w; for tensors of more than one dimension g <- g * 0.001 |w| / |g|; m <- momentum * m + g;
+    w <- w - lr * m. As in SimCLR and MoCo v3, norms and biases (one dimension) are not adapted, by their shape and not
+    by their decay: with a decay of zero, as in linear probes, matrices are adapted all the same.
+    """
+
+    TRUST = 0.001
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = p.grad.add(p, alpha=group["weight_decay"])
+                if p.ndim > 1:
+                    size, slope = p.norm(), g.norm()
+                    # A layer that is zero, or has no gradient, is left to plain gradient descent.
+                    g.mul_(torch.where((size > 0) & (slope > 0), self.TRUST * size / slope, 1.0))
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"].mul_(group["momentum"]).add_(g)
+                p.sub_(group["lr"] * state["momentum_buffer"])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

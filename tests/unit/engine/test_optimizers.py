@@ -1,0 +1,66 @@
+"""LARS against a plain transcription in numpy, and which optimizer goes with which setting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.schema import Optimizer, RunConfig
+from pipeline.engine import optimizers
+from tests.contracts.components import build_objective, smoke_config
+
+
+def test_lars_is_the_rule_of_the_paper():
+    generator = np.random.default_rng(0)
+    start = {"matrix": generator.normal(size=(3, 4)), "kernel": generator.normal(size=(2, 3, 1, 1)), "bias": np.ones(4)}
+    slopes = [{n: generator.normal(size=v.shape) for n, v in start.items()} for _ in range(4)]
+    decays = {"matrix": 0.1, "kernel": 0.0, "bias": 0.0}
+    p = {n: torch.nn.Parameter(torch.from_numpy(v.copy())) for n, v in start.items()}
+    groups = [{"params": [p[n]], "weight_decay": decays[n], "lr_scale": 1.0} for n in start]
+    lars = optimizers.LARS(groups, lr=1.0, momentum=0.9)
+    w, m = {n: v.copy() for n, v in start.items()}, {n: np.zeros_like(v) for n, v in start.items()}
+    for lr, slope in zip((1.0, 2.0, 3.0, 0.5), slopes, strict=True):
+        optimizers.set_lr(lars, lr)
+        for n in start:
+            p[n].grad = torch.from_numpy(slope[n])
+            g = slope[n] + decays[n] * w[n]
+            if n != "bias":
+                g = g * 0.001 * np.linalg.norm(w[n].ravel()) / np.linalg.norm(g.ravel())
+            m[n] = 0.9 * m[n] + g
+            w[n] = w[n] - lr * m[n]
+        lars.step()
+        for n in start:
+            np.testing.assert_allclose(p[n].detach().numpy(), w[n], rtol=1e-12, err_msg=n)
+
+
+def test_a_layer_of_zeros_and_a_layer_without_slope_stay_finite():
+    zero, flat = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    zero.grad, flat.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    optimizers.LARS([{"params": [zero, flat], "weight_decay": 0.0}], lr=0.5, momentum=0.9).step()
+    assert torch.equal(zero.detach(), torch.full((2, 2), -0.5)) and torch.equal(flat.detach(), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("sgd", "SGD"), ("lars", "LARS")])
+def test_the_name_decides_and_norms_and_biases_are_not_decayed(name, kind):
+    objective = build_objective("simclr")
+    built = optimizers.build(objective, Optimizer(name=name, lr=0.3, weight_decay=0.1))
+    assert type(built).__name__ == kind
+    for group in built.param_groups:
+        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
+        assert group.get("momentum", 0.9) == 0.9
+
+
+def test_settings_of_another_optimizer_and_cut_layers_are_mistakes():
+    with pytest.raises(ValueError, match="adamw has no momentum"):
+        Optimizer(lr=1, momentum=0.5)
+    with pytest.raises(ValueError, match="lars has no betas or eps"):
+        Optimizer(lr=1, name="lars", betas=(0.9, 0.9), eps=1e-6)
+    table = smoke_config("moco").model_dump(mode="json", exclude_none=True)
+    assert RunConfig.model_validate(table) == smoke_config("moco")
+    table["optimizer"] = {"name": "lars", "lr": 1.0}
+    with pytest.raises(ValueError, match=r"ZeRO cuts to pieces; set engine\.zero = 0"):
+        RunConfig.model_validate(table)
+    table["engine"]["zero"] = 0
+    config = RunConfig.model_validate(table)
+    assert RunConfig.model_validate(config.model_dump(mode="json", exclude_none=True)) == config
