@@ -9,7 +9,7 @@ Shape letters: B samples, C channels, H height, W width, E embedding, L tokens, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -19,8 +19,7 @@ from torch.nn import functional
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
 from pipeline.nn.conditioning import Conditions, Embedding, SampleDropout, TimeEmbedding
-
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+from pipeline.nn.zero import zeroed
 
 
 class UNetConfig(Strict):
@@ -42,14 +41,6 @@ class UNetConfig(Strict):
     resample: Literal["conv", "residual"] = "conv"
     """Between sizes: a strided convolution, or a residual block that resamples."""
     embedding: TimeEmbedding = "sinusoidal"
-
-
-def zeroed(layer: Layer) -> Layer:
-    """``layer`` with all its weights set to zero."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 class Norm(nn.GroupNorm):

@@ -21,6 +21,7 @@ from pipeline.nn.diffusion.model import Denoiser, DenoiserFeatures, Generator, S
 from pipeline.nn.diffusion.process import Discrete, LogNormal, Process
 from pipeline.nn.diffusion.samplers import Variance
 from pipeline.nn.diffusion.targets import Target, Weight
+from pipeline.nn.dit import DiT, DiTConfig
 from pipeline.nn.images import tile
 from pipeline.nn.unet import UNet, UNetConfig
 
@@ -35,7 +36,8 @@ SWEEP = (0.0, 1.0, 2.0, 4.0)
 class Config(Strict):
     """Settings of diffusion training; the defaults are those of Ho et al. for CIFAR-10."""
 
-    network: UNetConfig = UNetConfig()
+    network: UNetConfig | DiTConfig = UNetConfig()
+    """"unet" or "dit"."""
     schedule: Literal["linear", "cosine", "sigmoid", "lognormal"] = "linear"
     """Of a discrete process; or "lognormal", EDM's continuous one."""
     steps: Annotated[int, Field(ge=2)] = 1000
@@ -99,7 +101,11 @@ class DDPM(Objective):
         self.process.chain(config.sampler.steps, config.sampler.spacing)  # a mistake in it is found before training
         learned = config.variance == "learned"
         out = config.channels * (2 if learned else 1)
-        network = UNet(config.network, facts.image_size, channels=config.channels, out=out, classes=self.classes)
+        shape = {"channels": config.channels, "out": out, "classes": self.classes}
+        if isinstance(config.network, UNetConfig):
+            network = UNet(config.network, facts.image_size, **shape)
+        else:
+            network = DiT(config.network, facts.image_size, **shape)
         self.dropouts = network.dropouts
         self.denoiser = Denoiser(network, config.target, learned)
         self._labels_checked = False

@@ -245,6 +245,18 @@ def test_bits_do_not_depend_on_the_batch_and_noise_is_bad_at_them():
     assert whole.sum(dim=1).min() > 8  # uniform noise cannot be known by less than 8 bits
 
 
+def test_the_transformer_is_trained_and_sampled_alike():
+    dit = {"name": "dit", "patch": 4, "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2}
+    network = Config(network=dit, feature_block="block_1", condition="class", variance="learned", sampler=SAMPLER)
+    model = DDPM(network, DataFacts((16, 16), tuple("abcde")))
+    data = batch()
+    first = model.train()(data, CTX)
+    assert torch.equal(first.loss, model(data, CTX).loss)
+    encoders = model.eval().encoders()
+    assert encoders["image"](data["image"]).shape == (8, 16)
+    assert model.generator().sample(torch.arange(2), None, 0).shape == (2, 3, 16, 16)
+
+
 def test_showcase_shows_what_sampling_gives():
     model = build(condition="class")
     pictures = model.showcase(batch(), CTX)
