@@ -40,6 +40,7 @@ class Entry(NamedTuple):
     offset: int
     """Of its data."""
     size: int
+    crc32: int
 
 
 def walk(data: Buffer) -> Iterator[Entry]:
@@ -68,7 +69,8 @@ def walk(data: Buffer) -> Iterator[Entry]:
             if at + BLOCK + size > len(data):
                 raise Damage(f"cut at byte {len(data)}: inside {name!r}")
             if kind in _REGULAR:
-                yield Entry(name, at + BLOCK, size)
+                begin = at + BLOCK
+                yield Entry(name, begin, size, zlib.crc32(memoryview(data)[begin : begin + size]))
             elif kind not in _PASSED_OVER:
                 raise Damage(f"member {name!r} of unknown kind {kind!r} at byte {at}")
             extended = {}
@@ -167,7 +169,7 @@ def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
     seen: set[str] = set()
     key, members = "", list[Member]()
     extensions: set[str] = set()
-    for name, offset, size in entries:
+    for name, offset, size, crc32 in entries:
         match = _NAME.match(name)
         if match is None or ("/" not in name and name.startswith("__") and name.endswith("__")):
             continue
@@ -183,7 +185,7 @@ def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
         if extension in extensions:
             raise Damage(f"{name!r} occurs twice")
         extensions.add(extension)
-        members.append(Member(extension, offset, size))
+        members.append(Member(extension, offset, size, crc32))
     if members:
         yield key, members
 

@@ -45,12 +45,12 @@ def shard_index(keys: Sequence[str], members: Sequence[Sequence[Member]], extens
     """The index of one shard from what its samples hold; columns are extensions."""
     column = {name: i for i, name in enumerate(extensions)}
     offset = np.full((len(keys), len(column)), -1, np.int64)
-    size = offset.copy()
+    size, crc32 = offset.copy(), offset.copy()
     for row, places in enumerate(members):
         for m in places:
             c = column[m.extension]
-            offset[row, c], size[row, c] = m.offset, m.size
-    return ShardIndex(tuple(keys), offset, size)
+            offset[row, c], size[row, c], crc32[row, c] = m.offset, m.size, m.crc32
+    return ShardIndex(tuple(keys), offset, size, crc32)
 
 
 @dataclass

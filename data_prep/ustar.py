@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,6 +21,8 @@ class Member(NamedTuple):
     extension: str
     offset: int
     size: int
+    crc32: int
+    """Of the data; by it the stream notices bit rot."""
 
 
 # Everything of a header but name, size and checksum: mode 0644, owner 0:0 without names, time 0, a regular file.
@@ -53,7 +56,7 @@ class TarWriter:
         for extension, data in members:
             size = len(data)
             pieces += (header(f"{key}.{extension}".encode(), size), data, bytes(-size % BLOCK))
-            places.append(Member(extension, position + BLOCK, size))
+            places.append(Member(extension, position + BLOCK, size, zlib.crc32(data)))
             position += BLOCK + size + -size % BLOCK
         self._write(b"".join(pieces))
         return places

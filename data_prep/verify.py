@@ -17,7 +17,7 @@ from data_prep.scan import Scan, scan
 from data_prep.shards import shard_index
 from data_prep.store import Store, open_store
 from pipeline.core.errors import DataError
-from pipeline.core.manifest import Manifest, Shard, ShardIndex, index_name, parse_index
+from pipeline.core.manifest import Manifest, Shard, index_name, parse_index
 
 MOST = 5
 """Problems of one kind that are listed per shard."""
@@ -110,11 +110,12 @@ def _compare_index(store: Store, manifest: Manifest, shard: Shard, found: Scan) 
     extensions = sorted({m.extension for members in found.members for m in members})
     column = {e: i for i, e in enumerate(extensions)}
     rows = shard_index(found.keys, found.members, extensions)
-    here = ShardIndex(rows.keys, rows.offset, rows.size)
-    same = there.keys == here.keys
+    same = there.keys == rows.keys
     for i, known in enumerate(manifest.fields.values()):
         columns = [column[e] for e in known if e in column]
-        for mine, theirs in ((here.offset, there.offset), (here.size, there.size)):
+        for mine, theirs in ((rows.offset, there.offset), (rows.size, there.size), (rows.crc32, there.crc32)):
+            if mine is None or theirs is None:  # an index need not have checksums
+                continue
             same = same and (mine[:, columns].max(1, initial=-1) == theirs[:, i]).all()
     return [] if same else [f"its index {name} points elsewhere; renew it with `sluice prep index`"]
 

@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_prep.index import index
 from pipeline.core.errors import DataError
 from pipeline.data import storage
 from pipeline.data.reader import Reader, SampleError
@@ -126,6 +127,19 @@ def test_bit_rot_is_noticed(data):
     rotten, good = read(reader, [4, 5])
     assert "x-000002.tar, sample '000004': field 'image' is not what was indexed (wrong CRC-32)" in str(rotten)
     assert good == expected(5)
+    reader.close()
+
+
+def test_index_of_existing_tars_knows_bit_rot(tmp_path):
+    """What ``sluice prep index`` writes is enough to notice it."""
+    write_data(tmp_path, [6])
+    for name in ("manifest.json", "sizes.json", "x-000000.idx"):
+        os.unlink(tmp_path / name)
+    path = os.path.join(tmp_path, "x-000000.tar")
+    reader = open_reader(index(str(tmp_path)), ("label",))
+    assert read(reader, [2, 4]) == [{"label": b"2"}, {"label": b"4"}]
+    damage(path, header_of(path, "000004.cls") + 512, b"5")
+    assert "'label' is not what was indexed" in str(read(reader, [4])[0])
     reader.close()
 
 
