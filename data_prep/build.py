@@ -27,6 +27,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import FILE, SIZES, Manifest, Shard, ShardIndex, index_name, parse, parse_index, sizes_json
 
 DONE = "build.json"
+LOCK = f"{WORK}/lock"
 REJECTS = "rejects.jsonl"
 DUPLICATES = "duplicates.jsonl"
 
@@ -169,6 +170,7 @@ class _Build:
                     f"{self.store.where}/train holds shards of another origin; use a new folder"
                 ) from None
             self.store.write(f"{WORK}/plan.json", json.dumps(plan).encode())
+        self.store.lock(LOCK)
         self.bases = self._read_bases()
         for split, base in self.bases.items():
             if self.source.classes[: len(base.classes)] != base.classes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -18,6 +19,14 @@ class Store(Protocol):
     """A folder of named files; names hold "/" for sub-folders."""
 
     where: str
+
+    def lock(self, name: str) -> None:
+        """Keep other processes out until :meth:`close`, where the target allows it.
+
+        Raises:
+            ConfigError: another process is at work.
+        """
+        ...
 
     def names(self, folder: str) -> list[str]:
         """Files directly in ``folder`` (names relative to it), sorted; empty when there is none."""
@@ -59,6 +68,17 @@ class LocalStore:
         self.root = root
         self.where = str(root)
         self._staged: set[Path] = set()
+        self._lock: int | None = None
+
+    def lock(self, name: str) -> None:
+        """See :class:`Store`. The lock ends with the process, however that ends."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is building {self.where}; wait for it, or stop it") from error
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Store`."""
@@ -103,6 +123,9 @@ class LocalStore:
         for path in self._staged:
             path.unlink(missing_ok=True)
         self._staged.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 class RemoteStore:
@@ -115,6 +138,9 @@ class RemoteStore:
         self._fs, self._root = fsspec.core.url_to_fs(url)
         self.where = url
         self._spool = Path(tempfile.mkdtemp(prefix="sluice-prep-"))
+
+    def lock(self, name: str) -> None:
+        """See :class:`Store`. Object stores have no locks."""
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Store`."""

@@ -15,7 +15,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import FILE, Manifest
 
 NAME = "tokenizer.json"
-SPECIAL = ("<|pad|>", "<|startoftext|>", "<|endoftext|>")
+SPECIAL = ("<pad>", "<start_of_text>", "<end_of_text>")
 LEAST = len(SPECIAL) + 256
 
 

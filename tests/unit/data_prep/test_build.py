@@ -129,7 +129,8 @@ def _dying(monkeypatch, at: int):
 
     for name in ("write", "staging", "publish", "remove"):
         wrap(name)
-    monkeypatch.setattr(LocalStore, "close", lambda self: None)
+    # of all that a store has open, a kill ends the lock
+    monkeypatch.setattr(LocalStore, "close", lambda self: os.close(self._lock) if self._lock is not None else None)
     return done
 
 

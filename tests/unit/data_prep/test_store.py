@@ -44,3 +44,13 @@ def test_fsspec_target(tmp_path):
 def test_unknown_scheme():
     with pytest.raises(ConfigError, match="install fsspec"):
         open_store("nonsense://x")
+
+
+def test_two_builds_at_once_are_refused(tmp_path):
+    def another(counts):
+        with pytest.raises(ConfigError, match="another process is building"):
+            build(source(), tmp_path / "out", OPTIONS)
+
+    build(source(), tmp_path / "out", OPTIONS, progress=another)
+    build(source(), tmp_path / "whole", OPTIONS)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
