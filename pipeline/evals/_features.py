@@ -24,10 +24,6 @@ class Features(NamedTuple):
     """int64[N]."""
     classes: int
 
-    def to(self, device: torch.device) -> "Features":
-        """The same on another device."""
-        return Features(self.x.to(device), self.label.to(device), self.classes)
-
 
 _remembered: ContextVar[dict[tuple[nn.Module, EvalStream], Features] | None] = ContextVar("remembered", default=None)
 
