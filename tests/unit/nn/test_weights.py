@@ -122,6 +122,19 @@ def test_a_rectangular_table_finds_its_way_to_another_rectangle(tmp_path):
         torch.testing.assert_close(other.backbone.pos_embed[:, 1:], expected)
 
 
+@pytest.mark.parametrize("args", [{"no_embed_class": True}, {"class_token": False}, {"reg_tokens": 2}])
+def test_tables_with_and_without_prefix_are_resampled(tmp_path, args):
+    config, mine = encoder((32, 32), "mean", **args)
+    export_encoder(tmp_path / "e.safetensors", config, mine, (32, 32))
+    _, other = encoder((48, 32), "mean", **args)
+    load_encoder(other.backbone, tmp_path / "e.safetensors")
+    prefix = 3 if "reg_tokens" in args else 0
+    old, new = mine.backbone.pos_embed, other.backbone.pos_embed
+    table = old[:, prefix:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
+    expected = functional.interpolate(table, size=(6, 4), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(new, torch.cat([old[:, :prefix], expected], dim=1))
+
+
 def test_a_pooled_encoder_for_fine_tuning_takes_all_but_the_norm(tmp_path):
     mine, state = original_layout()
     torch.save({"model": state}, tmp_path / "w.pth")
