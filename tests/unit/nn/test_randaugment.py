@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
+import pipeline.nn.randaugment as randaugment
 from pipeline.core.random import SampleRandom
 from pipeline.nn.randaugment import NOTHING, OPERATIONS, RandAugment, apply, rand_augment
 
@@ -69,6 +70,26 @@ def test_moves_are_those_of_pillow(monkeypatch, name, level, sign):
     expected, found = timms(image, name, level, monkeypatch, sign), ours(image, name, level, sign)
     # bicubic kernels differ (Pillow's a = -0.5, torch's -0.75), and Pillow's border is hard
     assert np.median(abs(found - expected)) <= 1 and (abs(found - expected) > 12).mean() < 0.06, name
+
+
+def test_an_image_with_a_large_white_part_is_equalized_as_by_pillow(monkeypatch):
+    image = picture(0)
+    image[:25] = 250
+    assert (ours(image, "Equalize", 1.0) == timms(image, "Equalize", 1.0, monkeypatch)).all()
+
+
+def test_operations_directions_and_magnitudes_are_drawn_as_they_should_be(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(randaugment, "apply", lambda x, *what: (drawn.append(what), x)[1])
+    ids = torch.arange(6000)
+    rand_augment(torch.zeros(6000, 3, 1, 1, dtype=torch.uint8), numbers(ids), RandAugment(), torch.tensor(FILL))
+    for operation, level, sign, _ in drawn:
+        assert abs((operation == NOTHING).float().mean() - 0.5) < 0.03
+        parts = torch.bincount(operation[operation != NOTHING], minlength=len(OPERATIONS)) / 3000
+        assert (parts - 1 / len(OPERATIONS)).abs().max() < 0.02
+        assert abs((sign == 1).float().mean() - 0.5) < 0.03 and set(sign.tolist()) == {-1.0, 1.0}
+        assert abs(level.mean() - 0.9) < 0.005 and level.max() == 1 and abs(level.std() - 0.05) < 0.005
+    assert len(drawn) == 2 and not torch.equal(drawn[0][0], drawn[1][0])
 
 
 def test_flat_images_stay_as_they_are_where_there_is_nothing_to_stretch():
