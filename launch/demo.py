@@ -1,4 +1,4 @@
-"""``make demo``: shards, pretraining on two processes, a kill and a resume, probes, a report. A few minutes on two cores."""
+"""``make demo``: shards, pretraining on two processes, a kill and a resume, probes and a report, in a few minutes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core.errors import ConfigError
 
@@ -25,15 +25,16 @@ def filesystem(root: str) -> tuple[Any, str]:
     Raises:
         ConfigError: the package that reads such URLs is not installed.
     """
-    import fsspec
+    import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
-    options = {}
+    options: dict[str, Any] = {}
     try:
         if root.startswith(("http://", "https://")):
             import aiohttp
 
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(None, sock_connect=SILENCE, sock_read=SILENCE)}
-        return fsspec.core.url_to_fs(root, **options)
+        system, path = cast("Any", fsspec.core).url_to_fs(root, **options)
+        return system, path
     except (ImportError, ValueError) as error:
         raise ConfigError(f"cannot read {root}: {error}; install the fsspec package for this kind of URL") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.config.resolve import Plan
 from pipeline.config.schema import EngineConfig
@@ -51,9 +52,11 @@ class AccelerateEngine(BaseEngine):
         # evaluation_mode: no DistributedDataParallel
         self.model = self.accelerator.prepare_model(objective, evaluation_mode=True)
 
+    @override
     def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:
         return self.model(batch, ctx, **how)
 
+    @override
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.accelerator.backward(loss / self.accumulation)
         if last and self.place.world_size > 1:
@@ -86,6 +89,7 @@ class AccelerateEngine(BaseEngine):
         if bucket:
             yield bucket
 
+    @override
     def update(self, lr: float) -> Tensor:
         optimizers.set_lr(self.optimizer, lr)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.clip or math.inf)
@@ -93,6 +97,7 @@ class AccelerateEngine(BaseEngine):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    @override
     def slots(self) -> list[Slot]:
         named = self.objective.named_parameters()
         return [Slot(n, tuple(p.shape), 0, p.numel(), p, 0) for n, p in named if p.requires_grad]

@@ -40,7 +40,7 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of ``loss`` over the accumulation; ``last`` is the micro-batch that ends the accumulation."""
+        """Add the gradient of ``loss`` over the accumulation; ``last`` is the micro-batch that ends it."""
 
     @abstractmethod
     def update(self, lr: float) -> Tensor:

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -180,7 +180,7 @@ class CheckpointStore:
                 f"could not {what} the checkpoint in {self.folder}: {'; '.join(problems)}. "
                 "Older checkpoints are untouched; make room or mend the folder and start again to resume."
             ) from cause
-        return [r for r, _ in outcomes]
+        return [cast("R", r) for r, _ in outcomes]
 
     def newest(self) -> Saved | None:
         """The newest whole checkpoint, the same on every rank; None when there is none at all.

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.config.resolve import Plan
 from pipeline.config.schema import EngineConfig
@@ -71,9 +72,10 @@ class DeepSpeedEngine(BaseEngine):
         self.stage = config.zero
         self.clip = optimizer.clip
         self.replicated = config.zero == 0
-        self.names = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        # DeepSpeed hangs its own attributes on parameters, so to a type checker they are anything.
+        self.names: dict[str, Any] = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shapes = {id(p): tuple(p.shape) for p in objective.parameters()}
-        frozen = {f"{MODEL}/{n}": p for n, p in objective.named_parameters() if not p.requires_grad}
+        frozen: dict[str, Any] = {f"{MODEL}/{n}": p for n, p in objective.named_parameters() if not p.requires_grad}
         self._frozen_parts = frozen if config.zero == 3 else {}
         self.optimizer = optimizers.build(objective, optimizer)
         self.engine, *_ = deepspeed.initialize(
@@ -83,14 +85,17 @@ class DeepSpeedEngine(BaseEngine):
             dist_init_required=False,
         )
 
+    @override
     def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:
         return self.engine(batch, ctx, **how)
 
+    @override
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.backward(loss)
         if not last:
             self.engine.step()  # not a step: it counts the micro-batch
 
+    @override
     def update(self, lr: float) -> Tensor:
         optimizers.set_lr(self.optimizer, lr)
         if self.stage == 0:
@@ -102,6 +107,7 @@ class DeepSpeedEngine(BaseEngine):
         assert norm is not None, "DeepSpeed gave no gradient norm"
         return torch.as_tensor(norm, dtype=torch.float32, device=self.place.device)
 
+    @override
     def slots(self) -> list[Slot]:
         if self.stage == 0:
             return [Slot(n, tuple(p.shape), 0, p.numel(), p, 0) for n, p in self.names.items()]
@@ -126,11 +132,13 @@ class DeepSpeedEngine(BaseEngine):
             if count > 0:
                 yield Slot(name, self.shape_of(p), start, count, zero.fp32_partitioned_groups_flat[group], offset)
 
+    @override
     def shared(self) -> Iterator[Fragment]:
         for fragment in super().shared():
             if fragment.name not in self._frozen_parts:
                 yield fragment
 
+    @override
     def exclusive(self, *, writing: bool) -> Iterator[Fragment]:
         yield from super().exclusive(writing=writing)
         for name, p in self._frozen_parts.items():
@@ -139,9 +147,11 @@ class DeepSpeedEngine(BaseEngine):
             if count > 0:
                 yield Fragment(name, start, p.ds_tensor.detach()[:count], self.shape_of(p))
 
+    @override
     def shape_of(self, tensor: Tensor) -> tuple[int, ...]:
         return self._shapes.get(id(tensor), tuple(tensor.shape))
 
+    @override
     def publish(self) -> None:
         zero = self.engine.optimizer
         if self.stage in (1, 2):
@@ -158,15 +168,19 @@ class DeepSpeedEngine(BaseEngine):
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
+    @override
     def follow(self, averages: Iterable[Average]) -> None:
         if self.stage < 3:
             super().follow(averages)
             return
         # Equal shapes are cut alike, so each rank can average the parts that it holds.
-        moved = [target.ds_tensor.lerp_(source.ds_tensor, 1 - keep) for target, source, keep in averages]
-        if moved:
+        followers: list[tuple[Any, Any, float]] = [(a.target, a.source, a.keep) for a in averages]
+        for target, source, keep in followers:
+            target.ds_tensor.lerp_(source.ds_tensor, 1 - keep)
+        if followers:
             self._gather_persistent()
 
+    @override
     def hold(self, limits: Mapping[str, tuple[float, float]]) -> None:
         super().hold(limits)
         if limits and self.stage == 3:
@@ -174,6 +188,7 @@ class DeepSpeedEngine(BaseEngine):
                 self.names[name].ds_tensor.clamp_(*bounds)
             self._gather_persistent()
 
+    @override
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
         if self.stage < 3:

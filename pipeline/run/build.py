@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import closing
+from typing import cast
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def build_objective(config: RunConfig, data: DataFacts, title: str) -> Objective
         title: what the configuration is called in a message.
     """
     settings = check_component(OBJECTIVES, config.objective, title, ("objective",))
-    make: Callable[..., Objective] = registry.component(OBJECTIVES, config.objective.name, Objective)
+    make = cast("Callable[..., Objective]", registry.component(OBJECTIVES, config.objective.name, Objective))
     random.seed(config.run.seed)
     np.random.seed(config.run.seed % 2**32)
     torch.manual_seed(config.run.seed)

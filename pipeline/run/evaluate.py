@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import BaseModel
@@ -157,7 +158,8 @@ def _run_one(
     Raises:
         ConfigError: the objective has not the encoders that the evaluation uses.
     """
-    evaluation = registry.component(EVALS, component.name, Evaluation)(settings)  # pyright: ignore[reportCallIssue]
+    make = cast("Callable[[BaseModel], Evaluation]", registry.component(EVALS, component.name, Evaluation))
+    evaluation = make(settings)
     missing = [n for n in evaluation.needs if n not in encoders]
     if missing:
         raise ConfigError(
