@@ -1,0 +1,82 @@
+"""A suite on a checkpoint, whoever wrote it, beside an untrained encoder; and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.run.__main__ import main
+from tests.integration.runs import codes, overrides, run
+
+SUITE = """
+batch = 64
+workers = 0
+[streams]
+train = "{shards}/train"
+val = "{shards}/val"
+[[evals]]
+name = "knn"
+k = [5]
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by two ranks under ZeRO 3, whose parameters no rank holds whole."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    own = ["engine.name=deepspeed", "engine.zero=3", "engine.precision=fp32", "run.length=6ba", "every.showcase=6ba"]
+    assert codes(run(2, "mae", overrides(folder, glyphs / "train", *own))) == [0, 0]
+    (folder / "suite.toml").write_text(SUITE.format(shards=glyphs))
+    return folder
+
+
+def rows(folder: Path) -> dict[tuple[str, str], float]:
+    body = json.loads((folder / "results.json").read_text())
+    return {(r["model"], r["metric"]): r["value"] for r in body["results"]}
+
+
+def test_a_suite_on_a_sharded_checkpoint_and_on_random_weights(trained, capsys):
+    suite = str(trained / "suite.toml")
+    assert main(["eval", "--run", str(trained), "--suite", suite]) == 0
+    assert main(["eval", "--run", str(trained), "--suite", suite, "--random-init"]) == 0
+    earlier = trained / "checkpoints" / "step-00000003"
+    assert main(["eval", "--run", str(trained), "--suite", suite, "--checkpoint", str(earlier)]) == 0
+    found = rows(trained)
+    assert {model for model, _ in found} == {"step 6", "step 3", "random init"}
+    assert all(0 <= value <= 1 for value in found.values())
+    assert "step 6" in capsys.readouterr().out
+    before = found["step 6", "knn/top1_k5"]
+    assert main(["eval", "--run", str(trained), "--suite", suite]) == 0
+    assert rows(trained)["step 6", "knn/top1_k5"] == before  # the same numbers every time
+    page = (trained / "report.html").read_text()
+    assert "random init" in page and "data:image" in page
+
+
+def test_the_showcase_of_a_sharded_model_is_drawn(trained):
+    index = json.loads((trained / "showcase" / "step-00000006" / "index.json").read_text())
+    assert index and all((trained / "showcase" / "step-00000006" / f"{name}.png").stat().st_size > 500 for name in index)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("shards}/val", "shards}/nowhere"), "no manifest at"),
+        (('name = "knn"', 'name = "knm"'), "did you mean 'knn'"),
+        (("k = [5]", "k = [5]\nseed = 1"), "seed"),
+        (("k = [5]", "k = [5000000]"), "5000000 neighbours"),
+    ],
+)
+def test_what_it_cannot_do_is_one_message(change, says, trained, glyphs, tmp_path, capsys):
+    suite = tmp_path / "suite.toml"
+    suite.write_text(SUITE.replace(*change).format(shards=glyphs))
+    assert main(["eval", "--run", str(trained), "--suite", str(suite)]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
+
+
+def test_a_run_without_checkpoints_says_what_to_do(trained, tmp_path, capsys):
+    (tmp_path / "config.toml").write_text((trained / "config.toml").read_text())
+    assert main(["eval", "--run", str(tmp_path), "--suite", str(trained / "suite.toml")]) == 2
+    assert "--random-init" in capsys.readouterr().err
