@@ -151,10 +151,11 @@ class Reader:
             have = offset >= 0
             data, at = self._load(part.shard, np.where(have, offset, _NOWHERE), np.where(have, size, 0))
             problems = header_problems(np.frombuffer(data, np.uint8), np.where(have, at, BLOCK), size)
+            has_checks = bool((crc32 >= 0).any())
             wanted = zip(usable.tolist(), at.tolist(), size.tolist(), crc32.tolist(), strict=True)
             for i, (row, ats, sizes, checks) in enumerate(wanted):
                 members = {f: data[a : a + n] for f, a, n in zip(self._fields, ats, sizes, strict=True) if n >= 0}
-                bad = problems.get(i) or self._rotten(members, checks)
+                bad = problems.get(i) or (has_checks and self._rotten(members, checks))
                 found[row] = self._error(table, row, ids, bad) if bad else members
         return Read(table.rows, [self._absent(table, row, ids) if f is None else f for row, f in enumerate(found)])
 
