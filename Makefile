@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help venv demo test test-all lint bench parity clean
+.PHONY: help venv demo test test-all test-gpu lint bench parity clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -22,11 +22,15 @@ test: $(READY)  ## all tests but the long ones
 test-all: $(READY)  ## all tests
 	$(BIN)/python -m pytest
 
+test-gpu: $(READY)  ## the tests that need an accelerator
+	$(BIN)/python -m pytest -m gpu
+
 lint: $(READY)  ## style, types, layers and sizes, as the tests check them
 	$(BIN)/python -m pytest tests/unit/test_conventions.py
 
 bench: $(READY)  ## benchmarks: ratios against a peer measured in the same run
-	set -e; for script in tests/perf/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	set -e; for file in $$(grep -l '__main__' tests/perf/*.py); do \
+	  module=tests.perf.$$(basename $$file .py); echo "== $$module"; $(BIN)/python -m $$module; done
 
 parity: $(READY)  ## the same numbers as other implementations, which this installs
 	$(BIN)/python -m pip install --quiet -e ".[parity]"
