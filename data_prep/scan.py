@@ -7,18 +7,18 @@ rest of the shard is lost. Here each of these is :class:`Damage`.
 from __future__ import annotations
 
 import hashlib
-import mmap
+import io
 import os
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from data_prep.ustar import BLOCK, Member
 
-Buffer = bytes | mmap.mmap
+CHUNK = 4 * 1024**2
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 """Key and extension of a member, split at the first dot of its last part, as webdataset does."""
 _ZERO = bytes(BLOCK)
@@ -27,6 +27,14 @@ _PASSED_OVER = (b"1", b"2", b"3", b"4", b"5", b"6")
 """Links, devices, folders, pipes."""
 _EXTENDS = (b"x", b"g", b"L", b"K")
 """Headers that say more about the next one; those for all (g) and of link targets (K) do not matter here."""
+
+
+class Buffer(Protocol):
+    """Bytes, or what can be sliced like them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 class Damage(Exception):
@@ -70,7 +78,7 @@ def walk(data: Buffer) -> Iterator[Entry]:
                 raise Damage(f"cut at byte {len(data)}: inside {name!r}")
             if kind in _REGULAR:
                 begin = at + BLOCK
-                yield Entry(name, begin, size, zlib.crc32(memoryview(data)[begin : begin + size]))
+                yield Entry(name, begin, size, zlib.crc32(data[begin : begin + size]))
             elif kind not in _PASSED_OVER:
                 raise Damage(f"member {name!r} of unknown kind {kind!r} at byte {at}")
             extended = {}
@@ -190,21 +198,51 @@ def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
         yield key, members
 
 
+class HashedFile:
+    """A file read once from front to back and hashed on the way, that gives the parts that are asked for in order."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+        self._buffer = bytearray(CHUNK)
+        self._start = self._end = 0
+        self._hash = hashlib.sha256()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        first, last, _ = part.indices(self._size)
+        while first >= self._end and self._next():
+            pass
+        if self._start <= first and last <= self._end:
+            return bytes(self._buffer[first - self._start : last - self._start])
+        return os.pread(self._file.fileno(), max(0, last - first), first)
+
+    def _next(self) -> bool:
+        n = self._file.readinto(self._buffer)
+        self._start, self._end = self._end, self._end + n
+        self._hash.update(memoryview(self._buffer)[:n])
+        return n > 0
+
+    def sha256(self) -> str:
+        """Hash of the whole file."""
+        while self._next():
+            pass
+        return self._hash.hexdigest()
+
+
 def scan(path: Path) -> Scan:
     """Walk a shard, and hash it. Missing files raise OSError."""
     keys: list[str] = []
     members: list[list[Member]] = []
     problem = ""
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        data: Buffer = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    with open(path, "rb", buffering=0) as f:
+        data = HashedFile(f)
         try:
             for key, found in group(walk(data)):
                 keys.append(key)
                 members.append(found)
         except Damage as damage:
             problem = str(damage)
-        sha256 = hashlib.sha256(data).hexdigest()
-        if isinstance(data, mmap.mmap):
-            data.close()
-    return Scan(size, sha256, keys, members, problem)
+        return Scan(len(data), data.sha256(), keys, members, problem)

@@ -7,7 +7,6 @@ To use tars as they are, ``sluice prep index`` is enough. Where a tar is damaged
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from data_prep.fetch import Failed
 from data_prep.record import Payload, Record, file_stamp, number_classes, safe_key
-from data_prep.scan import Damage, group, walk
+from data_prep.scan import Damage, HashedFile, group, walk
 from data_prep.shards import field_of
 from data_prep.ustar import Member
 from pipeline.core.errors import ConfigError, DataError
@@ -122,16 +121,12 @@ def _expand(text: str) -> list[str]:
 
 def _samples(path: str) -> Iterator[tuple[str, list[Member] | None, str]]:
     """Key and members of each sample; at damage, no members and what is wrong."""
-    with open(path, "rb") as f:
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b""
+    with open(path, "rb", buffering=0) as f:
         try:
-            for key, members in group(walk(data)):
+            for key, members in group(walk(HashedFile(f))):
                 yield key, members, ""
         except Damage as damage:
             yield "~damage", None, f"the rest of the tar is lost: {damage}"
-        finally:
-            if isinstance(data, mmap.mmap):
-                data.close()
 
 
 def _read(path: str, member: Member) -> bytes:
