@@ -151,8 +151,10 @@ class MAE(Objective):
         if self.config.norm_pix:
             mean, std = _patch_statistics(original)
             predicted = predicted * std + mean
-        rows += [self._picture(predicted), self._picture(original.where(seen, predicted))]
-        caption += "; reconstruction; reconstruction of hidden patches pasted into the original"
+        # What is predicted for a patch that the loss leaves out was never trained, and would only puzzle.
+        trained = predicted if self.config.loss_on == "all" else predicted.where(~seen, 0.0)
+        rows += [self._picture(trained), self._picture(original.where(seen, predicted))]
+        caption += "; what is predicted; the prediction of hidden patches pasted into the original"
         if self.config.norm_pix:
             caption += ". Each patch is predicted up to its own mean and contrast, which are taken from the original."
         return {"reconstruction": Picture(tile(rows), caption)}
