@@ -6,6 +6,8 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from pipeline.core.protocols import Clock, StepContext, Stream
 from pipeline.engine.accumulate import accumulate
 from pipeline.engine.actions import Action
@@ -51,13 +53,15 @@ def fit(
     Raises:
         NonFiniteError: on every rank in the same step.
     """
+    if clock.samples >= clock.total_samples:
+        return Outcome.FINISHED, clock
     watch = Watch(engine.place.device)
     engine.objective.train()
     meter.restart()
     for micro_batches in meter.timed(stream.batches(clock.step)):
-        if clock.samples >= clock.total_samples:
-            break
         meter.begin_step()
+        # What libraries draw by themselves (timm's drop path) begins anew in each step: resuming needs no state.
+        torch.manual_seed((seed * 1_000_003 + clock.step) * engine.place.world_size + engine.place.rank)
         ctx = StepContext(seed, clock)
         for output, batch in accumulate(engine, micro_batches, ctx):
             meter.add(output, batch)
@@ -77,4 +81,4 @@ def fit(
             return Outcome.FINISHED, clock
         if ending:
             return Outcome.STOPPED, clock
-    return Outcome.FINISHED, clock
+    raise AssertionError("the stream has ended, but streams are endless")

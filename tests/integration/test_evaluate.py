@@ -55,8 +55,9 @@ def test_a_suite_on_a_sharded_checkpoint_and_on_random_weights(trained, capsys):
 
 
 def test_the_showcase_of_a_sharded_model_is_drawn(trained):
-    index = json.loads((trained / "showcase" / "step-00000006" / "index.json").read_text())
-    assert index and all((trained / "showcase" / "step-00000006" / f"{name}.png").stat().st_size > 500 for name in index)
+    folder = trained / "showcase" / "step-00000006"
+    index = json.loads((folder / "index.json").read_text())
+    assert index and all((folder / f"{name}.png").stat().st_size > 500 for name in index)
 
 
 @pytest.mark.parametrize(

@@ -56,3 +56,15 @@ def test_killed_at_a_random_step_it_resumes(engine, objective, later_engine, lat
 
     assert codes(run(later_world, objective, settings(elsewhere, later_engine))) == [0] * later_world
     same_course(elsewhere, whole)
+
+
+@pytest.mark.parametrize("engine", ["accelerate", "zero2"])
+def test_in_bf16_and_with_drop_path_it_resumes_bit_for_bit(engine, glyphs, tmp_path):
+    """Drop path is timm's, and draws from torch's own generator."""
+    more = [*ENGINES[engine], "engine.precision=bf16", "objective.encoder_args.drop_path_rate=0.5"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert codes(run(2, "supervised", overrides(whole, glyphs / "train", *more))) == [0, 0]
+    settings = overrides(killed, glyphs / "train", *more)
+    assert codes(run(2, "supervised", settings, hurt=partial(die_at, 5)))[1] == -9
+    assert codes(run(2, "supervised", settings)) == [0, 0]
+    assert metrics(killed) == metrics(whole)

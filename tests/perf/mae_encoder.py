@@ -1,6 +1,7 @@
 """The encoder's cost follows the number of visible patches: time at 0, 50, 75 and 90 % masking, forward and backward.
 
-In seconds of processor time, so that other work on the machine does not count. Run: ``python -m tests.perf.mae_encoder [--encoder vit_base_patch16_224] [--batch 8] [--rounds 5]``.
+In seconds of processor time, so that other work on the machine does not count.
+Run: ``python -m tests.perf.mae_encoder [--encoder vit_base_patch16_224] [--batch 8] [--rounds 5]``.
 """
 
 from __future__ import annotations

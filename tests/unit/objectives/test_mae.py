@@ -117,7 +117,7 @@ def test_a_perfect_decoder_is_shown_as_the_original():
     model, data = build(), batch()
     model.reconstruct = lambda x, keep, hidden: model.targets(data)
     picture = model.showcase(data, CTX)["reconstruction"].image
-    original, seen, rebuilt, pasted = (picture[r * 34 : r * 34 + 32] for r in range(4))
+    original, seen, rebuilt, pasted = (picture[r * 34 : r * 34 + 32, :32] for r in range(4))
     grey = np.round(np.array(model.config.mean) * 255)
     hidden = abs(seen.astype(int) - grey).max(-1) < 1
     assert abs(rebuilt.astype(int) - original)[hidden].max() <= 1 and abs(pasted.astype(int) - original).max() <= 1
