@@ -105,14 +105,16 @@ def test_perfect_features_score_one(name, lone_group):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_random_features_score_by_chance(name, lone_group):
-    values = [
-        r.value
+    found = [
+        r
         for seed in range(4)
         for r in run(name, streams(1.0, seed), seed).values()
         if "/top1" in r.name and "/top10" not in r.name
     ]
-    # 4 x 103 trials at 1/6: standard error 0.018
-    assert abs(sum(values) / len(values) - 1 / CLASSES) < 0.06
+    # at least 4 x 103 trials at 1/6: standard error 0.018
+    hits, trials = sum(r.value * r.n for r in found), sum(r.n for r in found)
+    assert trials >= 4 * 103
+    assert abs(hits / trials - 1 / CLASSES) < 0.06
 
 
 @pytest.mark.parametrize("name", NAMES)

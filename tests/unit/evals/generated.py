@@ -6,6 +6,7 @@ from torch import nn
 from pipeline.nn.diffusion.levels import schedule
 from pipeline.nn.diffusion.model import Denoiser, Generator, SamplerConfig
 from pipeline.nn.diffusion.process import Discrete
+from tests.contracts.components import ListStream
 
 CLASSES, SHAPE, STEPS = 5, (3, 4, 4), 40
 
@@ -51,3 +52,18 @@ class Grey(nn.Module):
         if not self.logits:
             return mean
         return -(mean.mean(dim=1, keepdim=True) - grey(torch.arange(CLASSES))).abs()
+
+
+def real(n=200, std=0.05, seed=0, rank=0, world=1):
+    label = torch.arange(n) % CLASSES
+    x = grey(label).view(-1, 1, 1, 1) + std * torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    return ListStream(((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), label, rank, world, batch=40)
+
+
+def encoders(**settings):
+    return {"generator": generator(**settings), "judge.image": Grey(False), "judge.logits": Grey(True)}
+
+
+def run(evaluation, encoders, streams):
+    with torch.no_grad():
+        return {r.name: r for r in evaluation.run(encoders, streams)}
