@@ -45,10 +45,8 @@ def main() -> None:
             for pixels in chosen.decode(data, views):
                 out[row].copy_(pixels)
 
-    colour = [
-        transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
-        transforms.RandomGrayscale(0.2),
-    ]
+    jitter = transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8)
+    colour = [jitter, transforms.RandomGrayscale(0.2)]
     blur = transforms.RandomApply([transforms.GaussianBlur(23, (0.1, 2.0))], 0.5)
     pair = transforms.Compose([crop, flip, *colour, blur, transforms.ToTensor(), NORMALIZE])
 
