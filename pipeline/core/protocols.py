@@ -112,6 +112,24 @@ class Objective(nn.Module, ABC):
         """Pictures that let a person judge the method; called now and then on a few samples, without gradient."""
         return {}
 
+    def exports(self) -> Mapping[str, Export]:
+        """Files for other libraries by their path in the export's folder, "open_clip/open_clip_config.json".
+
+        ``sluice export`` writes them beside what it writes for every objective: all weights, and the encoder for timm.
+        """
+        return {}
+
+
+class Export(NamedTuple):
+    """A file that another library loads."""
+
+    content: Mapping[str, Tensor] | str | None
+    """Tensors, for a safetensors file; text; or None where that library cannot hold this model."""
+    note: str = ""
+    """A line for the user: how it is loaded, or why there is none."""
+    metadata: Mapping[str, str] = {}
+    """Of a safetensors file."""
+
 
 class Average(NamedTuple):
     """A frozen parameter that follows a trained one."""

@@ -24,34 +24,15 @@ from pipeline.core.manifest import load as load_manifest
 from pipeline.core.protocols import DataFacts, Evaluation, Result
 from pipeline.data.evaluation import OrderedStream, open_eval
 from pipeline.dist.group import Place, process_group
-from pipeline.engine.checkpoint import CheckpointStore, Saved, read_manifest, verify_file
+from pipeline.engine.checkpoint import Saved
 from pipeline.engine.fragments import MODEL
 from pipeline.evals._features import remembering
 from pipeline.record.report import write_report
 from pipeline.record.results import add_results, rows, table
 from pipeline.run.build import build_objective
-from pipeline.run.train import CHECKPOINTS
 from pipeline.run.weights import restore
 
 RANDOM = "random init"
-
-
-def find_checkpoint(run: Path, named: str | None, place: Place) -> Saved:
-    """The checkpoint that was named, or the newest whole one of the run.
-
-    Raises:
-        ConfigError: the run has none.
-        CheckpointError: the named one is not whole.
-    """
-    if named is not None:
-        saved = read_manifest(Path(named))
-        for name, facts in saved.files.items():
-            verify_file(saved.folder / name, facts)
-        return saved
-    newest = CheckpointStore(run / CHECKPOINTS, place, 1, lambda text: print(text, file=sys.stderr)).newest()
-    if newest is None:
-        raise ConfigError(f"{run} holds no checkpoint; train it first, or add --random-init")
-    return newest
 
 
 def evaluate(run: str, suite: str, checkpoint: str | None, random_init: bool, overrides: Sequence[str]) -> int:
@@ -66,8 +47,7 @@ def evaluate(run: str, suite: str, checkpoint: str | None, random_init: bool, ov
             facts = DataFacts(config.data.image.shape, manifest.classes)
             objective, model = build_objective(config, facts, run), (RANDOM, None)
         else:
-            saved = find_checkpoint(folder, checkpoint, place)
-            config, _, objective = restore(saved, place.rank, plan.weights)
+            objective, config, _, saved = restore(folder, checkpoint, place, plan.weights)
             averaged = "" if plan.weights == MODEL else f", {plan.weights}"
             model = (f"step {saved.step}{averaged}", saved.step)
         objective.to(place.device).eval().requires_grad_(False)
@@ -96,7 +76,7 @@ def _judges(suite: SuiteConfig, place: Place) -> dict[str, nn.Module]:
     """The encoders of the run that judges, under "judge.NAME"."""
     if suite.judge is None:
         return {}
-    _, _, objective = restore(find_checkpoint(Path(suite.judge), None, place), place.rank, MODEL)
+    objective = restore(Path(suite.judge), None, place).objective
     objective.to(place.device).eval().requires_grad_(False)
     return {f"judge.{name}": encoder for name, encoder in objective.encoders().items()}
 

@@ -1,4 +1,4 @@
-"""Weights for others: the encoder as timm loads it, and the whole objective, as safetensors."""
+"""Weights for others: the whole objective as safetensors, its encoder as timm loads it, and what it offers itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from pipeline.config.exitcodes import FINISHED
 from pipeline.config.schema import Weights
 from pipeline.core.errors import ConfigError
+from pipeline.core.manifest import replace_file
+from pipeline.core.protocols import Export
 from pipeline.dist.group import process_group
 from pipeline.engine.fragments import MODEL
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder
 from pipeline.nn.weights import IMAGE_SIZE, export_encoder, save
-from pipeline.run.evaluate import find_checkpoint
-from pipeline.run.weights import restore
+from pipeline.run.weights import Restored, restore
 
 ENCODER = "encoder.safetensors"
 WHOLE = "objective.safetensors"
@@ -27,7 +28,7 @@ def export(
     patch_size: tuple[int, int] | None = None,
     weights: Weights = MODEL,
 ) -> int:
-    """Write both files into the folder ``out`` and say how the encoder is loaded.
+    """Write the files into the folder ``out`` and say how they are loaded.
 
     Args:
         run: run folder.
@@ -38,28 +39,52 @@ def export(
         weights: as trained ("model") or averaged, see :func:`pipeline.run.weights.load_weights`.
 
     Raises:
-        ConfigError: the objective has no timm encoder, or one that cannot be resampled.
+        ConfigError: an encoder that cannot be resampled was to be.
         CheckpointError: no such checkpoint, or a damaged one.
     """
     with process_group(timeout_minutes=10) as place:
-        saved = find_checkpoint(Path(run), checkpoint, place)
-        config, facts, objective = restore(saved, place.rank, weights)
-    encoder, settings = objective.encoders().get("image"), getattr(objective, "config", None)
-    if not isinstance(encoder, ImageEncoder) or not isinstance(settings, EncoderConfig):
-        raise ConfigError(f"objective {config.objective.name!r} has no timm encoder to export")
+        trained = restore(Path(run), checkpoint, place, weights)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    _write_encoder(trained, folder, image_size, patch_size)
+    objective, config, facts, saved = trained
+    made = {"step": str(saved.step), "config": config.model_dump_json(), IMAGE_SIZE: json.dumps(facts.image_size)}
+    save(folder / WHOLE, objective.state_dict(), made)
+    print(f"{folder / WHOLE}: all weights of objective {config.objective.name!r}")
+    for name, offered in objective.exports().items():
+        write(folder / name, offered)
+    return FINISHED
+
+
+def _write_encoder(
+    trained: Restored, folder: Path, image_size: tuple[int, int] | None, patch_size: tuple[int, int] | None
+) -> None:
+    """The image encoder for timm, if the objective has one."""
+    encoder, settings = trained.objective.encoders().get("image"), getattr(trained.objective, "config", None)
+    inner = next((m for m in encoder.modules() if isinstance(m, ImageEncoder)), None) if encoder is not None else None
+    if inner is None or not isinstance(settings, EncoderConfig):
+        if image_size or patch_size:
+            raise ConfigError(f"objective {trained.config.objective.name!r} has no timm encoder to resample")
+        return
     args = export_encoder(
         folder / ENCODER,
         settings,
-        encoder,
-        facts.image_size,
+        inner,
+        trained.facts.image_size,
         new_image_size=image_size,
         new_patch_size=patch_size,
     )
-    made = {"step": str(saved.step), "config": config.model_dump_json(), IMAGE_SIZE: json.dumps(facts.image_size)}
-    save(folder / WHOLE, objective.state_dict(), made)
     shown = "".join(f", {name}={value!r}" for name, value in args.items())
     print(f"timm.create_model({settings.encoder!r}, checkpoint_path={str(folder / ENCODER)!r}{shown})")
     print(f"input: RGB / 255, mean {settings.mean}, std {settings.std}")
-    return FINISHED
+
+
+def write(path: Path, offered: Export) -> None:
+    """Write one file that an objective offers, or say why there is none."""
+    if offered.content is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(offered.content, str):
+            replace_file(path, offered.content.encode())
+        else:
+            save(path, offered.content, offered.metadata)
+    print(f"{path}: {offered.note}")

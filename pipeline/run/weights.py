@@ -2,33 +2,69 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig, Weights
-from pipeline.core.errors import CheckpointError
+from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.protocols import DataFacts, Objective
-from pipeline.engine.checkpoint import MANIFEST, PREFIX, Saved, read_manifest, verify_file
+from pipeline.dist.group import Place
+from pipeline.engine.checkpoint import MANIFEST, PREFIX, CheckpointStore, Saved, read_manifest, verify_file
 from pipeline.engine.ema import power_name
 from pipeline.engine.fragments import EMA, MODEL, Spec, named_tensors, whole
 from pipeline.nn.ema import gamma_of, posthoc
 from pipeline.run.build import build_objective, check_model
+from pipeline.run.train import CHECKPOINTS
 
 
-def restore(saved: Saved, rank: int, weights: Weights) -> tuple[RunConfig, DataFacts, Objective]:
-    """The objective of a checkpoint with its weights, on the CPU.
+class Restored(NamedTuple):
+    """A trained model, on the CPU."""
+
+    objective: Objective
+    config: RunConfig
+    """Of the run that saved it."""
+    facts: DataFacts
+    saved: Saved
+    """Where it comes from."""
+
+
+def restore(run: Path, checkpoint: str | None, place: Place, weights: Weights = MODEL) -> Restored:
+    """A run's objective with the weights of a checkpoint.
 
     Args:
-        saved: the checkpoint.
-        rank: of this process.
+        run: run folder.
+        checkpoint: one of its checkpoints; None: the newest whole one.
+        place: of this process.
         weights: see :func:`load_weights`.
+
+    Raises:
+        ConfigError: the run has no checkpoint.
+        CheckpointError: the named one is not whole, or not of this program.
     """
+    saved = _find(run, checkpoint, place)
     config = RunConfig.model_validate(saved.state["config"])
     height, width = saved.state["facts"]["image_size"]
     facts = DataFacts((height, width), tuple(saved.state["facts"]["classes"]))
     objective = build_objective(config, facts, str(saved.folder))
-    load_weights(objective, saved, rank, weights)
-    return config, facts, objective
+    load_weights(objective, saved, place.rank, weights)
+    return Restored(objective, config, facts, saved)
+
+
+def _find(run: Path, named: str | None, place: Place) -> Saved:
+    """The checkpoint that was named, or the newest whole one of the run."""
+    if named is not None:
+        saved = read_manifest(Path(named))
+        for name, facts in saved.files.items():
+            verify_file(saved.folder / name, facts)
+        return saved
+    newest = CheckpointStore(run / CHECKPOINTS, place, 1, lambda text: print(text, file=sys.stderr)).newest()
+    if newest is None:
+        raise ConfigError(f"{run} holds no checkpoint; train it first (sluice eval --random-init needs none)")
+    return newest
 
 
 def load_weights(objective: Objective, saved: Saved, rank: int, weights: Weights = MODEL) -> None:

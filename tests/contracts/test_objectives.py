@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,3 +147,11 @@ def test_parameter_facts_name_parameters_that_exist(name):
     assert objective.no_weight_decay() <= names
     for prefix in (p for layer in objective.layers() for p in layer):
         assert any(n == prefix or n.startswith(prefix + ".") for n in names), prefix
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_offers_other_libraries_says_how_it_is_loaded_and_stays_in_the_folder(name):
+    for path, offered in build_objective(name).exports().items():
+        assert offered.note and not Path(path).is_absolute() and ".." not in Path(path).parts
+        if not isinstance(offered.content, str) and offered.content is not None:
+            assert path.endswith(".safetensors") and all(isinstance(v, torch.Tensor) for v in offered.content.values())
