@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.record.files import Lines
+from pipeline.record.logs import console
 from pipeline.record.metrics import MetricsLog, Value
 from pipeline.record.progress import progress
 from pipeline.record.showcase import save_pictures
@@ -48,7 +49,8 @@ class Recorder:
         self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=step + 1 if attempt else None)
         if config:
             self._board.add_text("config", f"```toml\n{config}\n```", step)
-        self._progress = progress(total_steps, sys.stderr)
+        # A bar is drawn on the terminal itself; plain lines belong into the log, which comes to the console too.
+        self._progress = progress(total_steps, console() if console().isatty() else sys.stderr)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         """Record one log step. ``values`` are plain numbers (and texts, such as "data_digest"), in reading order."""

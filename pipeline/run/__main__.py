@@ -7,11 +7,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.config import load
 from pipeline.config.exitcodes import FINISHED
 from pipeline.core.errors import SluiceError
+from pipeline.record.logs import rank_log
 from pipeline.record.state import close_state
 
 CRASH = 1
@@ -22,9 +24,7 @@ def main(argv: Sequence[str]) -> int:
     """Every outcome is an exit code; what the user can mend is one message without a traceback."""
     args = _parser().parse_args(argv)
     if args.command == "train":
-        from pipeline.run.train import train
-
-        return guarded(lambda: train(args.config, args.overrides), lambda: _run_folder(args.config, args.overrides))
+        return guarded(lambda: _train(args.config, args.overrides), lambda: None)
     if args.command == "eval":
         from pipeline.run.evaluate import evaluate
 
@@ -86,6 +86,19 @@ def guarded(work: Callable[[], int], folder: Callable[[], Path | None]) -> int:
     if run is not None and run.is_dir():
         close_state(run, "failed", code, error=text)
     return code
+
+
+def _train(config: str, overrides: Sequence[str]) -> int:
+    """Train with this rank's output in its log, from the imports on."""
+    folder = _run_folder(config, overrides)
+
+    def work() -> int:
+        from pipeline.run.train import train
+
+        return train(config, overrides)
+
+    with rank_log(folder, int(os.environ.get("RANK", "0"))) if folder else nullcontext():
+        return guarded(work, lambda: folder)
 
 
 def _run_folder(config: str, overrides: Sequence[str]) -> Path | None:
