@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help venv demo test test-all test-gpu lint bench parity clean
+.PHONY: help venv demo test test-all test-gpu lint bench faults parity clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -31,6 +31,11 @@ lint: $(READY)  ## style, types, layers and sizes, as the tests check them
 bench: $(READY)  ## benchmarks: ratios against a peer measured in the same run
 	set -e; for file in $$(grep -l '__main__' tests/perf/*.py); do \
 	  module=tests.perf.$$(basename $$file .py); echo "== $$module"; $(BIN)/python -m $$module; done
+
+faults: $(READY)  ## the fault matrix: what was done to runs, how they ended, seconds until they trained again
+	@mkdir -p build; rm -f build/faults.jsonl
+	-$(BIN)/python -m pytest -q -m fault --faults build/faults.jsonl tests/faults tests/slurm
+	@$(BIN)/python -m tests.faults.matrix build/faults.jsonl
 
 parity: $(READY)  ## the same numbers as other implementations, which this installs
 	$(BIN)/python -m pip install --quiet -e ".[parity]"

@@ -5,13 +5,14 @@ Fixtures are made once, in pytest's own process, and handed to every rank; they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults import matrix
 from tests.ranks import start_ranks
 
 
@@ -47,6 +48,32 @@ def lone_group() -> Iterator[None]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--update-golden`` writes the goldens anew; review the difference before committing it."""
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from this run")
+    parser.addoption("--faults", type=Path, help="append a line per fault (see tests/faults/matrix.py) to this file")
+
+
+ROW = pytest.StashKey[matrix.Row]()
+
+
+@pytest.fixture
+def fault_row(request: pytest.FixtureRequest) -> matrix.Row:
+    """The row of the fault matrix that this test fills in: case, outcome, seconds."""
+    row = matrix.mark_of(request.node)
+    assert row is not None, "mark the test with its row: @pytest.mark.fault(1, 'SIGKILL a rank mid-step')"
+    request.node.stash[ROW] = row
+    return row
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keep how a test of the fault matrix ended."""
+    report = yield
+    path = item.config.getoption("--faults")
+    row = item.stash.get(ROW, None) or matrix.mark_of(item)
+    if path is not None and row is not None and (report.when == "call" or not report.passed):
+        row.result, why = matrix.outcome(report)
+        row.outcome = row.outcome or why
+        matrix.append(path, row)
+    return report
 
 
 @pytest.fixture

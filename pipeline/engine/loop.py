@@ -59,7 +59,7 @@ def fit(
     engine.objective.train()
     meter.restart()
     for micro_batches in meter.timed(stream.batches(clock.step)):
-        meter.begin_step()
+        meter.begin_step(clock.step + 1)
         # What libraries draw by themselves (timm's drop path) begins anew in each step: resuming needs no state.
         torch.manual_seed((seed * 1_000_003 + clock.step) * engine.place.world_size + engine.place.rank)
         ctx = StepContext(seed, clock)
@@ -76,6 +76,7 @@ def fit(
         if due or ending:
             watch.settle()
         for action in due:
+            meter.at(action.name)
             action.run(clock)
         if clock.samples >= clock.total_samples:
             return Outcome.FINISHED, clock

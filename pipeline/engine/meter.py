@@ -14,16 +14,24 @@ from torch import Tensor
 from pipeline.core.digest import data_digest
 from pipeline.core.protocols import Batch, Clock, StepOutput
 from pipeline.dist.group import sum_over_ranks
+from pipeline.record.beats import Pulse
 
 T = TypeVar("T")
 
 
 class Meter:
-    """The last step's loss and metrics over all ranks, and the time since the last line."""
+    """The last step's loss and metrics over all ranks, the time since the last line, and what the rank is doing.
 
-    def __init__(self, device: torch.device, world_size: int) -> None:
+    Args:
+        device: of the rank.
+        world_size: ranks of the job.
+        pulse: told of every step; None: nobody is.
+    """
+
+    def __init__(self, device: torch.device, world_size: int, pulse: Pulse | None = None) -> None:
         self.device = device
         self.world_size = world_size
+        self.pulse = pulse
         self.loss = torch.zeros((), device=device)
         self._names: list[str] = []
         self._outputs: list[Tensor] = []
@@ -38,9 +46,15 @@ class Meter:
         self._steps = 0
         self._samples = 0
 
+    def at(self, phase: str, step: int | None = None) -> None:
+        """What the rank does now; see :class:`pipeline.record.beats.Beat`."""
+        if self.pulse is not None:
+            self.pulse.at(phase, step)
+
     def timed(self, source: Iterator[T]) -> Iterator[T]:
         """``source``, with the time spent waiting for it counted."""
         while True:
+            self.at("data")
             began = time.perf_counter()
             try:
                 item = next(source)
@@ -49,8 +63,9 @@ class Meter:
             self._waited += time.perf_counter() - began
             yield item
 
-    def begin_step(self) -> None:
-        """Forget the step before."""
+    def begin_step(self, step: int) -> None:
+        """Forget the step before; ``step`` is the one that begins."""
+        self.at("step", step)
         self._outputs.clear()
         self._digest.zero_()
 

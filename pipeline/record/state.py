@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.core.manifest import replace_file
 from pipeline.record.files import dumps
@@ -29,6 +29,10 @@ class State:
     error: str | None = None
     time: str = ""
     """Of this entry; set on writing."""
+    rank: int | None = None
+    """Where a failure was seen first."""
+    fault: int | None = None
+    """Step at which it failed, as its beats say (:mod:`pipeline.record.beats`)."""
 
 
 def read_state(folder: Path) -> State | None:
@@ -45,9 +49,15 @@ def write_state(folder: Path, state: State) -> None:
     replace_file(folder / FILE, dumps(asdict(replace(state, time=now)), indent=1).encode() + b"\n")
 
 
-def close_state(folder: Path, outcome: Outcome, exit_code: int, *, step: int | None = None, error: str = "") -> None:
-    """Write how the run ended, unless another rank has: the first one knows the cause, the rest its consequences."""
+def close_state(folder: Path, outcome: Outcome, exit_code: int, **facts: Any) -> None:
+    """Write how the run ended, unless another rank has: the first one knows the cause, the rest its consequences.
+
+    Args:
+        folder: the run's.
+        outcome: of this attempt.
+        exit_code: of this process.
+        facts: further fields of :class:`State`; those left out stay as they are.
+    """
     state = read_state(folder)
     if state is not None and state.outcome == "running":
-        step = state.step if step is None else step
-        write_state(folder, replace(state, outcome=outcome, exit_code=exit_code, step=step, error=error or None))
+        write_state(folder, replace(state, outcome=outcome, exit_code=exit_code, **facts))

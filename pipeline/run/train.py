@@ -24,6 +24,7 @@ from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.engine.loop import Outcome, fit
 from pipeline.engine.meter import Meter
 from pipeline.engine.stopping import StopRequest
+from pipeline.record.beats import Pulse
 from pipeline.record.files import Lines
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
@@ -175,7 +176,9 @@ def _prepare(
         stack.enter_context(closing(recorder))
         for note in notes:
             recorder.note(note)
-    meter = Meter(place.device, place.world_size)
+    pulse = stack.enter_context(closing(Pulse(folder, place.rank, attempt)))
+    pulse.at("start", clock.step)
+    meter = Meter(place.device, place.world_size, pulse)
     return Job(config, place, plan, manifest, engine, stream, store, meter, sample, recorder, attempt), clock
 
 
