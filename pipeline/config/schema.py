@@ -56,6 +56,8 @@ class Image(Strict):
     """Pixels of the side, or (height, width)."""
     crop: Literal["random_resized", "center", "resize"] = "random_resized"
     """Random area and ratio; or short side resized then centre crop; or both sides resized."""
+    crop_fraction: Fraction = 1.0
+    """Of centre crops: side of the crop as a part of the resized image's; 0.875 resizes to 256 and cuts out 224."""
     scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     """Area of a random crop, as a part of the image's."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
@@ -75,6 +77,8 @@ class Image(Strict):
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if low > high:
                 raise ValueError(f"{name} goes from {low} down to {high}; write the smaller one first")
+        if self.crop_fraction < 1 and self.crop != "center":
+            raise ValueError(f"crop_fraction is for centre crops, not for crop = {self.crop!r}; remove one")
         return self
 
 

@@ -111,11 +111,12 @@ def resize(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
     return F.interpolate(pixels.unsqueeze(0), shape, mode="bicubic", antialias=True).squeeze(0)
 
 
-def center(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Resize so that the shape is just covered, and cut its middle out: torchvision's Resize and CenterCrop."""
+def center(pixels: Tensor, shape: tuple[int, int], fraction: float = 1.0) -> Tensor:
+    """Resize so that ``shape / fraction`` is just covered, and cut the middle out: torchvision's Resize, CenterCrop."""
     (h, w), (height, width) = pixels.shape[1:], shape
-    factor = max(height / h, width / w)
-    covering = (max(height, int(h * factor)), max(width, int(w * factor)))
+    tall, wide = round(height / fraction), round(width / fraction)
+    factor = max(tall / h, wide / w)
+    covering = (max(tall, int(h * factor)), max(wide, int(w * factor)))
     top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
     return _cut(resize(pixels, covering), Box(top, left, height, width))
 
@@ -155,8 +156,11 @@ class ImageDecoder:
         """
         stored, shape = open_image(data), self._image.shape
         if self._image.crop != "random_resized":
-            fit = center if self._image.crop == "center" else resize
-            return [fit(stored.window(Box(0, 0, *stored.size)), shape)] * len(geometry)
+            whole = stored.window(Box(0, 0, *stored.size))
+            centred = self._image.crop == "center"
+            return [center(whole, shape, self._image.crop_fraction) if centred else resize(whole, shape)] * len(
+                geometry
+            )
         boxes = [random_box(stored.size, self._image, view.crop) for view in geometry]
         around = _around(boxes)
         pixels, views = stored.window(around), []

@@ -146,9 +146,9 @@ class ImageEncoder(nn.Module):
 class ImageClassifier(nn.Module):
     """uint8[B,C,H,W] to the logits of a linear classifier, float32[B,K]. Shares the modules it is given."""
 
-    def __init__(self, encoder: ImageEncoder, head: nn.Linear) -> None:
+    def __init__(self, encoder: ImageEncoder, norm: nn.Module, head: nn.Linear) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.norm, self.head = encoder, norm, head
 
     @property
     def dim(self) -> int:
@@ -157,7 +157,7 @@ class ImageClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of a batch."""
-        return self.head(self.encoder(image)).float()
+        return self.head(self.norm(self.encoder(image))).float()
 
 
 def to_weights(x: Tensor, module: nn.Module) -> Tensor:

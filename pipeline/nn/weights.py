@@ -8,7 +8,9 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,19 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     return content, {}
 
 
+_wanted: ContextVar[bool] = ContextVar("wanted", default=True)
+
+
+@contextmanager
+def no_initial_weights() -> Iterator[None]:
+    """Inside, :func:`load_encoder` does nothing: a checkpoint is to fill the model, and its origins may be gone."""
+    token = _wanted.set(False)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
 def load_encoder(backbone: Backbone, path: str | os.PathLike[str]) -> None:
     """Fill a timm backbone from a checkpoint, in place; all of its weights but a norm after pooling must be there.
 
@@ -134,6 +149,8 @@ def load_encoder(backbone: Backbone, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: unreadable, or of another model.
     """
+    if not _wanted.get():
+        return
     state, metadata = read(path)
     state, wanted = _encoder_part(state), backbone.state_dict()
     # MAE fine-tunes a pooled encoder with a fresh norm after the pooling instead of the one before it.

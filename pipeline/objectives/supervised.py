@@ -1,7 +1,8 @@
 """Supervised classification: any timm backbone and a linear classifier, trained by cross-entropy.
 
-The baseline beside every self-supervised method, and the objective of fine-tuning. Label smoothing is that of
-Szegedy et al., "Rethinking the Inception Architecture" (2016). Shape letters: B samples, K classes.
+The baseline beside every self-supervised method, the objective of fine-tuning, and, with the backbone frozen, the
+linear probe of He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022), appendix A.1. Label smoothing
+is that of Szegedy et al., "Rethinking the Inception Architecture" (2016). Shape letters: B samples, K classes.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
+from pipeline.nn.batch_norm import GlobalBatchNorm
 from pipeline.nn.encoder import EncoderConfig, ImageClassifier, ImageEncoder, backbone_layers, create_backbone
 from pipeline.nn.images import Normalize, tile
 from pipeline.nn.mixing import Mixing, mix
@@ -32,9 +34,13 @@ class Config(EncoderConfig):
     """RandAugment, for images of three channels; left out: none."""
     mixing: Mixing = Mixing()
     """Mixup, CutMix and random erasing."""
+    freeze: bool = False
+    """Train the classifier alone, behind a batch norm without scale and shift: a linear probe."""
 
     @model_validator(mode="after")
-    def _colors(self) -> "Config":
+    def _fit(self) -> "Config":
+        if self.freeze and self.weights is None:
+            raise ValueError("'freeze' without 'weights' would train a classifier on random features; set weights")
         if self.augment is not None and len(self.mean) != 3:
             raise ValueError(f"'augment' is for images of three channels, not {len(self.mean)}")
         return self
@@ -42,6 +48,8 @@ class Config(EncoderConfig):
 
 class Supervised(Objective):
     """Backbone with its own pooling, then a linear classifier."""
+
+    norm: nn.Module
 
     def __init__(self, config: Config, facts: DataFacts) -> None:
         super().__init__()
@@ -57,6 +65,10 @@ class Supervised(Objective):
         if config.weights:
             load_encoder(backbone, config.weights)
         self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
+        self.norm = nn.Identity()
+        if config.freeze:
+            self.encoder.requires_grad_(False)
+            self.norm = GlobalBatchNorm(nn.BatchNorm1d(self.encoder.dim, affine=False, eps=1e-6))
         self.head = nn.Linear(self.encoder.dim, len(facts.classes))
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
@@ -77,7 +89,7 @@ class Supervised(Objective):
         if self.config.mixing.active:
             x = self.encoder.normalize(image)
             x, partner, part = mix(x, ctx.random(batch, "supervised.mix"), self.config.mixing)
-            logits = self.head(self.encoder.features(x)).float()
+            logits = self.head(self.norm(self.encoder.features(x))).float()
             own, other = (self._cross_entropy(logits, target) for target in (label, label[partner]))
             loss = (part * own + (1 - part) * other).mean()
         else:
@@ -94,7 +106,14 @@ class Supervised(Objective):
 
     def logits(self, image: Tensor) -> Tensor:
         """uint8[B,C,H,W] to float32[B,K]."""
-        return self.head(self.encoder(image)).float()
+        return self.head(self.norm(self.encoder(image))).float()
+
+    def train(self, mode: bool = True) -> "Supervised":
+        """A frozen backbone stays in eval mode: no drop path, no change of its statistics."""
+        super().train(mode)
+        if self.config.freeze:
+            self.encoder.eval()
+        return self
 
     def _check_labels(self, label: Tensor) -> None:
         low, high = int(label.min()), int(label.max())
@@ -107,7 +126,7 @@ class Supervised(Objective):
 
     def encoders(self) -> dict[str, nn.Module]:
         """The backbone with its own pooling; "logits" is the classifier on it."""
-        return {"image": self.encoder, "logits": ImageClassifier(self.encoder, self.head)}
+        return {"image": self.encoder, "logits": ImageClassifier(self.encoder, self.norm, self.head)}
 
     def no_weight_decay(self) -> set[str]:
         """What timm names for the backbone: positions and class token."""

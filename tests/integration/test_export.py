@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+from pathlib import Path
 
 import timm
 import torch
@@ -51,3 +53,20 @@ def test_a_run_is_exported_loaded_by_timm_and_fine_tuned(glyphs, tmp_path):
     weights = f"objective.weights='{out / 'encoder.safetensors'}'"
     tuned = overrides(tmp_path / "tuned", glyphs / "train", *quick, weights)
     assert codes(run(1, "supervised", tuned)) == [0]
+
+    lars = ["optimizer.name=lars", "optimizer.layer_decay=1.0", "objective.freeze=true", "engine.name=accelerate"]
+    probe = overrides(tmp_path / "probe", glyphs / "train", *quick, weights, *lars)
+    assert codes(run(1, "supervised", probe)) == [0]
+    (out / "encoder.safetensors").unlink()  # a probe's checkpoint holds all that evaluating it needs
+    (ended,) = start_ranks(1, accuracy, folder=tmp_path / "probe", shards=glyphs)
+    assert 0 <= ended.value <= 1
+
+
+def accuracy(folder: Path, shards: Path) -> float:
+    """Of the classifier in a run, as its results say."""
+    from pipeline.run.__main__ import main
+
+    suite = folder / "suite.toml"
+    suite.write_text(f'workers = 0\nstreams = {{ val = "{shards / "val"}" }}\nevals = [{{ name = "accuracy" }}]\n')
+    assert main(["eval", "--run", str(folder), "--suite", str(suite)]) == 0
+    return next(r["value"] for r in json.loads((folder / "results.json").read_text())["results"])

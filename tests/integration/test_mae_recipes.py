@@ -29,6 +29,9 @@ RECIPES = {
     "finetune/mae_vit_b": (32, 1, 5e-4 * 4, 100 * 1251, 87),
     "finetune/mae_vit_l": (32, 1, 1e-3 * 4, 50 * 1251, 304),
     "finetune/mae_vit_h": (32, 1, 1e-3 * 4, 50 * 1251, 632),
+    "finetune/mae_vit_b_linear": (32, 1, 6.4, 90 * 78, 87),
+    "finetune/mae_vit_l_linear": (32, 1, 6.4, 50 * 78, 304),
+    "finetune/mae_vit_h_linear": (8, 4, 6.4, 50 * 78, 632),
 }
 
 
@@ -38,6 +41,12 @@ def data_set(folder: Path, samples: int, classes: int) -> str:
     manifest = Manifest(str(folder), shards, fields, tuple(f"class {i}" for i in range(classes)))
     (folder / FILE).write_text(manifest.as_json())
     return str(folder)
+
+
+@pytest.mark.parametrize("suite", sorted(p.stem for p in (CONFIGS / "eval").glob("*.toml")))
+def test_a_suite_is_sound(suite, capsys):
+    check(CONFIGS / "eval" / f"{suite}.toml", [], 1)
+    assert "is sound" in capsys.readouterr().out
 
 
 def test_no_recipe_is_left_out():
@@ -64,7 +73,11 @@ def test_a_recipe_is_sound_and_as_published(recipe, tmp_path, capsys):
     with torch.device("meta"):
         objective = cls(settings.model_copy(update={"weights": None}), facts)
     assert sum(p.numel() for p in objective.parameters()) / 1e6 == pytest.approx(millions, abs=1)
-    if recipe.startswith("finetune/"):
+    if recipe.endswith("_linear"):
+        trained = [name for name, p in objective.named_parameters() if p.requires_grad]
+        assert trained == ["head.weight", "head.bias"] and plan.final_lr == 0
+        assert config.optimizer.name == "lars" and config.optimizer.weight_decay == 0
+    elif recipe.startswith("finetune/"):
         assert plan.final_lr == pytest.approx(1e-6, rel=0.01)
         blocks = len(objective.encoder.backbone.blocks)
         assert len(objective.layers()) == blocks + 1

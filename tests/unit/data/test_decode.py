@@ -107,14 +107,14 @@ def test_random_crop_is_pillows():
 
 
 @pytest.mark.parametrize("size", [(40, 100), (100, 40), (31, 33), (7, 9)])
-@pytest.mark.parametrize("target", [(32, 32), (24, 32)])
-def test_center_is_torchvisions(size, target):
+@pytest.mark.parametrize(("target", "resized"), [((32, 32), 32), ((28, 28), 32), ((24, 32), 32)])
+def test_center_is_torchvisions(size, target, resized):
     image = photo(*size)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    found = center(pixels, target)
+    found = center(pixels, target, target[1] / resized)
     assert found.shape == (3, *target)
     if target[0] == target[1]:
-        expected = transforms.CenterCrop(target)(transforms.Resize(target[0], BICUBIC)(image))
+        expected = transforms.CenterCrop(target)(transforms.Resize(resized, BICUBIC)(image))
         assert np.abs(np.asarray(expected).astype(int) - found.permute(1, 2, 0).numpy()).max() <= 1
 
 

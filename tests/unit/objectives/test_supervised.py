@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,7 +7,9 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
+from pipeline.nn.encoder import EncoderConfig, create_backbone
 from pipeline.nn.mixing import mix
+from pipeline.nn.weights import save
 from pipeline.objectives.supervised import Config, Supervised
 
 CTX = StepContext(seed=1, clock=Clock(0, 0, 100))
@@ -116,6 +119,38 @@ def test_augmentation_changes_what_is_seen_and_belongs_to_the_sample():
     model({field: value[2:] for field, value in data.items()}, CTX)
     assert not torch.equal(seen[0], data["image"])
     assert (seen[0][2:].int() - seen[1].int()).abs().max() <= 1
+
+
+def probe(tmp_path, **settings):
+    """A frozen encoder, and what its weights were before."""
+    args = VIT | {"drop_path_rate": 0.5}
+    save(tmp_path / "w.safetensors", create_backbone(EncoderConfig(encoder_args=args), (32, 32)).state_dict(), {})
+    encoder = "vit_base_patch16_224"
+    model = build(encoder=encoder, encoder_args=args, weights=str(tmp_path / "w.safetensors"), freeze=True, **settings)
+    return model.train(), copy.deepcopy(model.encoder.state_dict())
+
+
+def test_a_frozen_encoder_gives_a_linear_classifier_on_standardised_class_tokens(tmp_path):
+    model, before = probe(tmp_path)
+    data = batch([0, 1, 2, 3, 4, 5])
+    out = model(data, CTX)
+    out.loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["head.weight", "head.bias"]
+    token = model.encoder.backbone.forward_features(model.encoder.normalize(data["image"]))[:, 0].detach()
+    standard = (token - token.mean(0)) / (token.var(0, unbiased=False) + 1e-6).sqrt()
+    expected = torch.nn.functional.cross_entropy(standard @ model.head.weight.T + model.head.bias, data["label"])
+    torch.testing.assert_close(out.loss, expected)
+    after = model.encoder.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    # after training, statistics of the batches that were seen
+    running = (token - 0.1 * token.mean(0)) / (0.9 + 0.1 * token.var(0) + 1e-6).sqrt()
+    logits = model.eval().encoders()["logits"](data["image"])
+    torch.testing.assert_close(logits, running @ model.head.weight.T + model.head.bias)
+
+
+def test_a_probe_of_random_features_by_mistake_is_refused():
+    with pytest.raises(ValidationError, match="random features; set weights"):
+        build(freeze=True)
 
 
 def test_augmentation_of_other_than_three_channels_is_refused():
