@@ -5,6 +5,7 @@ sigmoid loss SigLIP: Zhai et al., "Sigmoid Loss for Language Image Pre-Training"
 et al. (CVPR 2022). Dropped patches: FLIP, Li et al. (CVPR 2023). Shape letters: B samples, L tokens, E common width.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ from pipeline.core.protocols import (
     Batch,
     DataFacts,
     Embeddings,
+    Export,
     PairwiseObjective,
     Picture,
     StepContext,
@@ -29,6 +31,7 @@ from pipeline.nn.dropout import drop_per_sample, dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, backbone_layers, create_backbone, to_weights
 from pipeline.nn.images import Normalize, tile
 from pipeline.nn.masking import encode_visible, make_maskable
+from pipeline.nn.open_clip import image_tower, text_tower
 from pipeline.nn.text import TextEncoder, TextPool
 from pipeline.nn.weights import load_encoder
 
@@ -37,6 +40,7 @@ SHOWN = 8
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_SCALE = 100.0
+OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -58,6 +62,8 @@ class Config(EncoderConfig):
     text_heads: Count = 8
     text_pool: TextPool = "end"
     """"end": read from the left, what stands at the end of the text; "mean": read both ways, the mean."""
+    end: Annotated[int, Field(ge=0)] = 2
+    """The token at which texts end: 2 in a vocabulary of ``sluice prep tokenizer``, 49407 in CLIP's."""
     image_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only so many of the image encoder's last layers; 0: none, as LiT; left out: all. Its projection is trained
     in any case."""
@@ -110,7 +116,7 @@ class CLIP(PairwiseObjective):
             "text": f"int64[B,{config.length}]",
             "text_length": "int64[B]",
         }
-        self.config = config
+        self.config, self.image_size = config, facts.image_size
         backbone = create_backbone(config, facts.image_size)
         drop_per_sample(backbone, "clip")
         if config.weights:
@@ -150,7 +156,7 @@ class CLIP(PairwiseObjective):
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """Unit vectors float32[B,E] of images and texts."""
         if not self._tokens_checked:  # once: it waits for the device
-            self._check_tokens(batch["text"])
+            self._check_tokens(batch["text"], batch["text_length"])
         keep = None
         if self.patches and self.training:
             visible = max(1, int(self.patches * self.config.keep_patches))
@@ -159,11 +165,17 @@ class CLIP(PairwiseObjective):
             image, text = self.image(batch["image"], keep), self.text(batch["text"], batch["text_length"])
         return {name: functional.normalize(x.float(), dim=1) for name, x in (("image", image), ("text", text))}
 
-    def _check_tokens(self, text: Tensor) -> None:
+    def _check_tokens(self, text: Tensor, length: Tensor) -> None:
         if int(text.max()) >= self.config.vocab:
             raise ConfigError(
                 f"objective.vocab is {self.config.vocab}, but the batch holds token {int(text.max())}; set it to the "
                 "number of tokens that the tokenizer has"
+            )
+        ends = text.gather(1, length[:, None] - 1)
+        if self.config.text_pool == "end" and bool((ends != self.config.end).any()):
+            raise ConfigError(
+                f"objective.end is {self.config.end}, but texts of the batch end with token "
+                f"{int(ends[ends != self.config.end][0])}; set it to the tokenizer's token for data.captions.end"
             )
         self._tokens_checked = True
 
@@ -193,6 +205,30 @@ class CLIP(PairwiseObjective):
     def encoders(self) -> dict[str, nn.Module]:
         """Both towers: "text" maps int64[B,L] and int64[B] to float[B,E]."""
         return {"image": self.image, "text": self.text}
+
+    def exports(self) -> dict[str, Export]:
+        """The model for open_clip, which reads a folder of weights and configuration."""
+        folder = "open_clip"
+        try:
+            vision, weights = image_tower(
+                self.config, self.image.encoder.backbone, self.image.projection, self.image_size
+            )
+            text, text_weights = text_tower(self.text, self.config.end)
+        except ConfigError as error:
+            return {f"{folder}/{OPEN_CLIP_WEIGHTS}": Export(None, f"not written: {error}")}
+        model = {"embed_dim": self.config.dim, "vision_cfg": vision, "text_cfg": text}
+        weights |= text_weights | {"logit_scale": self.log_scale.squeeze(0)}
+        if self.bias is not None:
+            model["init_logit_bias"] = float(self.bias)
+            weights["logit_bias"] = self.bias.squeeze(0)
+        settings = {"model_cfg": model, "preprocess_cfg": {"mean": self.config.mean, "std": self.config.std}}
+        return {
+            f"{folder}/{OPEN_CLIP_WEIGHTS}": Export(weights, "open_clip.create_model('local-dir:FOLDER')"),
+            f"{folder}/{OPEN_CLIP_CONFIG}": Export(
+                json.dumps(settings, indent=2),
+                "its configuration; for open_clip.get_tokenizer, put tokenizer.json there",
+            ),
+        }
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """Images; under each the image whose caption is nearest to it, and the image nearest to its caption."""

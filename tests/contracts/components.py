@@ -66,6 +66,8 @@ def make_batch(objective: Objective, name: str, samples: int = 8) -> Batch:
         high = 256 if dtype == "uint8" else len(CLASSES)
         low = int(field.endswith("_length"))  # no text is without a token
         batch[field] = torch.randint(low, high, shape, generator=generator, dtype=getattr(torch, dtype))
+    if "text" in batch:  # every text ends with the token that ends texts
+        batch["text"].scatter_(1, batch["text_length"][:, None] - 1, 2)
     return batch
 
 

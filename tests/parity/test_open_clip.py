@@ -1,12 +1,83 @@
-"""The tiled losses against open_clip's own, value and gradients."""
+"""The tiled losses against open_clip's own, value and gradients; and what open_clip makes of an exported model."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
+from pipeline.core.protocols import DataFacts
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
+from pipeline.objectives.clip import CLIP, Config
+from pipeline.run.export import write
 
 pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+SMALL = {"dim": 12, "vocab": 40, "length": 9, "text_width": 16, "text_depth": 2, "text_heads": 4}
+VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+TOWERS = {
+    "class token": {"encoder_args": VIT},
+    "mean and sigmoid": {"encoder_args": VIT | {"global_pool": "avg", "drop_path_rate": 0.1}, "loss": "sigmoid"},
+    "norm before": {"encoder": "vit_base_patch32_clip_224", "encoder_args": VIT | {"mlp_ratio": 2.0}},
+    "timm by name": {"encoder": "resnet10t", "encoder_args": {"drop_rate": 0.1}},
+    "timm at its size": {"encoder": "test_vit", "size": 160},
+}
+
+
+def stirred(size: int = 32, **settings: Any) -> CLIP:
+    """A model none of whose weights is zero or one."""
+    torch.manual_seed(0)
+    defaults = {"encoder": "vit_tiny_patch16_224", **SMALL}
+    model = CLIP(Config(**defaults | settings), DataFacts((size, size), ())).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # open_clip's imports
+@pytest.mark.parametrize("tower", TOWERS)
+def test_an_exported_model_is_loaded_strictly_and_gives_the_same_features(tower, tmp_path: Path):
+    import open_clip
+
+    model = stirred(**TOWERS[tower])
+    for name, file in model.exports().items():
+        assert file.content is not None, file.note
+        write(tmp_path / name, file)
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True).eval()
+
+    image = torch.randint(0, 256, (3, 3, *model.image_size), dtype=torch.uint8)
+    text, length = torch.randint(3, 40, (3, 9)), torch.tensor([9, 2, 5])
+    text[torch.arange(9) >= length[:, None]] = 0
+    text.scatter_(1, length[:, None] - 1, 2)
+    mean, std = open_clip.get_model_preprocess_cfg(theirs)["mean"], open_clip.get_model_preprocess_cfg(theirs)["std"]
+    normal = (image / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        pairs = [
+            (theirs.encode_image(normal), model.encoders()["image"](image)),
+            (theirs.encode_text(text), model.encoders()["text"](text, length)),
+            (theirs.logit_scale.exp(), model.shared()["scale"][0]),
+        ]
+        if model.bias is not None:
+            pairs.append((theirs.logit_bias, model.bias[0]))
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"encoder_args": VIT | {"class_token": False, "global_pool": "avg"}}, "one class token"),
+        ({"encoder_args": VIT | {"init_values": 1e-5}}, "no blocks.0.ls1.gamma"),
+        ({"encoder_args": VIT | {"qk_norm": True}}, "no blocks.0.attn.k_norm"),
+        ({"encoder": "resnet18", "encoder_args": {"layers": [1, 1, 1, 1]}}, "a ResNet is another architecture"),
+        ({"encoder_args": VIT, "text_pool": "mean"}, "no mean over tokens"),
+        ({"encoder_args": VIT, "mean": [0.5], "std": [0.5]}, "3 channels"),
+    ],
+)
+def test_what_open_clip_cannot_hold_is_refused_with_the_reason(settings, reason):
+    (offered,) = stirred(**settings).exports().values()
+    assert offered.content is None and reason in offered.note
 
 
 @pytest.mark.filterwarnings("ignore")  # open_clip's imports
