@@ -48,17 +48,17 @@ def images(batch: int) -> Batch:
     return {"image": image, "id": torch.arange(batch), "epoch": torch.zeros(batch, dtype=torch.int64)}
 
 
-def fresh(name: str) -> MAE:
+def fresh(config: Config) -> MAE:
     torch.manual_seed(0)
-    return MAE(Config(encoder=name), DataFacts(SIZE, ()))
+    return MAE(config, DataFacts(SIZE, ()))
 
 
-def ours(name: str, precision: Literal["bf16", "fp32"], batch: Batch, place: Place) -> Callable[[int], float]:
+def ours(mae: Config, precision: Literal["bf16", "fp32"], batch: Batch, place: Place) -> Callable[[int], float]:
     """Seconds of so many steps of the loop."""
     n = len(batch["id"])
     plan = Plan(n, n, 1, n, 1, 1.0, 10**6, 10**6 * n, 0, 0, "constant", LR, LR, 0, 0, 0)
     config = EngineConfig(name="accelerate", precision=precision, micro_batch=n)
-    engine = AccelerateEngine(fresh(name).train(), config, Optimizer(lr=LR), plan, place)
+    engine = AccelerateEngine(fresh(mae).train(), config, Optimizer(lr=LR), plan, place)
     meter = Meter(place.device, 1)
 
     def run(steps: int) -> float:
@@ -79,9 +79,9 @@ def ours(name: str, precision: Literal["bf16", "fp32"], batch: Batch, place: Pla
     return run
 
 
-def plain(name: str, batch: Batch) -> Callable[[int], float]:
+def plain(mae: Config, batch: Batch) -> Callable[[int], float]:
     """Seconds of so many steps of a bare loop over the transcription."""
-    model = fresh(name)
+    model = fresh(mae)
     weights = {n: torch.nn.Parameter(p.detach().clone()) for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.05)
     keep, hidden = model.masks(batch, StepContext(0, Clock(0, 0, 1)))
@@ -111,11 +111,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     args = parser.parse_args()
-    batch = images(args.batch)
+    batch, mae = images(args.batch), Config(encoder=args.encoder)
     with process_group(5.0) as place:
         contenders = {
-            "plain fp32": plain(args.encoder, batch),
-            f"loop {args.precision}": ours(args.encoder, args.precision, batch, place),
+            "plain fp32": plain(mae, batch),
+            f"loop {args.precision}": ours(mae, args.precision, batch, place),
         }
         for run in contenders.values():
             run(1)

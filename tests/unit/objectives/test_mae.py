@@ -14,6 +14,7 @@ from pipeline.objectives.mae import MAE, Config
 from pipeline.objectives.supervised import Config as SupervisedConfig
 from pipeline.objectives.supervised import Supervised
 from tests.parity import plain_mae
+from tests.perf.mae_gpu import forward_flops
 
 CTX = StepContext(seed=1, clock=Clock(0, 0, 100))
 
@@ -262,6 +263,21 @@ def test_compiled_blocks_give_the_same_loss_and_gradient_and_the_same_names(back
         if one.requires_grad:
             assert (one.grad - other.grad).norm() <= 1e-5 * one.grad.norm()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("size", "ratio"), [((32, 32), 0.75), ((24, 48), 0.5)])
+def test_the_operations_that_benchmarks_count_are_those_of_the_formula(size, ratio):
+    config = build(size, mask_ratio=ratio, encoder_args={"depth": 3}, decoder_depth=2).config
+    d, e, prefix, target = 32, 16, 1, 8 * 8 * 3
+    n = size[0] * size[1] // 64
+    visible = int(n * (1 - ratio)) + prefix
+
+    def blocks(depth, width, tokens):  # four projections of width, two of 4 * width, scores and their use
+        return depth * 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    embeddings = 2 * (n * target * d + visible * d * e + n * e * target)
+    expected = embeddings + blocks(3, d, visible) + blocks(2, e, n + prefix)
+    assert forward_flops(config, size) == expected
 
 
 def test_weights_of_a_pretrained_encoder_are_where_training_starts(tmp_path):
