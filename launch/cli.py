@@ -131,10 +131,9 @@ def export(
 
 
 @app.command("report")
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Write report.html into the run folder: curves, pictures, results."""
-    folder, _ = _run_and_checkpoint(run)
-    _become(["report", "--run", str(folder)])
+def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
+    """Write report.html into a run's folder: curves, pictures, results. Of several runs: all results in one table."""
+    _become(["report", *(word for run in runs for word in ("--run", str(_run_and_checkpoint(run)[0])))])
 
 
 def _run_and_checkpoint(path: Path) -> tuple[Path, Path | None]:

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import replace_file
 from pipeline.record.files import dumps, number
 from pipeline.record.formats import decimals, with_error
@@ -94,6 +94,22 @@ def read_results(folder: str | os.PathLike[str]) -> list[Row]:
         return [Row(**r | {"value": number(r["value"]), "stderr": number(r["stderr"])}) for r in body["results"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}); remove it and evaluate again") from error
+
+
+def read_together(folders: Sequence[str]) -> list[Row]:
+    """The rows of several runs, with each model called "RUN: MODEL".
+
+    Raises:
+        ConfigError: a run was not evaluated.
+        DataError: a file is damaged.
+    """
+    together = []
+    for folder in folders:
+        found = read_results(folder)
+        if not found:
+            raise ConfigError(f"{folder} has no results; evaluate it first: sluice eval {folder} SUITE")
+        together += [replace(row, model=f"{Path(folder).name}: {row.model}") for row in found]
+    return together
 
 
 def add_results(folder: str | os.PathLike[str], new: Iterable[Row]) -> list[Row]:

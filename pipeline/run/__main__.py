@@ -39,9 +39,13 @@ def main(argv: Sequence[str]) -> int:
         return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes), lambda: None)
 
     from pipeline.record.report import write_report
+    from pipeline.record.results import read_together, table
 
     def report() -> int:
-        print(write_report(args.run))
+        if len(args.runs) == 1:
+            print(write_report(args.runs[0]))
+        else:
+            table(read_together(args.runs), sys.stdout)
         return FINISHED
 
     return guarded(report, lambda: None)
@@ -66,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--image-size", type=int, nargs=2)
     export.add_argument("--patch-size", type=int, nargs=2)
     report = commands.add_parser("report")
-    report.add_argument("--run", required=True)
+    report.add_argument("--run", required=True, action="append", dest="runs")
     return parser
 
 

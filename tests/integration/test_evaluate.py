@@ -52,6 +52,8 @@ def test_a_suite_on_a_sharded_checkpoint_and_on_random_weights(trained, capsys):
     assert rows(trained)["step 6", "knn/top1_k5"] == before  # the same numbers every time
     page = (trained / "report.html").read_text()
     assert "random init" in page and "data:image" in page
+    assert main(["report", "--run", str(trained), "--run", str(trained)]) == 0
+    assert "run: step 6" in capsys.readouterr().out
 
 
 def test_the_showcase_of_a_sharded_model_is_drawn(trained):

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Result
-from pipeline.record.results import Row, add_results, lines, models, read_results, rows, table
+from pipeline.record.results import Row, add_results, lines, models, read_results, read_together, rows, table
 
 ABOUT = {"evaluation": "knn", "config": "c" * 32, "manifests": {"val": "m" * 32}}
 
@@ -105,3 +105,16 @@ def test_a_missing_cell_is_empty():
     other = rows([Result("knn/top5", 0.9, 100, "val")], model="step 20", step=20, **ABOUT)
     (first, second) = [line.texts() for line in lines(top1(0.5) + other)]
     assert first == ["0.500 +- 0.010", ""] and second == ["", "0.9000"]
+
+
+def test_runs_stand_side_by_side_and_are_told_apart(tmp_path):
+    short, long, empty = (tmp_path / name for name in ("short", "long", "empty"))
+    for folder, value in ((short, 0.5), (long, 0.7)):
+        folder.mkdir()
+        add_results(folder, top1(value) + top1(0.1, "random init", None))
+    together = read_together([str(short), str(long)])
+    assert models(together) == ["short: random init", "long: random init", "short: step 10", "long: step 10"]
+    (line,) = lines(together)
+    assert [c.value for c in line.measured] == [0.1, 0.1, 0.5, 0.7] and line.best == 0.7 and line.comparable
+    with pytest.raises(ConfigError, match="empty has no results"):
+        read_together([str(short), str(empty)])
