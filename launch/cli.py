@@ -78,12 +78,36 @@ def plan(
 
 
 @app.command("train")
-def train(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
-    """Train on this machine; resumes when the run folder holds a checkpoint."""
+def train(
+    config: Config,
+    overrides: Overrides,
+    procs: Procs = 1,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Train on these hosts over ssh: lines 'worker-1 slots=8'.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts, when started by hand on each.")] = 1,
+    node_rank: Annotated[int, typer.Option(help="Number of this host, from 0.")] = 0,
+    master: Annotated[
+        str | None, typer.Option(metavar="ADDRESS[:PORT]", help="Host 0, as the others reach it.")
+    ] = None,
+) -> None:
+    """Train on this machine, or on several; resumes when the run folder holds a checkpoint."""
     from launch import local
+    from launch.hosts import by_hand
     from pipeline.config.load import load_run
+    from pipeline.core.errors import LaunchError
 
-    raise typer.Exit(local.train(load_run(config, overrides), config, overrides, procs))
+    checked = load_run(config, overrides)
+    if hostfile is not None:
+        if master is not None or nodes > 1 or procs > 1:
+            raise LaunchError("--hostfile says which hosts and how many ranks; leave --procs, --nodes, --master out")
+        raise typer.Exit(local.train_hosts(checked, config, overrides, hostfile))
+    if nodes > 1 and master is None:
+        raise LaunchError("several hosts need --master ADDRESS[:PORT] of host 0, the same on each")
+    if master is not None:
+        part = by_hand(master, nodes, node_rank, procs)
+        raise typer.Exit(local.train_part(checked, config, overrides, part))
+    raise typer.Exit(local.train(checked, config, overrides, procs))
 
 
 @app.command("eval")

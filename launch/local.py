@@ -1,17 +1,35 @@
-"""Training on this machine: the command of one process, or of DeepSpeed's launcher for several."""
+"""Training here: the command of one process, or of DeepSpeed's launcher for several, on this machine or on more."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from launch.supervise import supervise
+from launch.hosts import (
+    Order,
+    Others,
+    Part,
+    ask_hosts,
+    carried,
+    check_port,
+    hostfile_of,
+    interface,
+    read_hostfile,
+    runner_command,
+    runner_environment,
+)
+from launch.supervise import CRASH, STATE, clear_stop, outcome, run_session, stamp, supervise
+from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.config.schema import RunConfig
 from pipeline.core.errors import LaunchError
 
+_DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical")
 _CUDA = Path("/proc/driver/nvidia/gpus")
 
 
@@ -27,12 +45,77 @@ def train(config: RunConfig, path: Path, overrides: Sequence[str], procs: int) -
     Raises:
         LaunchError: fewer devices than ranks, or a run folder that cannot be written.
     """
-    arguments = ["train", "--config", str(path)]
-    for override in overrides:
-        arguments += ["--set", override]
+    arguments = train_arguments(path, overrides)
     environment = child_environment(procs)
     command = run_command(arguments) if procs == 1 else deepspeed_command("pipeline.run", arguments, procs, environment)
     return supervise(command, Path(config.run.folder), environment)
+
+
+def train_part(config: RunConfig, path: Path, overrides: Sequence[str], part: Part, *, tied: bool = False) -> int:
+    """Run this host's ranks of a run on several hosts until they end. Returns the exit code of the run.
+
+    Args:
+        config: what ``path`` and ``overrides`` say, already checked.
+        path: the configuration file.
+        overrides: ``key.path=value``.
+        part: which host this is.
+        tied: end when standard input does.
+
+    Raises:
+        LaunchError: the master's port is taken, the hosts do not see each other, or see :func:`train`.
+    """
+    folder = Path(config.run.folder)
+    procs = part.slots[part.node]
+    environment = child_environment(procs)
+    if name := interface(part):
+        environment.setdefault("GLOO_SOCKET_IFNAME", name)  # gloo else takes what the host's own name stands for
+    if part.first:
+        check_port(part)
+        if not tied:  # the starter has done so before
+            clear_stop(folder)
+    others = Others(folder, tied)
+    before = stamp(folder / STATE)
+    with deepspeed_part("pipeline.run", train_arguments(path, overrides), part, environment) as command:
+        status = run_session(command, folder, environment, others)
+    if part.first:
+        code = outcome(folder, before, status)
+    else:  # the first host's rank 0 says how the run ended, perhaps not yet
+        code = status if status in (FINISHED, CONFIG, NONFINITE, REQUEUE) else CRASH
+    if code not in (FINISHED, REQUEUE):
+        others.tell()
+    return code
+
+
+def train_hosts(config: RunConfig, path: Path, overrides: Sequence[str], hostfile: Path) -> int:
+    """Run on all hosts of a hostfile, over ssh, until it ends. Returns the exit code of the run.
+
+    Args:
+        config: what ``path`` and ``overrides`` say, already checked.
+        path: the configuration file, which all hosts can read.
+        overrides: ``key.path=value``.
+        hostfile: see :func:`launch.hosts.read_hostfile`.
+
+    Raises:
+        LaunchError: pdsh is missing, or a host cannot take part.
+    """
+    hosts = read_hostfile(hostfile)
+    if shutil.which("pdsh") is None:
+        raise LaunchError("pdsh is not installed here; install it, or start by hand: --nodes, --node-rank, --master")
+    folder = Path(config.run.folder)
+    clear_stop(folder)
+    environment = child_environment(procs=1)
+    order = Order(os.getcwd(), str(path), list(overrides), [*hosts], [*hosts.values()], 0, carried(environment))
+    order = replace(order, port=ask_hosts(order, folder, environment))
+    with hostfile_of([*hosts], [1] * len(hosts)) as one_each:
+        return supervise(runner_command(order, one_each), folder, runner_environment(environment), working_folder="/")
+
+
+def train_arguments(path: Path, overrides: Sequence[str]) -> list[str]:
+    """Of :mod:`pipeline.run`."""
+    arguments = ["train", "--config", str(path)]
+    for override in overrides:
+        arguments += ["--set", override]
+    return arguments
 
 
 def child_environment(procs: int) -> dict[str, str]:
@@ -57,24 +140,57 @@ def deepspeed_command(module: str, arguments: Sequence[str], procs: int, environ
     Raises:
         LaunchError: ``CUDA_VISIBLE_DEVICES`` names fewer devices than ranks, or none that DeepSpeed can choose.
     """
-    options = [f"--num_gpus={procs}"]
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible and environment.get("DS_ACCELERATOR") != "cpu":
-        # With --num_gpus alone the launcher forgets CUDA_VISIBLE_DEVICES and takes devices 0, 1, ...
-        devices = visible.split(",")
-        if len(devices) < procs or not all(d.strip().isdigit() for d in devices):
-            raise LaunchError(
-                f"CUDA_VISIBLE_DEVICES={visible} does not name {procs} devices by number; change it, or --procs"
-            )
-        options = [f"--include=localhost:{','.join(d.strip() for d in devices[:procs])}"]
+    devices = named_devices(procs, environment)
+    # With --num_gpus alone the launcher forgets CUDA_VISIBLE_DEVICES and takes devices 0, 1, ...
+    which = f"--include=localhost:{_list(devices)}" if devices else f"--num_gpus={procs}"
     return [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical"),
+        *_DEEPSPEED,
         f"--hostfile={os.devnull}",  # never a /job/hostfile that happens to be there
-        *options,
-        f"--master_port={free_port()}",
+        *(which, f"--master_port={free_port()}"),
         *("--no_local_rank", "--module", module),
         *arguments,
     ]
+
+
+@contextmanager
+def deepspeed_part(
+    module: str, arguments: Sequence[str], part: Part, environment: dict[str, str]
+) -> Generator[list[str]]:
+    """DeepSpeed's launcher for this host's ranks of ``module``; see :func:`deepspeed_command`."""
+    devices = named_devices(part.slots[part.node], environment) or list(range(part.slots[part.node]))
+    # Only the devices of this host matter here; of the others the launcher wants to know how many.
+    names = [f"node-{i}" for i in range(len(part.slots))]
+    chosen = [_list(devices if i == part.node else range(n)) for i, n in enumerate(part.slots)]
+    with hostfile_of(names, [max(devices) + 1 if i == part.node else n for i, n in enumerate(part.slots)]) as hostfile:
+        yield [
+            *_DEEPSPEED,
+            *(f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={part.node}"),
+            f"--include={'@'.join(f'{name}:{ids}' for name, ids in zip(names, chosen, strict=True))}",
+            *(f"--master_addr={part.address}", f"--master_port={part.port}"),
+            *("--no_local_rank", "--module", module),
+            *arguments,
+        ]
+
+
+def named_devices(procs: int, environment: dict[str, str]) -> list[int] | None:
+    """The devices that ``CUDA_VISIBLE_DEVICES`` names for ``procs`` ranks; None where it names none.
+
+    Raises:
+        LaunchError: too few, or not by number.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if not visible or environment.get("DS_ACCELERATOR") == "cpu":
+        return None
+    devices = [d.strip() for d in visible.split(",")]
+    if len(devices) < procs or not all(d.isdigit() for d in devices):
+        raise LaunchError(
+            f"CUDA_VISIBLE_DEVICES={visible} does not name {procs} devices by number; change it, or --procs"
+        )
+    return [int(d) for d in devices[:procs]]
+
+
+def _list(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -29,11 +29,14 @@ STOP = "stop"
 CRASH = 1
 """Exit code of a run that ended without saying why."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+WATCH_SECONDS = 1.0
 KILL_SECONDS = 10.0
 """How long killed processes may take to go; longer when one is stuck in the kernel, and then no signal helps."""
 
 
-def supervise(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> int:
+def supervise(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], working_folder: str | None = None
+) -> int:
     """Run ``command`` until it and all that it started have ended.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the run to save and stop; a second SIGINT kills it. Should this process
@@ -43,6 +46,7 @@ def supervise(command: Sequence[str], folder: Path, environment: Mapping[str, st
         command: the run, or its launcher.
         folder: the run's folder; made if it is not there.
         environment: of the run.
+        working_folder: of the command; None: this process's.
 
     Returns:
         0 finished, 2 something to mend, 70 not finite, 75 saved after a request to stop, 1 anything else.
@@ -50,27 +54,82 @@ def supervise(command: Sequence[str], folder: Path, environment: Mapping[str, st
     Raises:
         LaunchError: the run's folder cannot be written.
     """
+    clear_stop(folder)
+    before = stamp(folder / STATE)
+    return outcome(folder, before, run_session(command, folder, environment, working_folder=working_folder))
+
+
+def outcome(folder: Path, before: tuple[int, int] | None, status: int) -> int:
+    """Exit code of a run that has ended; says so when it crashed.
+
+    Args:
+        folder: the run's.
+        before: the stamp of its state before it began.
+        status: exit code of its launcher, negative for a signal.
+    """
+    fresh = stamp(folder / STATE) != before
+    code = _exit_code(folder / STATE if fresh else None, status)
+    if code == CRASH:
+        say(f"the run died (status {status}); start it again to go on from its newest checkpoint")
+    return code
+
+
+def clear_stop(folder: Path) -> None:
+    """Make the run's folder, and forget what an earlier attempt was asked.
+
+    Raises:
+        LaunchError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOP).unlink(missing_ok=True)
     except OSError as error:
         raise LaunchError(f"cannot write the run folder {folder}: {error.strerror}; set run.folder") from error
-    before = _stamp(folder / STATE)
+
+
+def run_session(
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    watch: Callable[[], str | None] = lambda: None,
+    working_folder: str | None = None,
+) -> int:
+    """Run ``command`` in a session of its own until that is empty; see :func:`supervise`.
+
+    Args:
+        command: the run, or its launcher. Its standard input is a pipe that ends when this process does.
+        folder: the run's folder.
+        environment: of the run.
+        watch: asked about every second; a text is the reason to kill the session.
+        working_folder: of the command; None: this process's.
+
+    Returns:
+        The exit code of ``command``; negative for a signal.
+    """
     with _stop_requests(folder) as requests:
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        child = subprocess.Popen(
+            command, env=environment, cwd=working_folder, stdin=subprocess.PIPE, start_new_session=True
+        )
         guard = _start_guard(child.pid)
         try:
             requests.attach(child.pid)
-            status = child.wait()
+            while _wait(child) is None:
+                if reason := watch():
+                    say(reason)
+                    break
         finally:
             kill_session(child.pid)
-            child.wait()
+            child.communicate()
             guard.communicate(b"over\n")
-    fresh = _stamp(folder / STATE) != before
-    code = _exit_code(folder / STATE if fresh else None, status)
-    if code == CRASH:
-        _say(f"the run died (status {status}); start it again to go on from its newest checkpoint")
-    return code
+    return child.returncode
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    """Its exit code, or None when it still runs after a while."""
+    try:
+        return child.wait(timeout=WATCH_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 class _Requests:
@@ -106,10 +165,11 @@ class _Requests:
         for process in session_members(session):
             if process.catches(signal.SIGUSR1):
                 process.send(signal.SIGUSR1)
-        _say("asked to stop; the run saves first (Ctrl-C twice kills it)")
+        say("asked to stop; the run saves first (Ctrl-C twice kills it)")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line of this process's own on stderr."""
     # Not print: a signal handler may interrupt another one here, and buffered files cannot be entered twice.
     os.write(2, f"sluice: {text}\n".encode())
 
@@ -178,10 +238,10 @@ def kill_session(session: int) -> None:
         time.sleep(0.02)
     if left:
         pids = ", ".join(str(p.pid) for p in left)
-        _say(f"processes {pids} do not die; look at them before starting again")
+        say(f"processes {pids} do not die; look at them before starting again")
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def stamp(path: Path) -> tuple[int, int] | None:
     """Changes whenever the file is replaced."""
     try:
         stat = path.stat()
