@@ -294,6 +294,7 @@ def runner_environment(environment: Mapping[str, str]) -> dict[str, str]:
             raise LaunchError(f"{name} has characters that a shell on another host would interpret: {value!r}")
     if not _WORD.fullmatch(sys.executable):
         raise LaunchError(f"the path of Python has characters that a shell would interpret: {sys.executable!r}")
+    mine["DS_ENV_FILE"] = os.devnull  # else it would paste the lines of any .deepspeed_env that happens to be there
     mine["PDSH_SSH_ARGS_APPEND"] = shlex.join(ssh_options(environment))
     return mine
 
