@@ -95,7 +95,7 @@ def test_the_loopback_is_no_way_to_another_host():
 
 
 def test_a_host_that_nobody_knows():
-    with pytest.raises(LaunchError, match="nowhere.invalid is not known here"):
+    with pytest.raises(LaunchError, match=r"nowhere\.invalid is not known here"):
         interface(by_hand("nowhere.invalid", 2, 1, 1))
 
 
