@@ -214,6 +214,9 @@ class EngineConfig(Strict):
     """Samples per rank and forward; accumulation follows from the global batch."""
     timeout_minutes: PositiveFloat = 10.0
     """A collective that takes longer ends the job."""
+    hang_minutes: PositiveFloat = 5.0
+    """A step that takes longer, and ten times longer than the median, ends the job after the stacks of all ranks were
+    written; the start, saving and the like have six times as long."""
 
     @model_validator(mode="after")
     def _zero_is_deepspeed(self) -> EngineConfig:

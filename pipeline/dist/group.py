@@ -6,17 +6,17 @@ The group is started by us, not by DeepSpeed or Accelerate, so that one time-out
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.core.errors import LaunchError
+from pipeline.core.errors import LaunchError, SluiceError
 
 T = TypeVar("T")
 
@@ -103,6 +103,22 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """Do ``work`` on rank 0; every rank gets its result, or raises the user's error that it raised."""
+    result: T | None = None
+    error: SluiceError | None = None
+    if dist.get_rank() == 0:
+        try:
+            result = work()
+        except SluiceError as raised:
+            error = raised
+            error.everywhere = True
+    result, error = from_first((result, error))
+    if error is not None:
+        raise error
+    return cast("T", result)
 
 
 def from_first(value: T) -> T:

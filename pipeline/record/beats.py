@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -53,19 +54,29 @@ class Pulse:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         self._file = os.open(folder / FOLDER / f"{rank:05d}", os.O_RDWR | os.O_CREAT, 0o666)
         self.last = Beat(rank, socket.gethostname(), os.getpid(), attempt, 0, "start", time.time())
+        self.began = time.monotonic()
+        """When the phase began, by a clock that is never set."""
+        self.steps: deque[float] = deque(maxlen=100)
+        """Seconds of the last steps, with what was done between them."""
+        self.longest: dict[str, float] = {}
+        """Seconds of the longest stay in each phase that is not a step."""
         self._step_began: float | None = None
         os.pwrite(self._file, _line({"alive": None}), WIDTH)
         self._write()
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Say that ``phase`` begins; ``step`` as in :class:`Beat`, left out: as before."""
-        now = time.time()
-        seconds = self.last.step_seconds
+        now = time.monotonic()
+        left = self.last.phase
+        self.longest[left] = max(self.longest.get(left, 0.0), now - self.began)
         if phase == "step":
-            seconds = None if self._step_began is None else now - self._step_began
+            if self._step_began is not None:
+                self.steps.append(now - self._step_began)
             self._step_began = now
+        self.began = now
         step = self.last.step if step is None else step
-        self.last = replace(self.last, phase=phase, step=step, time=now, step_seconds=seconds)
+        seconds = self.steps[-1] if self.steps else None
+        self.last = replace(self.last, phase=phase, step=step, time=time.time(), step_seconds=seconds)
         self._write()
 
     def live(self) -> None:

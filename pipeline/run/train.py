@@ -17,18 +17,18 @@ from pipeline.core import manifest as manifests
 from pipeline.core.contract import check_batch
 from pipeline.core.protocols import Batch, Clock, StepContext, Stream
 from pipeline.data.stream import facts
-from pipeline.dist.group import Place, from_first, process_group
+from pipeline.dist.group import Place, process_group
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.engine.loop import Outcome, fit
 from pipeline.engine.meter import Meter
 from pipeline.engine.stopping import StopRequest
-from pipeline.record.beats import Pulse
 from pipeline.record.files import Lines
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
-from pipeline.record.state import State, close_state, read_state, write_state
+from pipeline.record.state import State, close_state, write_state
+from pipeline.run.attempt import Attempt, attempt
 from pipeline.run.build import build_engine, build_objective, build_stream, resume, sample_batch
 
 CHECKPOINTS = "checkpoints"
@@ -108,6 +108,7 @@ class Job:
 
     def end(self, outcome: Outcome, clock: Clock, stop: StopRequest) -> int:
         """Say how it ended, on rank 0, and give the exit code."""
+        self.meter.at("end")
         code = FINISHED if outcome is Outcome.FINISHED else REQUEUE
         if self.recorder is not None:
             if outcome is Outcome.STOPPED:
@@ -128,8 +129,9 @@ def train(path: str, overrides: Sequence[str]) -> int:
         place = stack.enter_context(process_group(config.engine.timeout_minutes))
         manifest = manifests.load(config.data.train)
         plan = resolve(config, manifest.samples, place.world_size, path)
+        start = stack.enter_context(attempt(config, plan, place))
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
-        job, clock = _prepare(path, config, place, manifest, plan, stream, stack)
+        job, clock = _prepare(path, config, place, manifest, plan, stream, start, stack)
         outcome, clock = fit(
             engine=job.engine,
             stream=stream,
@@ -151,15 +153,15 @@ def _prepare(
     manifest: manifests.Manifest,
     plan: Plan,
     stream: Stream,
+    start: Attempt,
     stack: ExitStack,
 ) -> tuple[Job, Clock]:
-    """Build what trains, bring it to the newest checkpoint, and say that the run runs."""
+    """Build what trains, and bring it to the newest checkpoint."""
     folder = Path(config.run.folder)
     sample = sample_batch(config, manifest)
     objective = build_objective(config, facts(manifest, config.data.image), path)
     check_batch(objective.needs, sample, config.objective.name)
     engine = build_engine(config, objective, plan, place)
-    attempt = _begin(folder, config, plan, place)
 
     notes: list[str] = []
     store = CheckpointStore(folder / CHECKPOINTS, place, config.run.keep, notes.append)
@@ -172,23 +174,10 @@ def _prepare(
     recorder = None
     if place.first:
         text = load.dump(config)
-        recorder = Recorder(folder, total_steps=plan.total_steps, attempt=attempt, step=clock.step, config=text)
+        recorder = Recorder(folder, total_steps=plan.total_steps, attempt=start.number, step=clock.step, config=text)
         stack.enter_context(closing(recorder))
         for note in notes:
             recorder.note(note)
-    pulse = stack.enter_context(closing(Pulse(folder, place.rank, attempt)))
-    pulse.at("start", clock.step)
-    meter = Meter(place.device, place.world_size, pulse)
-    return Job(config, place, plan, manifest, engine, stream, store, meter, sample, recorder, attempt), clock
-
-
-def _begin(folder: Path, config: RunConfig, plan: Plan, place: Place) -> int:
-    """Say that the run runs, before its first step; returns how often it was started before."""
-    attempt = 0
-    if place.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        before = read_state(folder)
-        attempt = before.attempt + 1 if before else 0
-        write_state(folder, State("running", None, before.step if before else 0, attempt))
-        provenance.write(folder, config, plan)
-    return from_first(attempt)
+    start.pulse.at("start", clock.step)
+    meter = Meter(place.device, place.world_size, start.pulse)
+    return Job(config, place, plan, manifest, engine, stream, store, meter, sample, recorder, start.number), clock

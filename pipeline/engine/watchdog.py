@@ -1,0 +1,165 @@
+"""A thread in each rank that notices when nothing goes on any more.
+
+How long is too long is learned from the run: ten times the median step, and never less than a floor; the start, the
+first steps and what is done between steps have six times the floor, or ten times their longest so far. When a rank has
+waited longer, the stacks of all threads of all ranks are written to ``stacks/rank-R.txt``, the rank that holds up the
+others is named from the beats, and the processes end, so that the run is started again from its newest checkpoint.
+
+The thread runs while the main one waits in a collective. A rank whose main thread holds the interpreter cannot run it:
+for that case C code waits as well, writes the stacks to stderr and ends the process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+from pipeline.record.beats import Beat, Pulse, read_beats
+from pipeline.record.lock import RENEWED, RunLock
+from pipeline.record.state import close_state
+
+FOLDER = "stacks"
+FACTOR = 10
+"""A step is too long when it takes so many times the median."""
+PATIENCE = 6
+"""What is not a step has so many times the floor."""
+KNOWN_STEPS = 3
+"""Steps after which their median is believed."""
+CRASH = 1
+
+
+def limit(pulse: Pulse, floor: float) -> float:
+    """Seconds that the present phase may last."""
+    phase = pulse.last.phase
+    if phase in ("data", "step"):
+        if len(pulse.steps) < KNOWN_STEPS:
+            return PATIENCE * floor
+        return max(floor, FACTOR * statistics.median(pulse.steps))
+    return max(PATIENCE * floor, FACTOR * pulse.longest.get(phase, 0.0))
+
+
+def behind(before: list[Beat], after: list[Beat]) -> str:
+    """Which rank holds up the others.
+
+    Args:
+        before: beats of all ranks when one has waited too long.
+        after: a few signs of life later.
+    """
+    earlier = {beat.rank: beat for beat in before}
+    silent = [b for b in after if b.rank in earlier and b.alive == earlier[b.rank].alive]
+    if silent and len(silent) < len(after):
+        return "; ".join(f"{_who(b)} does not answer: stopped, or its machine is, in {_where(b)}" for b in silent)
+    first = min(after, key=_progress)
+    last = [b for b in after if _progress(b) == _progress(first)]
+    if len(last) == len(after):
+        return f"all ranks are in {_where(first)}; see their stacks"
+    return "; ".join(f"{_who(b)} is still in {_where(b)}" for b in last)
+
+
+def _progress(beat: Beat) -> tuple[int, int]:
+    """Waiting for data comes before the step; what follows a step has its number, and comes after."""
+    return beat.step, {"data": 0, "step": 1}.get(beat.phase, 2)
+
+
+def _who(beat: Beat) -> str:
+    return f"rank {beat.rank} (process {beat.pid} on {beat.host})"
+
+
+def _where(beat: Beat) -> str:
+    return f'"{beat.phase}" of step {beat.step}'
+
+
+class Watchdog:
+    """Watches this rank's pulse; on rank 0 it also keeps the run folder's lock.
+
+    Args:
+        folder: the run's.
+        pulse: what the rank says of itself.
+        floor: seconds that any step may take.
+        lock: of the run folder; None: another rank keeps it.
+    """
+
+    def __init__(self, folder: Path, pulse: Pulse, floor: float, lock: RunLock | None) -> None:
+        self.folder, self.pulse, self.floor, self.lock = folder, pulse, floor, lock
+        self.tick = min(RENEWED, max(0.2, floor / 20))
+        self.marker = folder / FOLDER / f"attempt-{pulse.last.attempt}"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End watching."""
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.tick):
+            allowed = limit(self.pulse, self.floor)
+            waited = time.monotonic() - self.pulse.began
+            if waited > 2 * self.tick:
+                self.pulse.live()
+            if self.lock is not None:
+                self._keep(self.lock)
+            # Re-armed by each turn of this thread: it comes only if the thread cannot run.
+            faulthandler.dump_traceback_later(allowed + 10 * self.tick, exit=True, file=sys.__stderr__)
+            if self.marker.exists():
+                self._follow()
+            elif waited > allowed:
+                self._lead(waited, allowed)
+
+    def _keep(self, lock: RunLock) -> None:
+        if not lock.mine():
+            self._say(f"another job has taken over {self.folder} while this one did not answer; this one ends")
+            os._exit(CRASH)
+        lock.renew()
+
+    def _lead(self, waited: float, allowed: float) -> None:
+        """The first to notice asks all for their stacks, and says what is wrong."""
+        self.marker.parent.mkdir(exist_ok=True)
+        try:
+            os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return self._follow()
+        self._dump()
+        before = read_beats(self.folder)
+        self._wait(5 * self.tick)
+        last = self.pulse.last
+        text = (
+            f"no step for {waited:.0f} s, where {allowed:.0f} s are allowed: {behind(before, read_beats(self.folder))}. "
+            f"The stacks of all ranks that answer are in {self.folder / FOLDER}"
+        )
+        self._say(text)
+        close_state(self.folder, "failed", CRASH, error=text, rank=last.rank, fault=last.step)
+        os._exit(CRASH)
+
+    def _follow(self) -> None:
+        """Another has noticed: write this rank's stacks, give the other time to say what is wrong, and end."""
+        self._dump()
+        self._wait(10 * self.tick)
+        os._exit(CRASH)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, and let the others see meanwhile that this process runs."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.pulse.live()
+            time.sleep(self.tick)
+
+    def _dump(self) -> None:
+        last = self.pulse.last
+        with open(self.folder / FOLDER / f"rank-{last.rank:05d}.txt", "a", encoding="utf-8") as file:
+            file.write(f"== attempt {last.attempt}, {_who(last)}, in {_where(last)}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _say(self, text: str) -> None:
+        print(f"sluice: rank {self.pulse.last.rank}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,140 @@
+"""``lock``: one job at a time writes a run folder.
+
+Where the file system has locks, the operating system answers, and knows at once that the holder is dead. Where it has
+none, or only between processes of one machine (Lustre without ``flock``, some FUSE), the holder shows that it lives by
+writing into the file every few seconds: who finds the lock held from another machine watches it for a while, and takes
+it over only if nothing moves. Clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import LaunchError
+
+FILE = "lock"
+WIDTH = 512
+RENEWED = 5.0
+"""Seconds between two signs of life of the holder."""
+STALE = 4 * RENEWED
+"""A lock of another machine that has not moved for so long is of a job that is dead."""
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+class RunLock:
+    """The right to write a run folder, held by rank 0 of a job until it releases it or dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._file: int | None = None
+        self._me: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "token": secrets.token_hex(8),
+        }
+
+    def take(self) -> None:
+        """Take the lock.
+
+        Raises:
+            LaunchError: another job, which is alive, has it.
+        """
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._file = file
+            locks = self._system_lock(file)
+            before = read_lock(self.path)
+            elsewhere = before is not None and before["boot"] != self._me["boot"]
+            if before is not None and (elsewhere or not locks):
+                self._refuse_if_alive(before, elsewhere)
+            self._write()
+            if elsewhere or not locks:  # two may have found it stale at once: the one that wrote last has it
+                time.sleep(RENEWED / 2)
+                if not self.mine():
+                    raise self._refusal(read_lock(self.path))
+        except BaseException:
+            self._file = None
+            os.close(file)
+            raise
+
+    def _system_lock(self, file: int) -> bool:
+        """Whether the file system has locks; the lock is then taken."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal(read_lock(self.path)) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return False
+        return True
+
+    def _refuse_if_alive(self, before: dict[str, Any], elsewhere: bool) -> None:
+        if not elsewhere:
+            if _born(before["pid"]) == before["born"]:
+                raise self._refusal(before)
+            return
+        deadline = time.monotonic() + STALE
+        while time.monotonic() < deadline:
+            time.sleep(RENEWED / 5)
+            if read_lock(self.path) not in (None, before):
+                raise self._refusal(before)
+
+    def _refusal(self, holder: dict[str, Any] | None) -> LaunchError:
+        who = "another job" if holder is None else f"process {holder['pid']} on {holder['host']}"
+        job = f", SLURM job {holder['job']}" if holder and holder["job"] else ""
+        return LaunchError(
+            f"the run folder {self.path.parent} is in use by {who}{job}; wait for it, stop it, "
+            "or set run.folder to another folder"
+        )
+
+    def mine(self) -> bool:
+        """Whether nobody else has taken the lock over, as happens to a job that is stopped for long and then wakes."""
+        found = read_lock(self.path)
+        return found is not None and found["token"] == self._me["token"]
+
+    def renew(self) -> None:
+        """Show that the holder lives; to be called every :data:`RENEWED` seconds."""
+        self._write()
+
+    def _write(self) -> None:
+        assert self._file is not None
+        text = json.dumps(self._me | {"time": time.time()}).encode().ljust(WIDTH - 1) + b"\n"
+        os.pwrite(self._file, text, 0)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._file is not None:
+            if self.mine():
+                os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = None
+
+
+def read_lock(path: Path) -> dict[str, Any] | None:
+    """What the holder wrote; None when the lock is free, or was torn by a crash of the machine."""
+    for _ in range(3):  # a line that is overwritten at this moment may be seen half and half
+        try:
+            return json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            continue
+    return None
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this machine was started, so that another of the same number is not taken for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
