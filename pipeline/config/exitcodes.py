@@ -5,6 +5,9 @@ from typing import Final
 FINISHED: Final = 0
 """The run reached its length."""
 
+CRASH: Final = 1
+"""What only a bug, the machine or another rank can cause: worth another try."""
+
 CONFIG: Final = 2
 """Something the user must mend: configuration, data, checkpoint, launch."""
 

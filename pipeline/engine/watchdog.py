@@ -18,9 +18,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
+from pipeline.config.exitcodes import CRASH
 from pipeline.record.beats import Beat, Pulse, read_beats
 from pipeline.record.lock import RENEWED, RunLock
+from pipeline.record.logs import ECHO_SECONDS
 from pipeline.record.state import close_state
 
 FOLDER = "stacks"
@@ -30,7 +33,6 @@ PATIENCE = 6
 """What is not a step has so many times the floor."""
 KNOWN_STEPS = 3
 """Steps after which their median is believed."""
-CRASH = 1
 
 
 def limit(pulse: Pulse, floor: float) -> float:
@@ -119,7 +121,7 @@ class Watchdog:
     def _keep(self, lock: RunLock) -> None:
         if not lock.mine():
             self._say(f"another job has taken over {self.folder} while this one did not answer; this one ends")
-            os._exit(CRASH)
+            self._end()
         lock.renew()
 
     def _lead(self, waited: float, allowed: float) -> None:
@@ -133,19 +135,20 @@ class Watchdog:
         before = read_beats(self.folder)
         self._wait(5 * self.tick)
         last = self.pulse.last
+        culprit = behind(before, read_beats(self.folder))
         text = (
-            f"no step for {waited:.0f} s, where {allowed:.0f} s are allowed: {behind(before, read_beats(self.folder))}. "
+            f"no step for {waited:.0f} s, where {allowed:.0f} s are allowed: {culprit}. "
             f"The stacks of all ranks that answer are in {self.folder / FOLDER}"
         )
         self._say(text)
         close_state(self.folder, "failed", CRASH, error=text, rank=last.rank, fault=last.step)
-        os._exit(CRASH)
+        self._end()
 
     def _follow(self) -> None:
         """Another has noticed: write this rank's stacks, give the other time to say what is wrong, and end."""
         self._dump()
         self._wait(10 * self.tick)
-        os._exit(CRASH)
+        self._end()
 
     def _wait(self, seconds: float) -> None:
         """Wait, and let the others see meanwhile that this process runs."""
@@ -160,6 +163,10 @@ class Watchdog:
             file.write(f"== attempt {last.attempt}, {_who(last)}, in {_where(last)}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+
+    def _end(self) -> NoReturn:
+        time.sleep(2 * ECHO_SECONDS)  # what was said last reaches the console
+        os._exit(CRASH)
 
     def _say(self, text: str) -> None:
         print(f"sluice: rank {self.pulse.last.rank}: {text}", file=sys.stderr, flush=True)

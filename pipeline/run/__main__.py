@@ -11,32 +11,27 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.config import load
-from pipeline.config.exitcodes import FINISHED
+from pipeline.config.exitcodes import CRASH, FINISHED
 from pipeline.core.errors import SluiceError
 from pipeline.record.logs import rank_log
-from pipeline.record.state import close_state
-
-CRASH = 1
-"""Exit code of what only a bug, the machine or another rank can cause: worth another try."""
+from pipeline.run.ending import ending
 
 
 def main(argv: Sequence[str]) -> int:
     """Every outcome is an exit code; what the user can mend is one message without a traceback."""
     args = _parser().parse_args(argv)
     if args.command == "train":
-        return guarded(lambda: _train(args.config, args.overrides), lambda: None)
+        return _train(args.config, args.overrides)
     if args.command == "eval":
         from pipeline.run.evaluate import evaluate
 
-        return guarded(
-            lambda: evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides), lambda: None
-        )
+        return guarded(lambda: evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides))
 
     if args.command == "export":
         from pipeline.run.export import export
 
         sizes = (args.image_size and tuple(args.image_size), args.patch_size and tuple(args.patch_size))
-        return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes), lambda: None)
+        return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes))
 
     from pipeline.record.report import write_report
     from pipeline.record.results import read_together, table
@@ -48,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             table(read_together(args.runs), sys.stdout)
         return FINISHED
 
-    return guarded(report, lambda: None)
+    return guarded(report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,22 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def guarded(work: Callable[[], int], folder: Callable[[], Path | None]) -> int:
-    """Do the work; on an error, print it once, note it in the run's state and give its exit code."""
+def guarded(work: Callable[[], int]) -> int:
+    """Do the work; on an error, print it once and give its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         return work()
-    except SluiceError as error:
-        code, text = error.exit_code, str(error)
-        if rank == 0 or not error.everywhere:
-            print(f"sluice: {f'rank {rank}: ' if rank else ''}{text}", file=sys.stderr, flush=True)
     except Exception as error:
-        code, text = CRASH, f"rank {rank}: {type(error).__name__}: {error}"
-        traceback.print_exc()
-    run = folder()
-    if run is not None and run.is_dir():
-        close_state(run, "failed", code, error=text)
-    return code
+        code, text = ending(error, rank)
+        if code == CRASH:
+            traceback.print_exc()
+        elif rank == 0 or not (isinstance(error, SluiceError) and error.everywhere):
+            print(f"sluice: {f'rank {rank}: ' if rank else ''}{text}", file=sys.stderr, flush=True)
+        return code
 
 
 def _train(config: str, overrides: Sequence[str]) -> int:
@@ -102,7 +93,7 @@ def _train(config: str, overrides: Sequence[str]) -> int:
         return train(config, overrides)
 
     with rank_log(folder, int(os.environ.get("RANK", "0"))) if folder else nullcontext():
-        return guarded(work, lambda: folder)
+        return guarded(work)
 
 
 def _run_folder(config: str, overrides: Sequence[str]) -> Path | None:

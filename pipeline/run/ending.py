@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from pipeline.config.exitcodes import CONFIG
+from pipeline.config.exitcodes import CONFIG, CRASH
 from pipeline.core.errors import SluiceError
 
-CRASH = 1
-"""Exit code of what only a bug, the machine or another rank can cause: worth another try."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -18,5 +16,5 @@ def ending(error: BaseException, rank: int) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.errno in _FULL:
         where = f" ({error.filename})" if error.filename else ""
-        return CONFIG, f"rank {rank}: {error.strerror}{where}; make room and start again to resume"
+        return CONFIG, f"{error.strerror}{where}; make room and start again to resume"
     return CRASH, f"rank {rank}: {type(error).__name__}: {error}"
