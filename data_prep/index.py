@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from data_prep.scan import Scan, scan
-from data_prep.shards import field_of, shard_index
-from data_prep.statistics import Facts, Statistics
+from data_prep.statistics import Statistics
 from data_prep.store import Store, open_store
-from data_prep.ustar import Member
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import FIELDS, FILE, SIZES, Manifest, Shard, index_bytes, index_name, parse, sizes_json
 
-THREADS = os.cpu_count() or 1
-"""Hashing runs outside of Python's lock."""
+THREADS = 2 * (os.cpu_count() or 1)
+"""Hashing runs outside of Python's lock; while one waits for a disk, another one hashes."""
+TEXTS = (b".txt", b".cls")
+"""Members that are measured by their content."""
+
+
+class Found(NamedTuple):
+    """A tar that was looked through."""
+
+    shard: Shard
+    statistics: Statistics
+    together: set[frozenset[str]]
+    """Sets of extensions that occur in one sample."""
+    problem: str
+    """What is wrong with it; empty when nothing is."""
 
 
 def index(
@@ -48,17 +62,13 @@ def index(
         damaged: list[str] = []
         statistics = Statistics()
         together: set[frozenset[str]] = set()
-        for name, (found, sums) in _scans(store, names):
+        for name, found in _looked_through(store, names):
             if found.problem:
                 damaged.append(f"{name}: {found.problem}")
             else:
-                shard = Shard(name, len(found.keys), found.bytes, found.sha256)
-                shards.append(shard)
-                statistics.merge(sums)
-                together |= {frozenset(m.extension for m in members) for members in found.members}
-                extensions = sorted({m.extension for members in found.members for m in members})
-                rows = shard_index(found.keys, found.members, extensions)
-                store.write(index_name(name), index_bytes(rows, shard, extensions))
+                shards.append(found.shard)
+                statistics.merge(found.statistics)
+                together |= found.together
             if progress is not None:
                 progress(len(shards) + len(damaged))
         if damaged and not skip_damaged:
@@ -82,21 +92,12 @@ def _names(store: Store, pattern: str) -> list[str]:
     return names
 
 
-def _scans(store: Store, names: Iterable[str]) -> Iterator[tuple[str, tuple[Scan, Statistics]]]:
-    """Scan in threads, in order, a few ahead."""
-
-    def one(name: str) -> tuple[Scan, Statistics]:
-        try:
-            with store.fetch(name) as path:
-                found = scan(path)
-                return found, _measure(path, found.members)
-        except OSError as error:
-            raise DataError(f"cannot read {store.where}/{name}: {error}") from error
-
+def _looked_through(store: Store, names: Iterable[str]) -> Iterator[tuple[str, Found]]:
+    """Look through tars in threads, in order, a few ahead."""
     with ThreadPoolExecutor(THREADS) as pool:
-        ahead: deque[tuple[str, Future[tuple[Scan, Statistics]]]] = deque()
+        ahead: deque[tuple[str, Future[Found]]] = deque()
         for name in names:
-            ahead.append((name, pool.submit(one, name)))
+            ahead.append((name, pool.submit(_look_through, store, name)))
             if len(ahead) > THREADS:
                 first, future = ahead.popleft()
                 yield first, future.result()
@@ -105,21 +106,44 @@ def _scans(store: Store, names: Iterable[str]) -> Iterator[tuple[str, tuple[Scan
             yield first, future.result()
 
 
-def _measure(path: os.PathLike[str], members: Sequence[Sequence[Member]]) -> Statistics:
+def _look_through(store: Store, name: str) -> Found:
+    """Scan a tar, and write its index if it is whole."""
+    try:
+        with store.fetch(name) as path:
+            found = scan(path, TEXTS)
+            statistics = _measure(path, found)
+    except OSError as error:
+        raise DataError(f"cannot read {store.where}/{name}: {error}") from error
+    shard = Shard(name, len(found.rows.keys), found.bytes, found.sha256)
+    if not found.problem:
+        store.write(index_name(name), index_bytes(found.rows, shard, found.extensions))
+    present = np.unique(found.rows.offset >= 0, axis=0) if shard.samples else ()
+    together = {frozenset(e for e, there in zip(found.extensions, row, strict=True) if there) for row in present}
+    return Found(shard, statistics, together, found.problem)
+
+
+def _measure(path: os.PathLike[str], found: Scan) -> Statistics:
     """What can be said without decoding: sizes of images in bytes, lengths of captions, counts of labels."""
     statistics = Statistics()
+    statistics.samples = len(found.rows.keys)
+    column = {e: i for i, e in enumerate(found.extensions)}
+    images = [found.rows.size[:, column[e]] for e in FIELDS["image"] if e in column]
+    if images:
+        size = functools.reduce(lambda one, other: np.where(one < 0, other, one), images)
+        statistics.measure("image_bytes", size[size >= 0])
     with open(path, "rb") as f:
-        descriptor = f.fileno()
-        for sample in members:
-            image = next((m.size for m in sample if field_of(m.extension) == "image"), None)
-            caption = label = None
-            for m in sample:
-                if m.extension == "txt":
-                    caption = len(os.pread(descriptor, m.size, m.offset).decode("utf-8", "replace"))
-                elif m.extension == "cls":
-                    text = os.pread(descriptor, m.size, m.offset).strip()
-                    label = int(text) if text.isdigit() else None
-            statistics.add(Facts(None, None, image, caption, label))
+
+        def texts(extension: str) -> Iterator[bytes]:
+            if extension in column:
+                sizes = found.rows.size[:, column[extension]].tolist()
+                for offset, length in zip(found.rows.offset[:, column[extension]].tolist(), sizes, strict=True):
+                    if offset >= 0:
+                        kept = found.texts.get(offset)
+                        yield os.pread(f.fileno(), length, offset) if kept is None else kept
+
+        captions = np.fromiter((len(text.decode("utf-8", "replace")) for text in texts("txt")), np.int64)
+        statistics.measure("caption_length", captions)
+        statistics.labels.update(int(text) for text in texts("cls") if text.strip().isdigit())
     return statistics
 
 

@@ -1,157 +1,25 @@
-"""Reading tars strictly: what Python's tarfile and webdataset take for the end of an archive is told apart here.
+"""What a shard holds, in one pass: every member checked, and the file hashed while it is read.
 
-tarfile ends in silence at a cut between members, inside a header, at a wrong checksum and at a zeroed block, and the
-rest of the shard is lost. Here each of these is :class:`Damage`.
+Plain members are taken many at a time (``headers.py``), others one by one (``walk.py``); the result is the same.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
-from data_prep.ustar import BLOCK, Member
+import numpy as np
 
-CHUNK = 4 * 1024**2
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
-"""Key and extension of a member, split at the first dot of its last part, as webdataset does."""
-_ZERO = bytes(BLOCK)
-_REGULAR = (b"0", b"\0", b"7")
-_PASSED_OVER = (b"1", b"2", b"3", b"4", b"5", b"6")
-"""Links, devices, folders, pipes."""
-_EXTENDS = (b"x", b"g", b"L", b"K")
-"""Headers that say more about the next one; those for all (g) and of link targets (K) do not matter here."""
+from data_prep.headers import Run, plain_run
+from data_prep.shards import shard_index
+from data_prep.ustar import NAME_LENGTH, Member
+from data_prep.walk import Damage, Entry, HashedFile, group, next_file
+from pipeline.core.manifest import ShardIndex
 
-
-class Buffer(Protocol):
-    """Bytes, or what can be sliced like them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice, /) -> bytes: ...
-
-
-class Damage(Exception):
-    """The archive is not whole; the message says what is wrong and where."""
-
-
-class Entry(NamedTuple):
-    """A regular file in an archive."""
-
-    name: str
-    offset: int
-    """Of its data."""
-    size: int
-    crc32: int
-
-
-def walk(data: Buffer) -> Iterator[Entry]:
-    """The regular files of a tar (v7, ustar, GNU, pax) in order; links and folders are passed over.
-
-    Raises:
-        Damage: anything but a whole archive up to its end marker and nothing after it.
-    """
-    if len(data) == 0:
-        raise Damage("empty file")
-    at = 0
-    extended: dict[str, str] = {}
-    while (block := _header(data, at)) != _ZERO:
-        kind, size = block[156:157], _number(block[124:136], at)
-        if kind in _EXTENDS:
-            body = data[at + BLOCK : at + BLOCK + size]
-            if len(body) < size:
-                raise Damage(f"cut at byte {len(data)}: inside a header's extension")
-            if kind == b"x":
-                extended |= _pax(body, at)
-            elif kind == b"L":
-                extended["path"] = _text(body)
-        else:
-            name = extended.get("path") or _name(block)
-            size = int(extended.get("size", size)) if kind in _REGULAR else 0
-            if at + BLOCK + size > len(data):
-                raise Damage(f"cut at byte {len(data)}: inside {name!r}")
-            if kind in _REGULAR:
-                begin = at + BLOCK
-                yield Entry(name, begin, size, zlib.crc32(data[begin : begin + size]))
-            elif kind not in _PASSED_OVER:
-                raise Damage(f"member {name!r} of unknown kind {kind!r} at byte {at}")
-            extended = {}
-        at += BLOCK + size + -size % BLOCK
-    _check_end(data, at)
-
-
-def _header(data: Buffer, at: int) -> bytes:
-    """The block at ``at``: a sound header, or zeros."""
-    block = data[at : at + BLOCK]
-    if len(block) < BLOCK:
-        where = "not a tar archive" if at == 0 else f"cut at byte {len(data)}"
-        raise Damage(f"{where}: " + ("inside a header" if block else "no end-of-archive blocks"))
-    if block != _ZERO:
-        _check_sum(block, at)
-    return block
-
-
-def _check_end(data: Buffer, at: int) -> None:
-    rest = bytes(data[at:])
-    if len(rest) < 2 * BLOCK:
-        raise Damage(f"cut at byte {len(data)}: inside the end-of-archive blocks")
-    if rest.count(0) != len(rest):
-        raise Damage(f"zeroed block at byte {at}: more data follows")
-
-
-def _check_sum(block: bytes, at: int) -> None:
-    try:
-        promised = int(block[148:156].strip(b"\0 ") or b"x", 8)
-    except ValueError:
-        promised = -1
-    # Adler-32's low half is 1 + the sum of the bytes, modulo 65521: the sum at twenty times the speed of sum().
-    added = (zlib.adler32(block) & 0xFFFF) - 1 - sum(block[148:156]) + 8 * 32
-    if (promised - added) % 65521 == 0 and promised >= 0:
-        return
-    signed = sum(b - 256 if b > 127 else b for b in block[:148] + block[156:]) + 8 * 32
-    if promised != signed:
-        raise Damage("not a tar archive" if at == 0 else f"header at byte {at} has a wrong checksum")
-
-
-def _number(field: bytes, at: int) -> int:
-    """An octal number, or GNU's base 256."""
-    if field[0] & 0x80:
-        return int.from_bytes(field, "big") - (0x80 << 88)
-    try:
-        return int(field.rstrip(b"\0 ") or b"0", 8)
-    except ValueError:
-        raise Damage(f"header at byte {at} has no size") from None
-
-
-def _name(block: bytes) -> str:
-    name = _text(block[:100])
-    if block[345] and block[257:263] == b"ustar\0":
-        name = f"{_text(block[345:500])}/{name}"
-    return name
-
-
-def _text(field: bytes) -> str:
-    end = field.find(b"\0")
-    return (field if end < 0 else field[:end]).decode("utf-8", "surrogateescape")
-
-
-def _pax(body: bytes, at: int) -> dict[str, str]:
-    """The records of an extended header: ``LENGTH KEY=VALUE\\n``."""
-    records: dict[str, str] = {}
-    while body.rstrip(b"\0"):
-        length, _, _ = body.partition(b" ")
-        if not length.isdigit() or not 4 < int(length) <= len(body):
-            raise Damage(f"extended header at byte {at} is damaged")
-        key, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        body = body[int(length) :]
-    return records
+_LONGEST = 16
+"""Bytes of an extension that are compared in columns."""
 
 
 @dataclass(frozen=True)
@@ -160,89 +28,170 @@ class Scan:
 
     bytes: int
     sha256: str
-    keys: list[str]
-    members: list[list[Member]]
-    """Per sample; extensions in lower case."""
+    extensions: list[str]
+    """In lower case, by name."""
+    rows: ShardIndex
+    """S samples; its columns are the extensions."""
+    texts: dict[int, bytes]
+    """Contents of the members whose names end as was asked for, by their offset."""
     problem: str
     """What is wrong with it; empty when nothing is. The samples before the damage are listed."""
 
 
-def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
-    """Samples as webdataset groups them: neighbours with the same key; names without a dot or ``__so__`` are no part.
+@dataclass
+class _Members:
+    """The members of a shard so far, in columns."""
 
-    Raises:
-        Damage: a key that comes back later, or two files of the same name in a sample: webdataset would deliver half
-            samples.
+    names: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    """S100[N] each."""
+    offset: list[int] = field(default_factory=list[int])
+    size: list[int] = field(default_factory=list[int])
+    crc32: list[int] = field(default_factory=list[int])
+    odd: dict[int, str] = field(default_factory=dict[int, str])
+    """Names, by their number, that are longer."""
+
+    def add(self, run: Run, data: HashedFile, window: memoryview, at: int) -> None:
+        """Add many; ``window`` holds the archive from ``at`` on, perhaps but for the end of the last one."""
+        begins = (run.offset - at).tolist()
+        ends = (run.offset + run.size - at).tolist()
+        self.names.append(run.names)
+        self.offset += run.offset.tolist()
+        self.size += run.size.tolist()
+        checks = [zlib.crc32(window[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+        if ends[-1] > len(window):
+            checks[-1] = zlib.crc32(data.read(self.offset[-1], self.size[-1]))
+        self.crc32 += checks
+
+    def entries(self) -> list[Entry]:
+        """The same, one by one."""
+        names = [name.decode("utf-8", "surrogateescape") for part in self.names for name in part.tolist()]
+        for number, name in self.odd.items():
+            names[number] = name
+        return [Entry(*row) for row in zip(names, self.offset, self.size, self.crc32, strict=True)]
+
+
+def scan(path: Path, texts: tuple[bytes, ...] = ()) -> Scan:
+    """Walk a shard, and hash it. Missing files raise OSError.
+
+    Args:
+        path: A tar.
+        texts: Ends of the names of those members whose content is kept: ``b".txt"``.
     """
-    seen: set[str] = set()
-    key, members = "", list[Member]()
-    extensions: set[str] = set()
-    for name, offset, size, crc32 in entries:
-        match = _NAME.match(name)
-        if match is None or ("/" not in name and name.startswith("__") and name.endswith("__")):
-            continue
-        prefix, extension = match.groups()
-        extension = extension.lower()
-        if prefix != key:
-            if members:
-                yield key, members
-            key, members, extensions = prefix, [], set()
-            if key in seen:
-                raise Damage(f"key {key!r} occurs in two places")
-            seen.add(key)
-        if extension in extensions:
-            raise Damage(f"{name!r} occurs twice")
-        extensions.add(extension)
-        members.append(Member(extension, offset, size, crc32))
-    if members:
-        yield key, members
-
-
-class HashedFile:
-    """A file read once from front to back and hashed on the way, that gives the parts that are asked for in order."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        self._file = file
-        self._size = os.fstat(file.fileno()).st_size
-        self._buffer = bytearray(CHUNK)
-        self._start = self._end = 0
-        self._hash = hashlib.sha256()
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, part: slice) -> bytes:
-        first, last, _ = part.indices(self._size)
-        while first >= self._end and self._next():
-            pass
-        if self._start <= first and last <= self._end:
-            return bytes(self._buffer[first - self._start : last - self._start])
-        return os.pread(self._file.fileno(), max(0, last - first), first)
-
-    def _next(self) -> bool:
-        n = self._file.readinto(self._buffer)
-        self._start, self._end = self._end, self._end + n
-        self._hash.update(memoryview(self._buffer)[:n])
-        return n > 0
-
-    def sha256(self) -> str:
-        """Hash of the whole file."""
-        while self._next():
-            pass
-        return self._hash.hexdigest()
-
-
-def scan(path: Path) -> Scan:
-    """Walk a shard, and hash it. Missing files raise OSError."""
-    keys: list[str] = []
-    members: list[list[Member]] = []
+    members = _Members()
+    kept: dict[int, bytes] = {}
     problem = ""
     with open(path, "rb", buffering=0) as f:
         data = HashedFile(f)
         try:
-            for key, found in group(walk(data)):
-                keys.append(key)
-                members.append(found)
+            _walk(data, members, texts, kept)
         except Damage as damage:
             problem = str(damage)
-        return Scan(len(data), data.sha256(), keys, members, problem)
+        size, sha256 = len(data), data.sha256()
+    table = _columns(members, whole=not problem) if members.names and not members.odd else None
+    if table is None:
+        table, again = _one_by_one(members, whole=not problem)
+        problem = again or problem
+    return Scan(size, sha256, *table, kept, problem)
+
+
+def _walk(data: HashedFile, members: _Members, texts: tuple[bytes, ...], kept: dict[int, bytes]) -> None:
+    at = 0
+    while True:
+        window = data.window(at)
+        run = plain_run(np.frombuffer(window, np.uint8), at, len(data))
+        if run is None:
+            step = next_file(data, at)
+            if step is None:
+                return
+            entry, until = step
+            name = entry.name.encode("utf-8", "surrogateescape")
+            if len(name) > NAME_LENGTH or b"\0" in name:
+                members.odd[len(members.offset)] = entry.name
+            members.names.append(np.asarray([name], f"S{NAME_LENGTH}"))
+            members.offset.append(entry.offset)
+            members.size.append(entry.size)
+            members.crc32.append(entry.crc32)
+        else:
+            until = run.until
+            members.add(run, data, window, at)
+            names = run.names.tolist() if texts else []
+            for i in [i for i, name in enumerate(names) if name.endswith(texts)]:
+                offset, size = members.offset[i - len(names)], members.size[i - len(names)]
+                content = window[offset - at : offset - at + size]
+                kept[offset] = bytes(content) if len(content) == size else data.read(offset, size)
+        at = until
+
+
+Table = tuple[list[str], ShardIndex]
+
+
+def _one_by_one(members: _Members, whole: bool) -> tuple[Table, str]:
+    """Extensions and rows, and what is wrong."""
+    keys: list[str] = []
+    rows: list[Sequence[Member]] = []
+    problem = ""
+    try:
+        for key, found in group(iter(members.entries())):
+            keys.append(key)
+            rows.append(found)
+        if not whole:  # the last one may be half
+            keys, rows = keys[:-1], rows[:-1]
+    except Damage as damage:
+        problem = str(damage)
+    extensions = sorted({m.extension for found in rows for m in found})
+    return (extensions, shard_index(keys, rows, extensions)), problem
+
+
+def _columns(members: _Members, whole: bool) -> Table | None:
+    """What :func:`group` gives, for names that it would not stumble over; None if there are others."""
+    names = np.concatenate(members.names)
+    letters = names.view(np.uint8).reshape(len(names), NAME_LENGTH)
+    width = int(np.flatnonzero(letters.any(0))[-1]) + 1
+    letters = letters[:, :width]
+    columns = np.arange(width)
+    slash = letters == ord("/")
+    last = np.where(slash.any(1), NAME_LENGTH - 1 - slash[:, ::-1].argmax(1), -1).astype(np.int8)
+    dots = (letters == ord(".")) & (columns > last[:, None])
+    dot = dots.argmax(1)
+    hidden = (letters[:, :2] == ord("_")).all(1)
+    if not dots.any(1).all() or (dot <= last + 1).any() or hidden.any():
+        return None
+    codes, extensions = _extensions(letters, dot)
+    if extensions is None:
+        return None
+    prefix = letters * (columns < dot[:, None])
+    first = np.ones(len(names), bool)
+    first[1:] = (prefix[1:] != prefix[:-1]).any(1)
+    keys = [key.decode("utf-8", "surrogateescape") for key in prefix[first].view(f"S{width}")[:, 0].tolist()]
+    row = first.cumsum() - 1
+    shape = (len(keys), len(extensions))
+    offset, size, crc32 = (np.full(shape, -1, np.int64) for _ in range(3))
+    offset[row, codes], size[row, codes], crc32[row, codes] = members.offset, members.size, members.crc32
+    if len(set(keys)) < len(keys) or (offset >= 0).sum() < len(names):
+        return None
+    index = ShardIndex(tuple(keys), offset, size, crc32)
+    return (extensions, index) if whole else _without_last(extensions, index)
+
+
+def _without_last(extensions: list[str], rows: ShardIndex) -> Table:
+    offset, size, crc32 = (a[:-1] for a in (rows.offset, rows.size, rows.crc32) if a is not None)
+    held = (offset >= 0).any(0)
+    left = [e for e, there in zip(extensions, held, strict=True) if there]
+    return left, ShardIndex(rows.keys[:-1], offset[:, held], size[:, held], crc32[:, held])
+
+
+def _extensions(letters: np.ndarray, dot: np.ndarray) -> tuple[np.ndarray, list[str] | None]:
+    """Number of each name's extension among all, and the extensions in lower case by name; None if any is odd."""
+    padded = np.pad(letters, ((0, 0), (0, _LONGEST + 1)))
+    found = np.take_along_axis(padded, dot[:, None] + 1 + np.arange(_LONGEST + 1), 1)
+    if found[:, _LONGEST].any() or (found >= 0x80).any():
+        return dot, None
+    capital = (found >= ord("A")) & (found <= ord("Z"))
+    lower = (found + capital * np.uint8(32))[:, :_LONGEST]
+    halves = [np.unique(lower[:, i : i + 8].copy().view("<u8")[:, 0], return_inverse=True)[1] for i in (0, 8)]
+    _, example, codes = np.unique(halves[0] * len(dot) + halves[1], return_index=True, return_inverse=True)
+    words = [bytes(lower[i]).rstrip(b"\0").decode() for i in example]
+    order = sorted(range(len(words)), key=words.__getitem__)
+    rank = np.empty(len(words), np.int64)
+    rank[order] = np.arange(len(words))
+    return rank[codes], [words[i] for i in order]

@@ -67,6 +67,20 @@ class Statistics:
         power = str(2 ** value.bit_length())
         m["below"][power] = m["below"].get(power, 0) + 1
 
+    def measure(self, name: str, values: np.ndarray) -> None:
+        """Count one measure of many samples.
+
+        Args:
+            name: One of ``MEASURES``.
+            values: int64[N], from 0 to 2^53.
+        """
+        if not len(values):
+            return
+        powers, counts = np.unique(np.frexp(values.astype(np.float64))[1], return_counts=True)
+        below = {str(2 ** int(p)): int(n) for p, n in zip(powers, counts, strict=True)}
+        facts = {"count": len(values), "sum": int(values.sum()), "min": int(values.min()), "max": int(values.max())}
+        self._join(name, {**facts, "below": below})
+
     def merge(self, other: Statistics) -> None:
         """Add another set of sums."""
         self.samples += other.samples
@@ -74,13 +88,16 @@ class Statistics:
         self.pixels += other.pixels
         self.sums = [a + b for a, b in zip(self.sums, other.sums, strict=True)]
         for name, theirs in other.measures.items():
-            mine = self.measures.get(name)
-            if mine is None:
-                self.measures[name] = {**theirs, "below": dict(theirs["below"])}
-                continue
-            for key, join in (("count", int.__add__), ("sum", int.__add__), ("min", min), ("max", max)):
-                mine[key] = join(mine[key], theirs[key])
-            mine["below"] = dict(Counter(mine["below"]) + Counter(theirs["below"]))
+            self._join(name, theirs)
+
+    def _join(self, name: str, theirs: Mapping[str, Any]) -> None:
+        mine = self.measures.get(name)
+        if mine is None:
+            self.measures[name] = {**theirs, "below": dict(theirs["below"])}
+            return
+        for key, join in (("count", int.__add__), ("sum", int.__add__), ("min", min), ("max", max)):
+            mine[key] = join(mine[key], theirs[key])
+        mine["below"] = dict(Counter(mine["below"]) + Counter(theirs["below"]))
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for the manifest: sums, and the mean and standard deviation they give (0 to 1)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,6 @@ from data_prep import images
 from data_prep.dataset import read_manifest
 from data_prep.record import Rejected
 from data_prep.scan import Scan, scan
-from data_prep.shards import shard_index
 from data_prep.store import Store, open_store
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import Manifest, Shard, index_name, parse_index
@@ -71,19 +70,20 @@ def verify(folder: str, decode: float = 0.0, progress: Callable[[int], None] | N
         store.close()
 
 
-def _shard(store: Store, manifest: Manifest, shard: Shard, decode: float) -> tuple[list[str], list[str], int]:
+def _shard(store: Store, manifest: Manifest, shard: Shard, decode: float) -> tuple[Sequence[str], list[str], int]:
     """Keys, problems, and samples decoded, of one shard."""
     try:
         with store.fetch(shard.name) as path:
             found = scan(path)
+            keys = found.rows.keys
             problems = _compare(shard, found)
             if not problems:
                 problems = _compare_index(store, manifest, shard, found)
             if problems:
-                return found.keys, problems, 0
-            return found.keys, *_decode(path, manifest, found, decode)
+                return keys, problems, 0
+            return keys, *_decode(path, manifest, found, decode)
     except OSError as error:
-        return [], [f"cannot be read: {error.strerror}"], 0
+        return (), [f"cannot be read: {error.strerror}"], 0
 
 
 def _compare(shard: Shard, found: Scan) -> list[str]:
@@ -92,8 +92,8 @@ def _compare(shard: Shard, found: Scan) -> list[str]:
         problems.append(found.problem)
     if found.bytes != shard.bytes:
         problems.append(f"has {found.bytes} bytes, the manifest promises {shard.bytes}")
-    if len(found.keys) != shard.samples:
-        problems.append(f"has {len(found.keys)} samples, the manifest promises {shard.samples}")
+    if len(found.rows.keys) != shard.samples:
+        problems.append(f"has {len(found.rows.keys)} samples, the manifest promises {shard.samples}")
     if found.sha256 != shard.sha256:
         problems.append("its content has changed: another sha256 than the manifest's")
     return problems
@@ -107,9 +107,8 @@ def _compare_index(store: Store, manifest: Manifest, shard: Shard, found: Scan) 
         return [f"its index {name} is missing; renew it with `sluice prep index`"]
     except DataError as error:
         return [str(error)]
-    extensions = sorted({m.extension for members in found.members for m in members})
-    column = {e: i for i, e in enumerate(extensions)}
-    rows = shard_index(found.keys, found.members, extensions)
+    rows = found.rows
+    column = {e: i for i, e in enumerate(found.extensions)}
     same = there.keys == rows.keys
     for i, known in enumerate(manifest.fields.values()):
         columns = [column[e] for e in known if e in column]
@@ -125,14 +124,16 @@ def _decode(path: Path, manifest: Manifest, found: Scan, part: float) -> tuple[l
     decoded = 0
     fields = {e: name for name, known in manifest.fields.items() for e in known}
     with open(path, "rb") as f:
-        for key, members in zip(found.keys, found.members, strict=True):
+        for key, offsets, sizes in zip(found.rows.keys, found.rows.offset, found.rows.size, strict=True):
             if int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:4]) >= part * 2**32:
                 continue
             decoded += 1
-            for m in members:
-                problem = _content(os.pread(f.fileno(), m.size, m.offset), fields[m.extension], m.extension, manifest)
+            for extension, offset, size in zip(found.extensions, offsets.tolist(), sizes.tolist(), strict=True):
+                if offset < 0:
+                    continue
+                problem = _content(os.pread(f.fileno(), size, offset), fields[extension], extension, manifest)
                 if problem:
-                    problems.append(f"{key}.{m.extension}: {problem}")
+                    problems.append(f"{key}.{extension}: {problem}")
     if len(problems) > MOST:
         problems = [*problems[:MOST], f"and {len(problems) - MOST} more"]
     return problems, decoded
@@ -159,7 +160,7 @@ def _content(data: bytes, field_name: str, extension: str, manifest: Manifest) -
     return ""
 
 
-def _again(keys: list[str], shard: str, seen: dict[bytes, str]) -> list[str]:
+def _again(keys: Sequence[str], shard: str, seen: dict[bytes, str]) -> list[str]:
     """Keys that an earlier shard holds too; ``seen`` maps digests of keys to shards."""
     problems: list[str] = []
     for key in keys:

@@ -11,7 +11,13 @@ from launch import prep_build
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import Manifest
 
-app = typer.Typer(help="Prepare, verify and describe shards.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Prepare, verify and describe shards.",
+)
 app.add_typer(prep_build.app, name="build")
 
 DataSet = Annotated[str, typer.Argument(help="Data set: the folder or URL with the shards.", metavar="FOLDER")]

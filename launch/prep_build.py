@@ -14,7 +14,13 @@ from data_prep.record import Source
 from pipeline.core.errors import ConfigError
 from pipeline.core.registry import suggest
 
-app = typer.Typer(help="Build shards from a source.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Build shards from a source.",
+)
 
 
 def _shared(  # noqa: PLR0913 - the options of one command

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from data_prep.fetch import Failed
 from data_prep.record import Payload, Record, file_stamp, number_classes, safe_key
-from data_prep.scan import Damage, HashedFile, group, walk
 from data_prep.shards import field_of
 from data_prep.ustar import Member
+from data_prep.walk import Damage, HashedFile, group, walk
 from pipeline.core.errors import ConfigError, DataError
 
 

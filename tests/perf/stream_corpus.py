@@ -70,15 +70,23 @@ def shards(folder: Path, contents: list[bytes], per_shard: int) -> Manifest:
     return manifest
 
 
-def compare(title: str, unit: str, count: int, ways: dict[str, Callable[[], object]], trials: int) -> None:
+def compare(
+    title: str,
+    unit: str,
+    count: int,
+    ways: dict[str, Callable[[], object]],
+    trials: int,
+    before: Callable[[], object] = lambda: None,
+) -> None:
     """Print the rate of each way, median of trials run in turns, and its ratio to the first one.
 
     One-core work is timed by this process's CPU time, so that other load on the machine counts less; work in other
-    processes by the wall clock (name the way with a trailing "*").
+    processes by the wall clock (name the way with a trailing "*"). ``before`` is called before each, untimed.
     """
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for trial in range(trials + 1):
         for name, way in ways.items():
+            before()
             clock = time.perf_counter if name.endswith("*") else time.process_time
             start = clock()
             way()

@@ -61,7 +61,7 @@ def test_a_damaged_tar_is_one_reject(tmp_path):
     _tar(tmp_path / "0.tar", {f"{i}.png": png(i) for i in range(4)})
     _tar(tmp_path / "1.tar", {f"{i}.png": png(i + 9) for i in range(4)})
     data = (tmp_path / "0.tar").read_bytes()
-    from data_prep.scan import walk
+    from data_prep.walk import walk
 
     (tmp_path / "0.tar").write_bytes(data[: list(walk(data))[2].offset - 512])
     (tmp_path / "2.tar").write_bytes(b"")
