@@ -51,6 +51,19 @@ def test_the_name_decides_and_norms_and_biases_are_not_decayed(name, kind):
         assert group.get("momentum", 0.9) == 0.9
 
 
+def test_masked_autoencoders_are_decayed_as_published():
+    """Matrices, and the class and mask tokens; no norm, no bias; and position tables are not trained at all."""
+    objective = build_objective("mae")
+    rules = optimizers.rules(objective, Optimizer(lr=1.0, weight_decay=0.05))
+    spared = {name for name, rule in rules.items() if rule.weight_decay == 0}
+    assert {name.rpartition(".")[2] for name in spared} == {"weight", "bias"}
+    assert all("norm" in name for name in spared if name.endswith("weight"))
+    decayed = rules.keys() - spared
+    assert {"encoder.cls_token", "decoder.mask_token", "encoder.patch_embed.proj.weight"} <= decayed
+    assert not any("norm" in name or name.endswith("bias") or "pos" in name for name in decayed)
+    assert len(decayed) == 3 + 4 * 2 + 4 * 1 + 2 and {rule.lr_scale for rule in rules.values()} == {1.0}
+
+
 def test_settings_of_another_optimizer_and_cut_layers_are_mistakes():
     with pytest.raises(ValueError, match="adamw has no momentum"):
         Optimizer(lr=1, momentum=0.5)

@@ -16,8 +16,9 @@ from pipeline.nn.weights import export_encoder, load_encoder, read, save
 ARGS = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 8}
 
 
-def encoder(size=(32, 48), pool="cls", name="vit_tiny_patch16_224", **args):
-    config = EncoderConfig(encoder=name, encoder_args=ARGS | args)
+def encoder(size=(32, 48), pool="cls", name="vit_tiny_patch16_224", channels=3, **args):
+    colours = {"mean": (0.5,) * channels, "std": (0.2,) * channels}
+    config = EncoderConfig(encoder=name, encoder_args=ARGS | args, **colours)
     fixed = {} if pool == "native" else {"global_pool": ""}
     torch.manual_seed(0)
     backbone = create_backbone(config, size, **fixed)
@@ -31,12 +32,13 @@ def image(size=(32, 48)):
     return torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.manual_seed(1))
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean", "native"])
-def test_timm_loads_an_export_strictly_and_gives_the_same_features(tmp_path, pool):
-    config, mine = encoder(pool=pool)
+@pytest.mark.parametrize(("pool", "channels"), [("cls", 3), ("mean", 3), ("native", 3), ("cls", 1), ("mean", 5)])
+def test_timm_loads_an_export_strictly_and_gives_the_same_features(tmp_path, pool, channels):
+    config, mine = encoder(pool=pool, channels=channels)
     args = export_encoder(tmp_path / "e.safetensors", config, mine, (32, 48))
     theirs = timm.create_model(config.encoder, checkpoint_path=str(tmp_path / "e.safetensors"), **args).eval()
-    torch.testing.assert_close(theirs(mine.normalize(image())), mine(image()))
+    seen = image()[:, [0] * channels]
+    torch.testing.assert_close(theirs(mine.normalize(seen)), mine(seen))
     _, metadata = read(tmp_path / "e.safetensors")
     assert json.loads(metadata["timm"])["architecture"] == config.encoder
     assert [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]

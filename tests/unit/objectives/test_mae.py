@@ -3,13 +3,14 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from pydantic import ValidationError
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
 from pipeline.nn.images import patchify
-from pipeline.nn.weights import save
+from pipeline.nn.weights import export_encoder, save
 from pipeline.objectives.mae import MAE, Config
 from pipeline.objectives.supervised import Config as SupervisedConfig
 from pipeline.objectives.supervised import Supervised
@@ -224,13 +225,16 @@ def test_other_masks_train_as_well(kind):
 
 def test_checkpointing_gives_the_same_loss_and_gradient():
     plain, thrifty = build(), build(checkpointing=True)
-    data = batch()
-    losses = []
+    data, losses, calls = batch(), [], []
     for model in (plain, thrifty):
+        for block in (model.encoder.blocks[0], model.decoder.blocks[0]):
+            block.register_forward_pre_hook(lambda block, _: calls.append(block))
         loss = model.train()(data, CTX).loss
         loss.backward()
         losses.append(loss)
-    assert torch.equal(*losses) and thrifty.encoder.grad_checkpointing
+    assert torch.equal(*losses)
+    assert [calls.count(m.blocks[0]) for m in (plain.encoder, plain.decoder)] == [1, 1]
+    assert [calls.count(m.blocks[0]) for m in (thrifty.encoder, thrifty.decoder)] == [2, 2]  # once more in the backward
     for one, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
         if one.requires_grad:
             torch.testing.assert_close(one.grad, other.grad)
@@ -278,6 +282,36 @@ def test_the_operations_that_benchmarks_count_are_those_of_the_formula(size, rat
     embeddings = 2 * (n * target * d + visible * d * e + n * e * target)
     expected = embeddings + blocks(3, d, visible) + blocks(2, e, n + prefix)
     assert forward_flops(config, size) == expected
+
+
+@pytest.mark.parametrize(
+    "corruption", [{"noise": 0.5}, {"holes": 2, "hole_area": (0.1, 0.2)}, {"pixels": 0.5}, {"channels": 0.5}]
+)
+def test_denoising_and_inpainting_learn_without_a_mask(corruption):
+    model, data = build(mask_ratio=0.0, loss_on="all", norm_pix=False, corruption=corruption).train(), batch()
+    data["image"] = data["image"][..., :1, :1].expand_as(data["image"]).clone()  # one colour each
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for step in range(60):
+        data["epoch"].fill_(step)  # other damage in each
+        optimizer.zero_grad()
+        loss = model(data, CTX).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+
+
+def test_a_patch_need_not_be_square(tmp_path):
+    model = build((32, 24), patch=[8, 4], mask_ratio=0.5)
+    assert model.geometry == ((8, 4), (4, 6)) and model.targets(batch((32, 24))).shape == (4, 24, 8 * 4 * 3)
+    data = batch((32, 24))
+    model(data, CTX).loss.backward()
+    assert model.showcase(data, CTX)["reconstruction"].image.shape == (4 * 34 - 2, 4 * 26 - 2, 3)
+    path = tmp_path / "e.safetensors"
+    args = export_encoder(path, model.config, model.encoders()["image"], (32, 24))
+    theirs = timm.create_model(model.config.encoder, checkpoint_path=str(path), **args).eval()
+    x = model.normalize(data["image"])
+    torch.testing.assert_close(theirs(x), model.eval().encoders()["image"](data["image"]))
 
 
 def test_weights_of_a_pretrained_encoder_are_where_training_starts(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
-from pipeline.nn.weights import export_encoder
+from pipeline.nn.weights import export_encoder, load_encoder
 from pipeline.objectives.mae import MAE, Config
 
 CTX = StepContext(seed=1, clock=Clock(0, 0, 100))
@@ -50,6 +50,28 @@ def step_and_export(model: MAE, folder) -> None:
     theirs = timm.create_model(model.config.encoder, checkpoint_path=str(path), **args).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(model.normalize(image)), encoder(image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for module in WORKS for name in NAMES[module][5::40]])
+def test_families_are_resampled_to_another_size_and_read_again(name, tmp_path):
+    model = build(name).eval()
+    patch, image, path = model.geometry.patch, model.encoders()["image"], tmp_path / "e.safetensors"
+    size = (2 * patch[0], 3 * patch[1])
+    export_encoder(path, model.config, image, size)
+    for other in (size, (4 * patch[0], 2 * patch[1])):
+        again = MAE(model.config, DataFacts(other, ()))
+        load_encoder(again.encoder, path)
+        if other == size:
+            state = again.encoder.state_dict()
+            assert all(torch.equal(value, state[key]) for key, value in model.encoder.state_dict().items())
+    if not hasattr(model.encoder, "set_input_size"):  # NaFlex, which takes any size as it is
+        with pytest.raises(ConfigError, match="cannot change image or patch size"):
+            export_encoder(path, model.config, image, size, new_image_size=other)
+        return
+    changes = {"new_image_size": other, "new_patch_size": (patch[0] // 2, patch[1] // 2)}
+    args = export_encoder(path, model.config, image, size, **changes)
+    theirs = timm.create_model(name, checkpoint_path=str(path), **args).eval()
+    assert theirs.patch_embed.grid_size == (8, 4) and theirs(torch.rand(1, 3, *other)).isfinite().all()
 
 
 @pytest.mark.parametrize("module", MODULES)
