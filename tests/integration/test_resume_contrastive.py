@@ -1,0 +1,76 @@
+"""Killed and resumed, a contrastive run goes on as if nothing had happened, with queue, pointer and momentum copies."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_prep.tokenizer import train_tokenizer
+from pipeline.engine.checkpoint import read_manifest
+from pipeline.engine.fragments import MODEL, Spec, whole
+from tests.integration.runs import codes, die_at, metrics, overrides, run, steps_of
+from tests.integration.test_resume import same_course
+
+RUNS = {
+    "clip": ("clip", ["engine.zero=2"], 4),
+    "siglip": ("clip", ["objective.loss=sigmoid", "objective.share=blocks", "engine.name=accelerate"], 1),
+    "simclr": ("simclr", [], 4),
+    "moco v2": ("moco", ["engine.zero=3"], 4),
+    "moco v3": ("moco", ["objective.version=3", "objective.encoder_args.drop_path_rate=0.2"], 1),
+}
+"""Objective, settings, and the number of ranks that a run of two is resumed with."""
+LAST = 8
+
+
+@pytest.fixture(scope="module")
+def captioned(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captioned") / "train"
+    shutil.copytree(glyphs / "train", folder)
+    train_tokenizer(str(folder), 300)
+    return folder
+
+
+def weights(run_folder: Path) -> dict[str, Tensor]:
+    """The model of the last checkpoint, whoever wrote it."""
+    saved = read_manifest(run_folder / "checkpoints" / f"step-{LAST:08d}")
+    specs: dict[str, Spec] = {n: s for n, s in saved.tensors.items() if n.startswith(f"{MODEL}/")}
+    tensors = {n: torch.empty(s.shape, dtype=getattr(torch, s.dtype)) for n, s in specs.items()}
+    saved.fill([whole(n, t) for n, t in tensors.items()], 0)
+    return tensors
+
+
+def hashes(run_folder: Path) -> dict[str, object]:
+    return read_manifest(run_folder / "checkpoints" / f"step-{LAST:08d}").files
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_resumes_bit_for_bit_and_at_another_world_size(name, captioned, tmp_path):
+    objective, more, other_world = RUNS[name]
+
+    def settings(folder: Path, world: int) -> list[str]:
+        # Batch norm takes the statistics of one forward over all ranks, so there is no accumulation at any size.
+        quick = [f"run.length={LAST}ba", f"engine.micro_batch={8 // world}", "engine.precision=fp32"]
+        return overrides(folder, captioned, *quick, *more)
+
+    straight, killed, elsewhere = (tmp_path / n for n in ("straight", "killed", "elsewhere"))
+    assert codes(run(2, objective, settings(straight, 2))) == [0, 0]
+    assert codes(run(2, objective, settings(killed, 2), hurt=partial(die_at, 5)))[1] == -9
+    assert steps_of(killed) == [3]
+    shutil.copytree(killed, elsewhere)
+
+    assert codes(run(2, objective, settings(killed, 2))) == [0, 0]
+    assert metrics(killed) == metrics(straight)
+    assert hashes(killed) == hashes(straight)  # weights, momentum copies, queue, pointer, optimizer: every bit
+
+    assert codes(run(other_world, objective, settings(elsewhere, other_world))) == [0] * other_world
+    same_course(elsewhere, straight)
+    found = weights(elsewhere)
+    for key, expected in weights(straight).items():
+        torch.testing.assert_close(found[key], expected, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+    if name == "moco v2":
+        assert int(found[f"{MODEL}/filled"]) == LAST * 8 % 24
