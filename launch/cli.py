@@ -110,6 +110,25 @@ def train(
     raise typer.Exit(local.train(checked, config, overrides, procs))
 
 
+@app.command("submit")
+def submit(
+    config: Annotated[Path, typer.Argument(help="A run, a suite, or shards to prepare (TOML).")],
+    overrides: Overrides,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    cluster: Annotated[str | None, typer.Option(help="Profile: slurm/profiles/NAME.toml, or a file.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, as sbatch reads it; else the profile's.")] = None,
+    array: Annotated[str | None, typer.Option(help="Tasks that prepare shards: 0-99, or 0-99%8.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="JOB", help="Start when this job has ended.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Whose checkpoint a suite evaluates.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the job and the checks; submit nothing.")] = False,
+) -> None:
+    """Check a job thoroughly, and put it into SLURM's queue."""
+    from launch import submit as module
+
+    request = module.Request(config, overrides, nodes, cluster, time, array, after, run)
+    typer.echo(module.submit(request, dry_run=dry_run))
+
+
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],

@@ -152,11 +152,11 @@ def interface(part: Part) -> str | None:
             f"{part.neighbour} is this machine's loopback, where other hosts cannot reach it; name the address of "
             "host 0 in their network"
         )
-    names = [name for _, name in socket.if_nameindex() if _address(name) == own]
+    names = [name for _, name in socket.if_nameindex() if address_of(name) == own]
     return names[0] if names else None
 
 
-def _address(name: str) -> str | None:
+def address_of(name: str) -> str | None:
     """IPv4 address of an interface."""
     get_address = 0x8915  # SIOCGIFADDR
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:

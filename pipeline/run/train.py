@@ -30,6 +30,7 @@ from pipeline.record.report import write_report
 from pipeline.record.state import State, close_state, write_state
 from pipeline.run.attempt import Attempt, attempt
 from pipeline.run.build import build_engine, build_objective, build_stream, resume, sample_batch
+from pipeline.run.preflight import preflight
 
 CHECKPOINTS = "checkpoints"
 
@@ -130,6 +131,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         manifest = manifests.load(config.data.train)
         plan = resolve(config, manifest.samples, place.world_size, path)
         start = stack.enter_context(attempt(config, plan, place))
+        preflight(Path(config.run.folder), place)
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
         job, clock = _prepare(path, config, place, manifest, plan, stream, start, stack)
         outcome, clock = fit(

@@ -1,0 +1,219 @@
+"""``python -m launch.agent job.json``: what a SLURM job runs on its first node, from the batch script on.
+
+It starts the ranks by srun, hands requests to stop on to them, and when they have ended decides what follows
+(:mod:`launch.decide`): nothing, the same again inside the allocation, or the job back into the queue. It needs nothing
+but the standard library, so that the host's Python will do where the ranks live in a container.
+
+Signals that SLURM sends come here (``--signal=B:USR1@t``), to the ranks, or to both. The ranks agree on stopping by
+themselves, so here it is enough to put down the stop file, and a signal only wakes the ones that listen. SIGTERM is
+never handed to srun: it would kill the ranks instead of telling them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from launch import history, hosts, slurm
+from launch.decide import Decision, Ended, decide
+from launch.history import Attempt
+from launch.job import MASTER, TASK, Job
+from launch.local import child_environment
+from launch.supervise import STATE, STOP, clear_stop, outcome, stamp
+from pipeline.config.exitcodes import CONFIG, FINISHED
+from pipeline.core.errors import LaunchError
+from pipeline.record.beats import read_beats
+
+PORTS = range(20_000, 32_000)
+"""Below the ports that Linux gives out by itself."""
+POLL_SECONDS = 0.5
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class Agent:
+    """One start of a job.
+
+    Args:
+        job: what to do.
+        environment: SLURM's, of the batch script.
+    """
+
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+        self.job = job
+        self.environment = environment
+        self.id = environment["SLURM_JOB_ID"]
+        self.restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        self.nodes = slurm.node_names(environment["SLURM_JOB_NODELIST"])
+        self.task = environment.get("SLURM_ARRAY_TASK_ID", "0")
+        self.run_folder = Path(job.run.replace(TASK, self.task))
+        self.stop_reason: str | None = None
+        self.step: subprocess.Popen[bytes] | None = None
+        end = slurm.end_time(self.id)
+        self.stop_at = None if end is None else end - job.stop_seconds
+
+    def run(self) -> int:
+        """Until the job is over, or is queued again. Returns the exit code of the batch script."""
+        for number in SIGNALS:
+            signal.signal(number, self._asked)
+        clear_stop(self.run_folder)
+        while True:
+            decision, code = self._attempt()
+            say(f"{decision.action}: {decision.reason}")
+            if decision.action == "requeue":
+                self._requeue()
+            if decision.action != "restart":
+                return code
+
+    def _attempt(self) -> tuple[Decision, int]:
+        """Start the ranks once, wait until they have ended, and decide."""
+        start = history.now()
+        known_bad = history.bad_nodes(self.run_folder)
+        stamp_before, attempt_before = stamp(self.run_folder / STATE), self._newest_beat()[0]
+        status = self._run_step()
+        code = outcome(self.run_folder, stamp_before, status) if self.job.kind == "pretrain" else status
+        attempt, step = self._newest_beat()
+        bad = {n: why for n, why in history.bad_nodes(self.run_folder).items() if n not in known_bad}
+        if code not in (FINISHED, CONFIG) and not bad:
+            bad = self._check_nodes()
+        queue = slurm.queue_of(slurm.facts(self.id), self.restart)
+        ended = Ended(code, step if attempt != attempt_before else None, bad, queue)
+        before = [a for a in history.attempts(self.run_folder) if a.job == self.id]
+        decision = decide(ended, before, self.job.budget)
+        entry = Attempt(
+            job=self.id,
+            restart=self.restart,
+            nodes=self.nodes,
+            start=start,
+            end=history.now(),
+            exit_code=code,
+            step=ended.step,
+            decision=decision.action,
+            reason=decision.reason,
+            excluded=decision.exclude,
+        )
+        history.append(self.run_folder, entry)
+        return decision, code
+
+    def _newest_beat(self) -> tuple[int | None, int | None]:
+        """Number of the newest attempt of which a rank has said something, and the furthest step it was at."""
+        beats = read_beats(self.run_folder)
+        return (beats[0].attempt, max(b.step for b in beats)) if beats else (None, None)
+
+    def _check_nodes(self) -> dict[str, str]:
+        """Nodes of the allocation that are lost; remembered."""
+        bad = slurm.unsound(self.nodes, self.job.srun)
+        if bad:
+            history.add_bad_nodes(self.run_folder, bad)
+        return bad
+
+    def _run_step(self) -> int:
+        """The ranks, by srun. Returns its exit code."""
+        where = self._rendezvous()
+        environment = child_environment(self.job.ranks_per_node) | where | dict(self.job.environment)
+        command = self._command(f"{where['MASTER_ADDR']}:{where['MASTER_PORT']}")
+        self.step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        if self.stop_reason is not None:
+            self._hand_on()
+        while (status := self._wait(POLL_SECONDS)) is None:
+            if self.stop_at is not None and time.time() >= self.stop_at and self.stop_reason is None:
+                self.stop_reason = "the time limit is near"
+                self._hand_on()
+        self.step = None
+        return status
+
+    def _wait(self, seconds: float) -> int | None:
+        assert self.step is not None
+        try:
+            return self.step.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _arguments(self, master: str) -> list[str]:
+        """Of Python, with what is known only now."""
+        if self.job.kind == "prepare":
+            return [argument.replace(TASK, self.task) for argument in self.job.arguments]
+        return [master if argument == MASTER else argument for argument in self.job.arguments]
+
+    def _command(self, master: str) -> list[str]:
+        """Of srun: one task per rank, or per node where DeepSpeed's launcher starts the ranks of a node."""
+        per_node = 1 if self.job.launcher == "deepspeed" else self.job.ranks_per_node
+        shape = [f"--nodes={self.job.nodes}", f"--ntasks={self.job.nodes * per_node}", f"--ntasks-per-node={per_node}"]
+        return [
+            *("srun", "--kill-on-bad-exit=1", "--wait=60", "--unbuffered"),
+            *shape,
+            *self.job.srun,
+            *self.job.python,
+            *("-m", "launch.rank", *self._arguments(master)),
+        ]
+
+    def _rendezvous(self) -> dict[str, str]:
+        """Where the ranks meet: on this node, where rank 0 is, at a port that is this job's own and free."""
+        interface = self.job.interface
+        address = socket.gethostname() if interface is None else hosts.address_of(interface)
+        if address is None:
+            raise LaunchError(f"network interface {interface!r} has no IPv4 address here; see the cluster's profile")
+        names = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        return {"MASTER_ADDR": address, "MASTER_PORT": str(port_of(int(self.id)))} | names
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.stop_reason = signal.Signals(number).name
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Ask the ranks to save and end."""
+        (self.run_folder / STOP).touch()
+        say(f"asked to stop ({self.stop_reason}); the ranks save first")
+        if self.step is not None and self.stop_reason != "SIGTERM":  # then SLURM has told the ranks itself
+            self.step.send_signal(signal.SIGUSR1)
+
+    def _requeue(self) -> None:
+        """Back into the queue, for a start without SLURM's two minutes of waiting where it allows that."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # what ends this job now must not end this as well; inherited
+        if slurm.queue_of(slurm.facts(self.id), self.restart) != "requeueing":
+            slurm.requeue(self.id)
+        own = (a for a in history.attempts(self.run_folder) if a.job == self.id)
+        try:
+            slurm.soon(self.id, sorted({node for attempt in own for node in attempt.excluded}))
+        except LaunchError as error:
+            say(f"{error}; it starts again in two minutes, on any node")
+
+
+def port_of(job: int) -> int:
+    """A port that other jobs do not choose, and that nobody on this machine listens at."""
+    for attempt in range(100):
+        port = PORTS[(job * 7 + attempt) % len(PORTS)]
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise LaunchError(f"no free port among a hundred after {PORTS[job * 7 % len(PORTS)]}")
+
+
+def say(text: str) -> None:
+    """Into the job's log, at once; a signal handler may call it."""
+    os.write(2, f"sluice: {history.now()} {text}\n".encode())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code of the batch script."""
+    try:
+        return Agent(Job.read(Path(argv[0])), os.environ).run()
+    except LaunchError as error:
+        say(str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

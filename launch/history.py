@@ -1,0 +1,114 @@
+"""``RUN/launch/jobs.jsonl``: what was submitted for a run, and how each attempt at it ended; only ever appended to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.core.manifest import replace_file
+from pipeline.record.files import Lines
+
+FOLDER = "launch"
+"""In the run's folder: all that launching keeps."""
+FILE = "jobs.jsonl"
+BAD_NODES = "bad_nodes.json"
+Action = Literal["finished", "requeue", "restart", "stop"]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job was put into the queue."""
+
+    time: str
+    job: str
+    """SLURM's number of the job; of an array, the array's."""
+    cluster: str
+    """Name of the profile."""
+    nodes: int
+    time_limit: str | None
+    config: str
+    """The file that was submitted."""
+    command: Sequence[str]
+    """What submits it again: ["submit", ...]."""
+    kind: Literal["submitted"] = "submitted"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The ranks were started once, and have ended."""
+
+    job: str
+    restart: int
+    """How often SLURM had queued the job again."""
+    nodes: Sequence[str]
+    start: str
+    end: str
+    exit_code: int
+    step: int | None
+    """That it had reached or died in; None when no rank got so far."""
+    decision: Action
+    reason: str
+    excluded: Sequence[str] = ()
+    """Nodes that the job must not run on again."""
+    kind: Literal["attempt"] = "attempt"
+
+
+def now() -> str:
+    """The time as it stands in the file."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def append(run: Path, entry: Submitted | Attempt) -> None:
+    """Add a line to the history of a run."""
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    with closing(Lines(run / FOLDER / FILE)) as lines:
+        lines.append(asdict(entry))
+
+
+def read(run: Path) -> list[Submitted | Attempt]:
+    """The history of a run, the oldest first; torn lines are left out."""
+    try:
+        text = (run / FOLDER / FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [entry for line in text.splitlines() if (entry := _parse(line)) is not None]
+
+
+def _parse(line: str) -> Submitted | Attempt | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        kind = {"submitted": Submitted, "attempt": Attempt}[row["kind"]]
+        known = {f.name for f in fields(kind)}
+        return kind(**{name: value for name, value in row.items() if name in known})
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def attempts(run: Path) -> list[Attempt]:
+    """How the attempts ended, the oldest first."""
+    return [entry for entry in read(run) if isinstance(entry, Attempt)]
+
+
+def last_job(run: Path) -> str | None:
+    """The job that was submitted last."""
+    return next((entry.job for entry in reversed(read(run)) if isinstance(entry, Submitted)), None)
+
+
+def bad_nodes(run: Path) -> dict[str, str]:
+    """Nodes that were lost or failed the preflight, with the reason."""
+    try:
+        return json.loads((run / FOLDER / BAD_NODES).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def add_bad_nodes(run: Path, found: Mapping[str, str]) -> None:
+    """Remember nodes that are not to be used again for this run."""
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(bad_nodes(run) | dict(found), indent=1)
+    replace_file(run / FOLDER / BAD_NODES, text.encode() + b"\n")

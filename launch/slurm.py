@@ -1,0 +1,154 @@
+"""SLURM's commands, as far as a job and its owner need them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from launch.decide import Queue
+from pipeline.core.errors import LaunchError
+
+COMMAND_SECONDS = 60.0
+"""A controller that does not answer for so long is not waited for."""
+ROLL_CALL_SECONDS = 20.0
+"""A node that starts no process for so long is taken for lost."""
+REQUEUE_SECONDS = 10
+"""From queueing a job again to its next start at the earliest: long enough for its processes to go. SLURM itself holds
+a job for two minutes, unless its start has been set to a time that is still to come when it has ended."""
+_UNSOUND = ("down", "drain", "drng", "fail", "unk", "error", "reboot", "power")
+
+
+class Facts(NamedTuple):
+    """What the controller says of a job."""
+
+    state: str
+    reason: str
+    restarts: int
+
+
+def call(*command: str, environment: Mapping[str, str] | None = None, seconds: float = COMMAND_SECONDS) -> str:
+    """Run one of SLURM's commands and return what it prints.
+
+    Raises:
+        LaunchError: it is not there, does not answer, or refuses; with its own words.
+    """
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
+        )
+    except FileNotFoundError as error:
+        raise LaunchError(f"{command[0]} is not on this machine; submit from a login node of the cluster") from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(f"{command[0]} did not answer in {seconds:.0f} s; is SLURM's controller up?") from error
+    if done.returncode:
+        raise LaunchError(f"{command[0]} refused: {(done.stderr or done.stdout).strip()}")
+    return done.stdout.strip()
+
+
+def states(jobs: Sequence[str]) -> dict[str, str]:
+    """Jobs that SLURM still knows as queued or running, with their state; tasks of an array count for it."""
+    if not jobs:
+        return {}
+    lines = call("squeue", "--noheader", "--me", "--format=%F %A %T").splitlines()
+    rows = [line.split() for line in lines]
+    return {job: state for job in jobs for array, single, state in rows if job in (array, single)}
+
+
+def facts(job: str) -> Facts:
+    """Of a job that is queued, running or has just ended."""
+    text = call("scontrol", "--oneliner", "show", "job", job)
+    found = {key: re.search(rf" {key}=(\S+)", text) for key in ("JobState", "Reason", "Restarts")}
+    values = {key: match[1] if match else "" for key, match in found.items()}
+    return Facts(values["JobState"], values["Reason"], int(values["Restarts"] or 0))
+
+
+def queue_of(now: Facts, restart: int) -> Queue:
+    """What SLURM does with a job of which it has been started ``restart`` times again."""
+    if now.restarts > restart:
+        return "requeueing"
+    if now.state == "RUNNING":
+        return "ours"
+    return "timeout" if now.reason == "TimeLimit" else "cancelled"
+
+
+def end_time(job: str) -> float | None:
+    """When the job's time is up, in seconds since 1970; None: never."""
+    if known := os.environ.get("SLURM_JOB_END_TIME"):
+        return float(known)
+    text = call("squeue", "--noheader", f"--jobs={job}", "--format=%e")
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def node_names(nodes: str) -> list[str]:
+    """n[1-2] as n1, n2."""
+    return call("scontrol", "show", "hostnames", nodes).split()
+
+
+def unsound(nodes: Sequence[str], srun: Sequence[str]) -> dict[str, str]:
+    """Those of an allocation's nodes that are down, drained or start no process, with the reason.
+
+    Args:
+        nodes: names.
+        srun: options that each step of this job needs.
+    """
+    lines = call("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T").splitlines()
+    bad: dict[str, str] = {}
+    for line in lines:
+        node, state = line.split()
+        if state.endswith("*") or state.startswith(_UNSOUND):
+            bad[node] = f"is {state}"
+    left = [n for n in nodes if n not in bad]
+    if left and (bad or not _answers(left, srun)):
+        with ThreadPoolExecutor(32) as pool:
+            answers = pool.map(lambda node: _answers([node], srun), left)
+        bad |= {node: "does not start processes" for node, sound in zip(left, answers, strict=True) if not sound}
+    return bad
+
+
+def _answers(nodes: Sequence[str], srun: Sequence[str]) -> bool:
+    """Whether a process can be started on each of the nodes."""
+    count = str(len(nodes))
+    shape = ("--nodes", count, "--ntasks", count, "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}")
+    try:
+        call("srun", "--kill-on-bad-exit=1", *srun, *shape, "true", seconds=ROLL_CALL_SECONDS)
+    except LaunchError:
+        return False
+    return True
+
+
+def requeue(job: str) -> None:
+    """Queue this job again; it is ended where it runs.
+
+    Raises:
+        LaunchError: SLURM refuses.
+    """
+    call("scontrol", "requeue", job)
+
+
+def soon(job: str, exclude: Sequence[str]) -> None:
+    """Let a job that is being queued again start soon, without certain nodes.
+
+    Raises:
+        LaunchError: SLURM refuses; the job waits for its two minutes, and may get any node.
+    """
+    without = [f"ExcNodeList={','.join(exclude)}"] if exclude else []
+    call("scontrol", "update", f"JobId={job}", f"StartTime=now+{REQUEUE_SECONDS}", *without)
+
+
+def submit(options: Sequence[str], script: Path, environment: Mapping[str, str]) -> str:
+    """Put a job into the queue. Returns its number.
+
+    Raises:
+        LaunchError: SLURM refuses.
+    """
+    out = call("sbatch", "--parsable", *options, str(script), environment=environment)
+    return out.splitlines()[-1].partition(";")[0]

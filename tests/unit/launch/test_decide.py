@@ -1,0 +1,108 @@
+"""What follows when the ranks of a job have ended, for any history."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.decide import SAME_STEP, Budget, Ended, decide
+from launch.history import Attempt
+
+CODES = st.sampled_from([0, 1, 2, 70, 75, 137])
+STEPS = st.none() | st.integers(0, 3)
+BAD = st.dictionaries(st.sampled_from(["n1", "n2"]), st.just("is down"), max_size=2)
+QUEUES = st.sampled_from(["ours", "requeueing", "cancelled", "timeout"])
+ENDINGS = st.builds(Ended, CODES, STEPS, BAD, QUEUES)
+
+
+def after(ended: Ended, decision: str, excluded: tuple[str, ...] = ()) -> Attempt:
+    return Attempt("7", 0, ["n1", "n2"], "", "", ended.exit_code, ended.step, decision, "", excluded)
+
+
+def play(endings: list[Ended], budget: Budget) -> list[Attempt]:
+    """The attempts of a job that ends like this each time it is started, as far as it is started."""
+    history: list[Attempt] = []
+    for ended in endings:
+        made = decide(ended, history, budget)
+        history.append(after(ended, made.action, made.exclude))
+        if made.action in ("finished", "stop"):
+            break
+    return history
+
+
+@pytest.mark.parametrize(
+    ("ended", "action"),
+    [
+        (Ended(0, 9, {}), "finished"),
+        (Ended(2, None, {}), "stop"),
+        (Ended(70, 4, {}), "stop"),
+        (Ended(75, 4, {}), "requeue"),
+        (Ended(75, 4, {}, "timeout"), "requeue"),
+        (Ended(75, 4, {}, "cancelled"), "stop"),
+        (Ended(137, 4, {}, "cancelled"), "stop"),
+        (Ended(137, 4, {}, "requeueing"), "requeue"),
+        (Ended(137, 4, {}, "timeout"), "requeue"),
+        (Ended(1, 4, {}), "restart"),
+        (Ended(137, None, {}), "restart"),
+        (Ended(1, 4, {"n2": "is down"}), "requeue"),
+        (Ended(2, None, {"n2": "has no device"}), "requeue"),
+    ],
+)
+def test_first_attempt(ended, action):
+    assert decide(ended, [], Budget()).action == action
+
+
+@given(st.lists(ENDINGS, max_size=40), st.integers(0, 3), st.integers(0, 3))
+def test_crashes_end_within_the_budget_and_bad_nodes_are_always_left_out(endings, restarts, requeues):
+    history = play(endings, Budget(restarts, requeues))
+    assert sum(a.decision == "restart" for a in history) <= restarts
+    by_us = [a for a, e in zip(history, endings, strict=False) if e.queue != "requeueing" and a.exit_code != 75]
+    assert sum(a.decision == "requeue" for a in by_us) <= requeues
+    for attempt, ended in zip(history, endings, strict=False):
+        if attempt.decision == "requeue":
+            assert set(attempt.excluded) == (
+                set() if ended.queue == "timeout" and attempt.exit_code != 75 else set(ended.bad_nodes)
+            )
+        if attempt.decision == "restart":
+            assert not ended.bad_nodes and ended.queue == "ours"
+
+
+@given(st.lists(ENDINGS, max_size=40))
+def test_what_has_finished_is_never_started_again_and_what_was_saved_always_is(endings):
+    for attempt, ended in zip(play(endings, Budget()), endings, strict=False):
+        assert (attempt.decision == "finished") == (ended.exit_code == 0)
+        if ended.exit_code == 75 and ended.queue != "cancelled":
+            assert attempt.decision == "requeue"
+
+
+@pytest.mark.parametrize("step", [None, 0, 7])
+def test_the_same_step_three_times_stops(step):
+    history = play([Ended(1, step, {})] * 10, Budget(100, 100))
+    assert [a.decision for a in history] == ["restart"] * (SAME_STEP - 1) + ["stop"]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [Ended(1, 8, {}), Ended(75, 7, {}), Ended(1, 7, {"n1": "is down"})],
+    ids=["another step", "a save", "a bad node"],
+)
+def test_other_ends_between_them_begin_the_count_anew(between):
+    crash = Ended(1, 7, {})
+    history = play([crash, crash, between, crash, crash, crash, crash], Budget(100, 100))
+    assert [a.decision for a in history][2:] == [decide(between, [], Budget()).action, "restart", "restart", "stop"]
+
+
+def test_being_preempted_for_ever_costs_nothing():
+    history = play([Ended(75, step, {}) for step in range(100)], Budget(0, 0))
+    assert {a.decision for a in history} == {"requeue"}
+
+
+def test_a_stop_says_why():
+    made = decide(Ended(1, 7, {}), [after(Ended(1, 7, {}), "restart")] * 2, Budget())
+    assert made.action == "stop" and made.reason == "failed 3 times in a row at step 7"
+    made = decide(Ended(1, None, {"n2": "is down"}), [], Budget(requeues=0))
+    assert made.reason == "crashed; n2: is down; the budget of 0 requeues is used up"
+    assert asdict(made)["exclude"] == ()
