@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any, NamedTuple
 
 RANK_TIMEOUT = 240.0
@@ -70,13 +71,19 @@ def _rank_main(connection: Connection, environment: dict[str, str], body: Callab
         torch.distributed.destroy_process_group()
 
 
+def forkserver() -> ForkServerContext:
+    """Processes that start in milliseconds, since their server has imported what takes long."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "deepspeed", "accelerate", "sklearn"])
+    return context
+
+
 def start_ranks(world: int, body: Callable[..., Any], **kwargs: Any) -> list[Ended]:
     """Run ``body(**kwargs)`` in ``world`` processes and wait for all of them.
 
     ``body`` must be importable (defined at the top of a test file), ``kwargs`` and what it returns picklable.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "deepspeed", "accelerate", "sklearn"])
+    context = forkserver()
     port = free_port()
     ranks = []
     for rank in range(world):

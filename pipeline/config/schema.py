@@ -103,8 +103,8 @@ class Captions(Strict):
     """A tokenizer.json; left out: the one that was trained with the shards."""
     length: Annotated[int, Field(ge=3)] = 77
     """Tokens of a text, its start and end included; longer texts are cut before their end, shorter ones padded."""
-    start: Text | None = "<start_of_text>"
-    """Token before each text; None: none."""
+    start: str = "<start_of_text>"
+    """Token before each text; "": none."""
     end: Text = "<end_of_text>"
     """Token after each text."""
     pad: Text = "<pad>"
@@ -116,7 +116,21 @@ class Cache(Strict):
 
     folder: Text
     limit_gb: PositiveFloat
-    """The longest unused shards are removed above it."""
+    """The longest unused shards are removed above it; each data set has a limit of its own."""
+
+
+class Beside(Strict):
+    """A data set whose samples stand in every batch beside those of ``data.train``, as many of them.
+
+    Its fields have its name before theirs: ``[data.beside.target]`` gives "target_image", "target_id" and
+    "target_epoch". It has an order, epochs and a cursor of its own; all other settings of ``[data]`` hold for it too.
+    """
+
+    path: Text | Annotated[tuple[Source, ...], Field(min_length=1)]
+    """As ``data.train``."""
+    fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
+    image: Image | None = None
+    """Left out: as ``data.image``."""
 
 
 class Data(Strict):
@@ -129,6 +143,10 @@ class Data(Strict):
     """What a batch holds: "image", "label", "text"."""
     image: Image = Image()
     captions: Captions = Captions()
+    beside: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9]*$")], Beside] = {}
+    """Further data sets, unlabelled ones of another domain for example."""
+    decode: Literal["loader", "device"] = "loader"
+    """Where images are decoded: by the loader's processes, or JPEGs on the GPU."""
     cache: Cache | None = None
     """For shards at URLs; left out: they are read by ranges."""
     read_mb: Positive = 64

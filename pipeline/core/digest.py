@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pipeline.core.protocols import Batch
+
 
 def _signed(value: int) -> int:
     """A 64-bit pattern as int64."""
@@ -24,3 +26,9 @@ def data_digest(ids: Tensor) -> Tensor:
     for shift, factor in _MIX:
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return (z ^ ((z >> 31) & ((1 << 33) - 1))).sum()
+
+
+def batch_digest(batch: Batch) -> Tensor:
+    """The digest of all samples of a batch: those of ``"id"``, and of ``"NAME_id"`` for data sets beside it."""
+    ids = [value for name, value in batch.items() if name == "id" or name.endswith("_id")]
+    return data_digest(torch.cat(ids))

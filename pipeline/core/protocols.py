@@ -19,7 +19,8 @@ from pipeline.core.random import SampleRandom
 Batch = dict[str, Tensor]
 """Field name to tensor. Always holds ``"id"``: int64[B], the sample's number in its manifest, and ``"epoch"``:
 int64[B], the epoch that delivered it. Images are ``"image"``: uint8[B,3,H,W] (``"image2"`` for a second view), labels
-``"label"``: int64[B]."""
+``"label"``: int64[B]. Samples of a data set beside the first have its name before each field: ``"target_image"``; their
+ids begin where those of the data sets before end."""
 
 
 class StepOutput(NamedTuple):
@@ -224,6 +225,10 @@ class Stream(Protocol):
 
     def ledger(self) -> list[dict[str, Any]]:
         """This rank's samples that could not be used and were replaced since the last call; plain JSON values."""
+        ...
+
+    def events(self) -> dict[str, int]:
+        """How often each kind of event happened in this rank's batches since the last call; always the same kinds."""
         ...
 
     def close(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,11 +15,12 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import Joined, Manifest
 from pipeline.core.registry import suggest
 from pipeline.data.decode import Geometry, ImageDecoder, decode_label
+from pipeline.data.device import MAX_BYTES, check_jpeg
 from pipeline.data.order import Ints
 from pipeline.data.plan import Plan
 from pipeline.data.reader import Members, Reader, SampleError
 from pipeline.data.storage import open_storage
-from pipeline.data.text import TextDecoder, read_tokenizer
+from pipeline.data.text import EmptyText, TextDecoder, read_tokenizer
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,6 +52,30 @@ class Bad:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+class Filled(NamedTuple):
+    """What filling a micro-batch has come to."""
+
+    samples: int
+    bad: list[Bad]
+    events: Counter[str]
+    """How often something happened that is no mistake but worth knowing; see :attr:`Assembler.kinds`."""
+
+
+class Filler(Protocol):
+    """Writes micro-batches into arrays; runs in loader processes or in the rank itself."""
+
+    plan: Plan
+    columns: dict[str, Column]
+
+    def fill(self, number: int, arrays: Arrays) -> Filled:
+        """Write micro-batch ``number`` into arrays of [B, *column.shape]."""
+        ...
+
+    def close(self) -> None:
+        """Release files."""
+        ...
 
 
 class _Numbers(NamedTuple):
@@ -91,15 +117,21 @@ class Assembler:
     def __init__(self, manifest: Manifest, data: Data, seed: int, plan: Plan) -> None:
         check_fields(manifest, data)
         self.plan = plan
+        self.samples = manifest.samples
+        self.kinds = ("truncated_texts", "empty_texts") if "text" in data.fields else ()
+        self._events: Counter[str] = Counter()
         self._fields = data.fields
         self._classes = len(manifest.classes)
         self._images = ImageDecoder(data.image, seed) if "image" in data.fields else None
+        self._encoded = data.decode == "device"
         self.text = None
         parts = manifest.parts if isinstance(manifest, Joined) else (manifest,)
         needed = [f for f in data.fields if f != "text"]
         captions: list[str] = []
         self.columns = {"id": Column("int64", ()), "epoch": Column("int64", ())}
-        if self._images:
+        if self._images and self._encoded:
+            self.columns |= {"encoded": Column("uint8", (MAX_BYTES,)), "encoded_size": Column("int64", ())}
+        elif self._images:
             self.columns |= {name: Column("uint8", (3, *data.image.shape)) for name in self._images.names}
         if "label" in data.fields:
             self.columns["label"] = Column("int64", ())
@@ -107,21 +139,19 @@ class Assembler:
             self.text = TextDecoder(data.captions, read_tokenizer(parts[0], data.captions), seed)
             captions = list(data.captions.fields)
             self.columns |= {"text": Column("int64", (data.captions.length,)), "text_length": Column("int64", ())}
-        budget = data.read_mb * 10**6
+        budget = data.read_mb * 10**6 // len(parts)
         self._cached = data.cache is not None
         self._readers = [Reader(p, needed, captions, open_storage(p, data.cache), budget) for p in parts]
         self._bases = np.cumsum([0, *(p.samples for p in parts)])
 
-    def fill(self, number: int, arrays: Arrays) -> tuple[int, list[Bad]]:
-        """Write micro-batch ``number`` into arrays of [B, *column.shape].
-
-        Returns:
-            The number of samples, and the ledger's lines.
+    def fill(self, number: int, arrays: Arrays) -> Filled:
+        """See :class:`Filler`.
 
         Raises:
             DataError: a shard is damaged, or a sample is and nothing can stand in for it.
         """
         self._prefetch(number + _AHEAD)
+        self._events = Counter()
         epochs, ids = self.plan.place(number)
         numbers = self._numbers(epochs, ids)
         failed = {}
@@ -133,7 +163,8 @@ class Assembler:
             if problem:
                 failed[row] = problem
         # In the order of the batch, so that the ledger does not depend on the order of reading.
-        return len(ids), [self._replace(number, row, int(epochs[row]), failed[row], arrays) for row in sorted(failed)]
+        bad = [self._replace(number, row, int(epochs[row]), failed[row], arrays) for row in sorted(failed)]
+        return Filled(len(ids), bad, self._events)
 
     def close(self) -> None:
         """Release files."""
@@ -142,7 +173,8 @@ class Assembler:
 
     def _numbers(self, epochs: Ints, ids: Ints) -> list[_Numbers]:
         epoch, sample = torch.from_numpy(epochs), torch.from_numpy(ids)
-        views = self._images.geometry(epoch, sample) if self._images else [[]] * len(ids)
+        here = None if self._encoded else self._images
+        views = here.geometry(epoch, sample) if here else [[]] * len(ids)
         coins = self.text.coins(epoch, sample) if self.text else [0.0] * len(ids)
         return [_Numbers(v, c) for v, c in zip(views, coins, strict=True)]
 
@@ -170,13 +202,19 @@ class Assembler:
                 elif name == "text":
                     assert self.text
                     name = self.text.choose(tuple(members), numbers.coin)
-                    arrays["text"][row], arrays["text_length"][row] = self.text.decode(members[name])
+                    arrays["text"][row], arrays["text_length"][row], is_cut = self.text.decode(members[name])
+                    self._events["truncated_texts"] += is_cut
+                elif self._encoded:
+                    file = check_jpeg(members[name])
+                    arrays["encoded_size"][row] = len(file)
+                    arrays["encoded"][row, : len(file)] = file
                 else:
                     assert self._images
                     views = self._images.decode(members[name], numbers.views)
                     for key, view in zip(self._images.names, views, strict=True):
                         torch.from_numpy(arrays[key][row]).copy_(view)
         except ValueError as error:
+            self._events["empty_texts"] += isinstance(error, EmptyText)
             part = int(np.searchsorted(self._bases, sample, "right")) - 1
             return self._readers[part].error(int(sample - self._bases[part]), f"field {name!r}: {error}")
         arrays["id"][row] = sample

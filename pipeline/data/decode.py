@@ -34,7 +34,10 @@ class Geometry(NamedTuple):
 class Stored(Protocol):
     """An image file of which windows can be decoded."""
 
-    size: tuple[int, int]
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        ...
 
     def window(self, box: Box) -> Tensor:
         """uint8[3,h,w], the pixels of a window."""
@@ -61,7 +64,7 @@ class _Other:
         )
 
     def window(self, box: Box) -> Tensor:
-        return _cut(self._pixels, box)
+        return cut(self._pixels, box)
 
 
 def open_image(data: memoryview) -> Stored:
@@ -73,7 +76,8 @@ def open_image(data: memoryview) -> Stored:
     return Jpeg(data) if bytes(data[: len(MAGIC)]) == MAGIC else _Other(data)
 
 
-def _cut(pixels: Tensor, box: Box) -> Tensor:
+def cut(pixels: Tensor, box: Box) -> Tensor:
+    """A window of pixels, [3,h,w]."""
     return pixels[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
@@ -107,8 +111,11 @@ def random_box(size: tuple[int, int], image: Image, numbers: Sequence[float]) ->
 
 
 def resize(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
-    """uint8[3,h,w] to uint8[3,H,W]: bicubic with antialiasing, in fixed point, as Pillow does it."""
-    return F.interpolate(pixels.unsqueeze(0), shape, mode="bicubic", antialias=True).squeeze(0)
+    """uint8[3,h,w] to uint8[3,H,W]: bicubic with antialiasing, on the CPU in fixed point, as Pillow does it."""
+    if pixels.device.type == "cpu":
+        return F.interpolate(pixels.unsqueeze(0), shape, mode="bicubic", antialias=True).squeeze(0)
+    resized = F.interpolate(pixels.unsqueeze(0).float(), shape, mode="bicubic", antialias=True)
+    return resized.round_().clamp_(0, 255).to(torch.uint8).squeeze(0)
 
 
 def center(pixels: Tensor, shape: tuple[int, int], fraction: float = 1.0) -> Tensor:
@@ -118,7 +125,7 @@ def center(pixels: Tensor, shape: tuple[int, int], fraction: float = 1.0) -> Ten
     factor = max(tall / h, wide / w)
     covering = (max(tall, int(h * factor)), max(wide, int(w * factor)))
     top, left = round((covering[0] - height) / 2), round((covering[1] - width) / 2)
-    return _cut(resize(pixels, covering), Box(top, left, height, width))
+    return cut(resize(pixels, covering), Box(top, left, height, width))
 
 
 class ImageDecoder:
@@ -154,7 +161,15 @@ class ImageDecoder:
         Raises:
             ValueError: not a readable image.
         """
-        stored, shape = open_image(data), self._image.shape
+        return self.views(open_image(data), geometry)
+
+    def views(self, stored: Stored, geometry: Sequence[Geometry]) -> list[Tensor]:
+        """The views of an image whose header has been read.
+
+        Raises:
+            ValueError: not a readable image.
+        """
+        shape = self._image.shape
         if self._image.crop != "random_resized":
             whole = stored.window(Box(0, 0, *stored.size))
             centred = self._image.crop == "center"
@@ -166,7 +181,7 @@ class ImageDecoder:
         pixels, views = stored.window(around), []
         for box, view in zip(boxes, geometry, strict=True):
             inside = Box(box.top - around.top, box.left - around.left, box.height, box.width)
-            resized = resize(_cut(pixels, inside), shape)
+            resized = resize(cut(pixels, inside), shape)
             views.append(resized.flip(-1) if view.mirror else resized)
         return views
 

@@ -53,8 +53,8 @@ class OrderedStream:
         if decoder is None:
             raise ConfigError('this evaluation needs texts; add "text" to the suite\'s fields')
         rows = [decoder.decode(memoryview(text.encode())) for text in texts]
-        length = torch.tensor([count for _, count in rows])
-        return {"text": torch.from_numpy(np.stack([row for row, _ in rows])), "text_length": length}
+        length = torch.tensor([tokens.length for tokens in rows])
+        return {"text": torch.from_numpy(np.stack([tokens.row for tokens in rows])), "text_length": length}
 
     @property
     def tokenizer(self) -> str | None:

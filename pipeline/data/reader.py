@@ -106,7 +106,8 @@ class Reader:
         """An error that names shard and key of a sample."""
         number = int(np.searchsorted(self._starts, sample, "right")) - 1
         shard = self._manifest.shards[number]
-        return SampleError(shard.name, load_index(self._manifest, shard).keys[sample - self._starts[number]], reason)
+        where = f"{self._manifest.root.rstrip('/')}/{shard.name}"
+        return SampleError(where, load_index(self._manifest, shard).keys[sample - self._starts[number]], reason)
 
     def prefetch(self, ids: Ints) -> None:
         """Samples that will be read soon."""

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline.config.schema import Data, Image
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
-from pipeline.core.manifest import Joined, Manifest
+from pipeline.core.manifest import Joined, Manifest, load
 from pipeline.core.protocols import Batch, DataFacts
-from pipeline.data.assemble import Assembler, Bad
+from pipeline.data.assemble import Assembler, Bad, Filler
+from pipeline.data.decode import ImageDecoder
+from pipeline.data.device import DeviceImages, Encoded, Receive, copied, pinned
 from pipeline.data.mixture import Mixture, shares
 from pipeline.data.order import Order, default_lanes
 from pipeline.data.plan import TrainPlan
 from pipeline.data.storage import check_shard
+from pipeline.data.together import Together
 from pipeline.data.workers import Made, Workers
 
+_CPU = torch.device("cpu")
 _FAIR_SAMPLE = 10_000
 
 
@@ -28,29 +34,59 @@ def facts(manifest: Manifest, image: Image) -> DataFacts:
     return DataFacts(image_size=image.shape, classes=manifest.classes)
 
 
-def assemble_here(assembler: Assembler, first: int) -> Iterator[Made]:
+def assemble_here(filler: Filler, first: int, receive: Receive | None = None) -> Iterator[Made]:
     """Micro-batches from number ``first`` on, made in this process."""
-    count = assembler.plan.count
+    count = filler.plan.count
     for number in itertools.count(first) if count is None else range(first, count):
-        arrays = {n: np.empty((assembler.plan.size, *c.shape), c.dtype) for n, c in assembler.columns.items()}
-        samples, bad = assembler.fill(number, arrays)
-        yield Made({name: torch.from_numpy(array[:samples]) for name, array in arrays.items()}, bad)
+        arrays = {n: np.empty((filler.plan.size, *c.shape), c.dtype) for n, c in filler.columns.items()}
+        filled = filler.fill(number, arrays)
+        arrays = {name: array[: filled.samples] for name, array in arrays.items()}
+        # Nobody writes to these arrays again, so they can be the batch.
+        batch = receive(arrays) if receive else {name: torch.from_numpy(array) for name, array in arrays.items()}
+        yield Made(batch, filled)
+
+
+class _Set(NamedTuple):
+    """One of the data sets that a batch holds samples of."""
+
+    prefix: str
+    """Of its columns."""
+    assembler: Assembler
+    plan: TrainPlan
+    fingerprint: str
+    decoder: ImageDecoder | None
+    """Of its images."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that fixes its samples and their order."""
+        facts = {"manifest": self.fingerprint} | self.plan.order.identity
+        if self.assembler.text:
+            facts["tokenizer"] = self.assembler.text.sha256
+        return {self.prefix + name: value for name, value in facts.items()}
 
 
 class TrainStream:
     """A rank's part of the stream; see :func:`open_stream`."""
 
     def __init__(
-        self, assembler: Assembler, plan: TrainPlan, fingerprint: str, *, workers: int, max_bad: float
+        self, sets: Sequence[_Set], plan: TrainPlan, *, workers: int, max_bad: float, receive: Receive | None
     ) -> None:
-        self._assembler = assembler
+        assemblers = {s.prefix: s.assembler for s in sets}
         self._plan = plan
-        self._fingerprint = fingerprint
-        self._workers = Workers(assembler, workers) if workers else None
+        self._filler: Filler = Together(assemblers) if len(sets) > 1 else sets[0].assembler
+        self._receive = receive
+        self._workers = Workers(self._filler, workers, receive or copied) if workers else None
+        self._identity = {name: value for s in sets for name, value in s.identity.items()}
         self._max_bad = max_bad
+        # A fraction of a few samples says nothing, so at least a fair number is presumed to have been seen.
+        self._fair = min(sum(s.plan.order.samples for s in sets), _FAIR_SAMPLE)
+        self._sets = len(sets)
         self._seen = 0
         self._bad = 0
         self._ledger: list[Bad] = []
+        self._kinds = ("replaced_samples", *dict.fromkeys(k for a in assemblers.values() for k in a.kinds))
+        self._events: Counter[str] = Counter()
 
     def batches(self, step: int) -> Iterator[list[Batch]]:
         """From global step ``step`` on: for each step, this rank's micro-batches in order.
@@ -60,7 +96,7 @@ class TrainStream:
         """
         accumulation = self._plan.accumulation
         first = step * accumulation
-        made = self._workers.batches(first) if self._workers else assemble_here(self._assembler, first)
+        made = self._workers.batches(first) if self._workers else assemble_here(self._filler, first, self._receive)
         while True:
             parts = list(itertools.islice(made, accumulation))
             for part in parts:
@@ -73,17 +109,21 @@ class TrainStream:
         self._ledger.clear()
         return lines
 
+    def events(self) -> dict[str, int]:
+        """How often each kind of event happened in this rank's batches since the last call; always the same kinds."""
+        counts = {kind: self._events[kind] for kind in self._kinds}
+        self._events.clear()
+        return counts
+
     def state(self, step: int) -> dict[str, Any]:
         """The position before global step ``step`` and all that fixes the order; plain JSON values."""
-        state = {"step": step, "manifest": self._fingerprint} | self._plan.order.identity
-        if self._assembler.text:
-            state["tokenizer"] = self._assembler.text.sha256
-        return state
+        return {"step": step} | self._identity
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError if ``state`` is of another order than this stream's."""
         own = self.state(state["step"])
-        changed = [f"{k}: checkpoint {state.get(k)!r}, now {v!r}" for k, v in own.items() if state.get(k) != v]
+        both = {**own, **state}
+        changed = [f"{k}: checkpoint {state.get(k)!r}, now {own.get(k)!r}" for k in both if state.get(k) != own.get(k)]
         if changed:
             raise CheckpointError(
                 "the order of samples is not the checkpoint's, so samples would be lost or repeated "
@@ -94,17 +134,19 @@ class TrainStream:
         """Stop workers and release files."""
         if self._workers:
             self._workers.close()
-        self._assembler.close()
+        self._filler.close()
 
     def _count(self, made: Made) -> None:
         """Keep the ledger, and stop when too many samples are bad."""
-        self._seen += len(made.batch["id"])
-        self._bad += len(made.bad)
-        self._ledger += made.bad
-        # A fraction of a few samples says nothing, so at least a fair number is presumed to have been seen.
-        allowed = self._max_bad * max(self._seen, min(self._plan.order.samples, _FAIR_SAMPLE))
-        if made.bad and self._bad > allowed:
-            last = made.bad[-1]
+        bad = made.filled.bad
+        self._seen += self._sets * made.filled.samples
+        self._bad += len(bad)
+        self._ledger += bad
+        self._events.update(made.filled.events)
+        self._events["replaced_samples"] += len(bad)
+        allowed = self._max_bad * max(self._seen, self._fair)
+        if bad and self._bad > allowed:
+            last = bad[-1]
             raise DataError(
                 f"{self._bad} of {self._seen} samples could not be used, more than data.max_bad = {self._max_bad} "
                 f"allows; the last one: {last.shard}, sample {last.key!r}: {last.reason}"
@@ -112,40 +154,87 @@ class TrainStream:
 
 
 def open_stream(
-    data: Data, manifest: Manifest, *, seed: int, global_batch: int, micro_batch: int, rank: int, world: int
+    data: Data,
+    manifest: Manifest,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    device: torch.device = _CPU,
 ) -> TrainStream:
     """The stream of one rank. Loader processes start at once, in the background.
 
     Args:
         data: fields, geometry, lanes, window, tail, workers.
-        manifest: the data set.
+        manifest: the data set ``data.train``; those beside it are loaded here.
         seed: of the order and of crops and flips.
         global_batch: samples per step over all ranks.
         micro_batch: samples per rank and forward.
         rank: this rank; it takes samples [rank, rank + 1) * global_batch / world of the lane-major global batch.
         world: number of ranks.
+        device: where batches go: for a GPU they are in pinned memory, and images can be decoded there.
 
     Raises:
-        ConfigError: the batch does not divide, exceeds the data, or a field is unknown.
+        ConfigError: the batch does not divide, exceeds the data, or a field is unknown; no GPU to decode on.
         DataError: a shard is missing or its size is not the manifest's.
     """
     if global_batch % (world * micro_batch):
         raise ConfigError(
             f"run.global_batch = {global_batch} is not a multiple of {world} ranks x engine.micro_batch = {micro_batch}"
         )
-    parts = manifest.parts if isinstance(manifest, Joined) else (manifest,)
-    for part in parts:
-        for shard in part.shards[rank::world]:
+    if data.decode == "device" and device.type != "cuda":
+        raise ConfigError('data.decode = "device" needs a GPU, and this rank has none; set data.decode = "loader"')
+    own = data.model_copy(update={"read_mb": max(1, data.read_mb // (1 + len(data.beside)))})
+    wanted = [("", own, manifest, seed)]
+    for name, beside in data.beside.items():
+        settings = {"train": beside.path, "fields": beside.fields, "image": beside.image or data.image}
+        # With the same seed, data sets of the same sizes would meet in the same pairs in every epoch.
+        wanted.append((f"{name}_", own.model_copy(update=settings), load(beside.path), _seed_of(seed, name)))
+    sets = [
+        _open_set(*each, TrainPlan(_order(each[1], each[2], each[3], global_batch), micro_batch, rank, world))
+        for each in wanted
+    ]
+    return TrainStream(
+        sets, sets[0].plan, workers=data.workers, max_bad=data.max_bad, receive=_receive(data, sets, device)
+    )
+
+
+def _open_set(prefix: str, data: Data, manifest: Manifest, seed: int, plan: TrainPlan) -> _Set:
+    """One data set, after a look at the sizes of its shards."""
+    for part in _parts(manifest):
+        for shard in part.shards[plan.rank :: plan.world]:
             check_shard(part, shard)
-    plan = TrainPlan(_order(data, parts, seed, global_batch), micro_batch, rank, world)
-    assembler = Assembler(manifest, data, seed, plan)
-    return TrainStream(assembler, plan, manifest.fingerprint, workers=data.workers, max_bad=data.max_bad)
+    decoder = ImageDecoder(data.image, seed) if "image" in data.fields else None
+    return _Set(prefix, Assembler(manifest, data, seed, plan), plan, manifest.fingerprint, decoder)
 
 
-def _order(data: Data, parts: Sequence[Manifest], seed: int, global_batch: int) -> Order | Mixture:
+def _receive(data: Data, sets: Sequence[_Set], device: torch.device) -> Receive | None:
+    """What makes batches for a device of what loaders write; None: nothing needs to be done."""
+    if data.decode == "device":
+        bases = itertools.accumulate((s.plan.order.samples for s in sets), initial=0)
+        images = {s.prefix: Encoded(s.decoder, base) for s, base in zip(sets, bases, strict=False) if s.decoder}
+        return DeviceImages(images, device)
+    return pinned if device.type == "cuda" else None
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """A seed for a data set beside the first."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _parts(manifest: Manifest) -> Sequence[Manifest]:
+    """The sources of a data set that is mixed of several."""
+    return manifest.parts if isinstance(manifest, Joined) else (manifest,)
+
+
+def _order(data: Data, manifest: Manifest, seed: int, global_batch: int) -> Order | Mixture:
     """The order of one source, or of several."""
     sources = () if isinstance(data.train, str) else data.train
-    orders = []
+    orders: list[Order] = []
+    parts = _parts(manifest)
     for part, share in zip(parts, shares(global_batch, [s.weight for s in sources] or [1.0]), strict=True):
         if share > part.samples:
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,21 @@ def read_tokenizer(manifest: Manifest, captions: Captions) -> bytes:
     return content
 
 
+class EmptyText(ValueError):
+    """A text of nothing but white space."""
+
+
+class Tokens(NamedTuple):
+    """A text as the field "text"."""
+
+    row: np.ndarray
+    """int64[length]."""
+    length: int
+    """Tokens before the padding."""
+    is_cut: bool
+    """The text was longer."""
+
+
 class TextDecoder:
     """Texts of a batch: start, tokens, end, padding.
 
@@ -62,7 +77,7 @@ class TextDecoder:
         self._seed = seed
         self._tokenizer: Any = None
         self.sha256 = hashlib.sha256(content).hexdigest()
-        start = [] if captions.start is None else [self._special("start", captions.start)]
+        start = [self._special("start", captions.start)] if captions.start else []
         self._start, self._end = start, self._special("end", captions.end)
         self._pad = self._special("pad", captions.pad)
 
@@ -90,23 +105,25 @@ class TextDecoder:
                 return name
         return next(reversed(weights))
 
-    def decode(self, data: memoryview) -> tuple[np.ndarray, int]:
-        """A text to int64[length], and the number of tokens before the padding.
+    def decode(self, data: memoryview) -> Tokens:
+        """A text to tokens.
 
         Raises:
-            ValueError: not UTF-8, or nothing but white space.
+            EmptyText: nothing but white space.
+            ValueError: not UTF-8.
         """
         try:
             text = bytes(data).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
         if not text.strip():
-            raise ValueError("an empty text")
+            raise EmptyText("an empty text")
         room = self._captions.length - len(self._start) - 1
-        tokens = [*self._start, *self._library().encode(text, add_special_tokens=False).ids[:room], self._end]
+        words = self._library().encode(text, add_special_tokens=False).ids
+        tokens = [*self._start, *words[:room], self._end]
         row = np.full(self._captions.length, self._pad, np.int64)
         row[: len(tokens)] = tokens
-        return row, len(tokens)
+        return Tokens(row, len(tokens), len(words) > room)
 
     def _library(self) -> Any:
         if self._tokenizer is None:

@@ -29,7 +29,8 @@ import torch
 
 from pipeline.core.errors import DataError
 from pipeline.core.protocols import Batch
-from pipeline.data.assemble import Arrays, Assembler, Bad, Column
+from pipeline.data.assemble import Arrays, Column, Filled, Filler
+from pipeline.data.device import Receive, copied
 
 _BUFFERS = 2
 _ALIGN = 64
@@ -55,8 +56,7 @@ class _Made(NamedTuple):
 
     generation: int
     buffer: int
-    samples: int
-    bad: list[Bad]
+    filled: Filled
 
 
 class _Failed(NamedTuple):
@@ -68,10 +68,10 @@ class _Failed(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A micro-batch and what was replaced in it."""
+    """A micro-batch and how it came to be."""
 
     batch: Batch
-    bad: list[Bad]
+    filled: Filled
 
 
 def _views(memory: memoryview, columns: dict[str, Column], rows: int) -> tuple[Arrays, int]:
@@ -94,7 +94,7 @@ def _buffers(memory: mmap.mmap, columns: dict[str, Column], rows: int, workers: 
     return [[_views(p, columns, rows)[0] for p in parts[w * _BUFFERS : (w + 1) * _BUFFERS]] for w in range(workers)]
 
 
-def _work(worker: int, workers: int, assembler: Assembler, rank: Connection, buffers: list[Arrays]) -> None:
+def _work(worker: int, workers: int, assembler: Filler, rank: Connection, buffers: list[Arrays]) -> None:
     """The life of one loader process."""
     count = assembler.plan.count
     generation, number, free = -1, None, []
@@ -113,13 +113,13 @@ def _work(worker: int, workers: int, assembler: Assembler, rank: Connection, buf
                 number = None
         buffer = free.pop(0)
         try:
-            samples, bad = assembler.fill(number, buffers[buffer])
+            filled = assembler.fill(number, buffers[buffer])
         except DataError as error:
             answer = _Failed(generation, str(error), is_bug=False)
         except Exception:
             answer = _Failed(generation, traceback.format_exc(), is_bug=True)
         else:
-            answer = _Made(generation, buffer, samples, bad)
+            answer = _Made(generation, buffer, filled)
         number = number + workers if isinstance(answer, _Made) else None
         if number is not None and count is not None and number >= count:
             number = None
@@ -135,7 +135,7 @@ def nursery(control: int, memory: int, pipes: Sequence[int], rows: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     rank = Connection(control)
     try:
-        assembler: Assembler = rank.recv()
+        assembler: Filler = rank.recv()
     except EOFError:
         return
     torch.set_num_threads(1)
@@ -199,10 +199,12 @@ class Workers:
     Args:
         assembler: what they run; sent to them by pickling.
         workers: how many, at least 1.
+        receive: makes a batch of what they write.
     """
 
-    def __init__(self, assembler: Assembler, workers: int) -> None:
+    def __init__(self, assembler: Filler, workers: int, receive: Receive = copied) -> None:
         self._plan = assembler.plan
+        self._receive = receive
         self._generation = 0
         size = _views(memoryview(b""), assembler.columns, self._plan.size)[1]
         descriptor = os.memfd_create("sluice-loader")
@@ -241,11 +243,11 @@ class Workers:
         while self._plan.count is None or number < self._plan.count:
             assert generation == self._generation, "another call of batches() has taken the workers over"
             worker = number % len(self._pipes)
-            made = self._receive(worker)
+            made = self._answer(worker)
             arrays = self._buffers[worker][made.buffer]
-            batch = {name: torch.from_numpy(array[: made.samples].copy()) for name, array in arrays.items()}
+            batch = self._receive({name: array[: made.filled.samples] for name, array in arrays.items()})
             self._send(worker, _Free(generation, made.buffer))
-            yield Made(batch, made.bad)
+            yield Made(batch, made.filled)
             number += 1
 
     def _send(self, worker: int, message: _Start | _Free) -> None:
@@ -254,7 +256,7 @@ class Workers:
         except OSError as error:
             raise self._death(worker) from error
 
-    def _receive(self, worker: int) -> _Made:
+    def _answer(self, worker: int) -> _Made:
         """The worker's next micro-batch of this generation."""
         while True:
             try:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.core.digest import data_digest
+from pipeline.core.digest import batch_digest
 from pipeline.core.protocols import Batch, Clock, StepOutput
 from pipeline.dist.group import sum_over_ranks
 from pipeline.record.beats import Pulse
@@ -73,7 +73,7 @@ class Meter:
         """Take in one micro-batch."""
         self._names = list(output.metrics)
         self._outputs.append(torch.stack([v.detach().float() for v in (output.loss, *output.metrics.values())]))
-        self._digest += data_digest(batch["id"])
+        self._digest += batch_digest(batch)
 
     def end_step(self, norm: Tensor, samples: int) -> None:
         """Close the step: the mean over the micro-batches."""

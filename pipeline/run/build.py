@@ -73,13 +73,14 @@ def build_stream(config: RunConfig, manifest: Manifest, plan: Plan, place: Place
         micro_batch=plan.micro_batch,
         rank=place.rank,
         world=place.world_size,
+        device=place.device,
     )
 
 
 def sample_batch(config: RunConfig, manifest: Manifest) -> Batch:
     """A few samples, the same on every rank and in every attempt: for showcases, and to check what comes."""
     count = min(SHOWN, manifest.samples)
-    data = config.data.model_copy(update={"workers": 0, "lanes": None})
+    data = config.data.model_copy(update={"workers": 0, "lanes": None, "decode": "loader"})
     few = open_stream(data, manifest, seed=config.run.seed, global_batch=count, micro_batch=count, rank=0, world=1)
     with closing(few):
         return next(few.batches(0))[0]

@@ -17,7 +17,7 @@ from pipeline.core import manifest as manifests
 from pipeline.core.contract import check_batch
 from pipeline.core.protocols import Batch, Clock, StepContext, Stream
 from pipeline.data.stream import facts
-from pipeline.dist.group import Place, process_group
+from pipeline.dist.group import Place, process_group, sum_over_ranks
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CheckpointStore
@@ -65,6 +65,9 @@ class Job:
         """One line of metrics, and this rank's bad samples."""
         line = self.meter.line(clock, self.learning_rate(clock.samples - self.plan.global_batch))
         line["epoch"] = clock.step / self.plan.steps_per_epoch
+        events = self.stream.events()
+        counts = sum_over_ranks(torch.tensor([*events.values()], device=self.place.device)).tolist()
+        line |= dict(zip(events, counts, strict=True))
         if self.recorder is not None:
             self.recorder.log(line.pop("step"), line)
         bad = self.stream.ledger()

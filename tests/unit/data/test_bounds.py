@@ -30,11 +30,11 @@ def test_a_micro_batch_is_read_within_the_budget(tmp_path, size, count):
     arrays = {name: np.empty((count, *c.shape), c.dtype) for name, c in assembler.columns.items()}
     assembler.fill(0, arrays)
     tracemalloc.start()
-    filled, bad = assembler.fill(0, arrays)
+    filled = assembler.fill(0, arrays)
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assembler.close()
-    assert filled == count and not bad and arrays["label"].tolist() == [i % 7 for i in range(count)]
+    assert filled.samples == count and not filled.bad and arrays["label"].tolist() == [i % 7 for i in range(count)]
     assert held < 9 * MB
 
 

@@ -1,13 +1,13 @@
 """Kills and changes of world size, by real processes, against one undisturbed run."""
 
 import json
-import multiprocessing as mp
 import os
 import signal
 import time
 from pathlib import Path
 
 from pipeline.core.manifest import load
+from tests.ranks import forkserver
 from tests.unit.data.shards import write_data
 from tests.unit.data.test_stream import open_rank, steps_of
 
@@ -39,7 +39,7 @@ def finished(notes: list[str]) -> list[dict[int, list]]:
 def test_kills_and_other_world_sizes_lose_and_repeat_nothing(tmp_path):
     folder = tmp_path / "data"
     write_data(folder, SIZES)
-    context, at, delivered = mp.get_context("forkserver"), 0, []
+    context, at, delivered = forkserver(), 0, []
     for stage, (world, workers, length) in enumerate(SCHEDULE):
         notes = [str(tmp_path / f"{stage}-{rank}") for rank in range(world)]
         ranks = [

@@ -195,7 +195,7 @@ def test_bad_samples_are_replaced_and_noted_whatever_the_ranks(tmp_path):
         zip(planned[differs].tolist(), delivered[differs].tolist(), strict=True)
     )
     line = next(line for line in lines if line["id"] == 17)
-    assert line["shard"] == "x-000004.tar" and line["key"] == "000017" and line["epoch"] == 0
+    assert line["shard"] == f"{tmp_path}/x-000004.tar" and line["key"] == "000017" and line["epoch"] == 0
     assert "not a readable image" in line["reason"] and json.dumps(line)
     assert stream.ledger() == []
     assert not set(delivered.tolist()) & bad

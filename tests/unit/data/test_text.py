@@ -28,14 +28,14 @@ def tokenizer(words=WORDS) -> bytes:
 
 
 def decode(text: str, **settings):
-    row, length = TextDecoder(Captions(length=7, **settings), tokenizer(), 0).decode(memoryview(text.encode()))
-    return row.tolist(), length
+    tokens = TextDecoder(Captions(length=7, **settings), tokenizer(), 0).decode(memoryview(text.encode()))
+    return tokens.row.tolist(), tokens.length
 
 
 def test_start_end_padding_and_length():
     assert decode("a red cat") == ([1, 4, 5, 6, 2, 0, 0], 5)
     assert decode("a dog") == ([1, 4, 3, 2, 0, 0, 0], 4)
-    assert decode("a red cat", start=None) == ([4, 5, 6, 2, 0, 0, 0], 4)
+    assert decode("a red cat", start="") == ([4, 5, 6, 2, 0, 0, 0], 4)
     assert decode("a cat", pad="<end_of_text>") == ([1, 4, 6, 2, 2, 2, 2], 4)
 
 
@@ -104,6 +104,17 @@ def test_stream_of_texts(folder):
     assert all(lengths == ({4, 8} if i % 2 else {4}) for i, lengths in seen.items() if i not in (5, 0, 1, 2, 3, 4))
     lines = plain.ledger()
     assert {line["id"] for line in lines} == {5} and "field 'caption': an empty text" in lines[0]["reason"]
+    # Sample 5 has its own empty caption or its good long one; six passes over twelve samples, none of them too long.
+    assert plain.events() == {"replaced_samples": len(lines), "truncated_texts": 0, "empty_texts": len(lines)}
+    assert plain.events() == {"replaced_samples": 0, "truncated_texts": 0, "empty_texts": 0}
+
+
+@pytest.mark.parametrize("length", [6, 7, 8])
+def test_truncated_texts_are_counted(folder, length):
+    """Two passes over twelve samples: six long texts of six words in each, which fill eight places."""
+    stream = open_text(folder, length=length, fields={"long": 1, "caption": 1e-9})
+    list(itertools.islice(stream.batches(0), 2))
+    assert stream.events() == {"replaced_samples": 0, "truncated_texts": 12 if length < 8 else 0, "empty_texts": 0}
 
 
 def test_tokenizer_is_part_of_the_state(folder):
@@ -129,4 +140,4 @@ def test_missing_and_changed_tokenizers(folder, tmp_path):
 
 
 def test_row_is_int64():
-    assert TextDecoder(Captions(), tokenizer(), 0).decode(memoryview(b"a"))[0].dtype == np.int64
+    assert TextDecoder(Captions(), tokenizer(), 0).decode(memoryview(b"a")).row.dtype == np.int64

@@ -1,0 +1,40 @@
+"""Several data sets in one batch, side by side: labelled and unlabelled images, for example."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pipeline.data.assemble import Arrays, Assembler, Bad, Filled
+
+
+class Together:
+    """Fills a micro-batch from several assemblers, each with its own columns; see :class:`Assembler`.
+
+    Args:
+        parts: prefix of the columns to assembler; their plans have micro-batches of the same size.
+    """
+
+    def __init__(self, parts: Mapping[str, Assembler]) -> None:
+        self._parts = dict(parts)
+        self.plan = next(iter(self._parts.values())).plan
+        self.columns = {prefix + name: c for prefix, part in parts.items() for name, c in part.columns.items()}
+
+    def fill(self, number: int, arrays: Arrays) -> Filled:
+        """See :meth:`Assembler.fill`. Ids go on where those of the part before end."""
+        samples, base = 0, 0
+        bad: list[Bad] = []
+        events: Counter[str] = Counter()
+        for prefix, part in self._parts.items():
+            filled = part.fill(number, {name: arrays[prefix + name] for name in part.columns})
+            arrays[prefix + "id"][: filled.samples] += base
+            bad += [replace(b, id=b.id + base, substitute=b.substitute + base) for b in filled.bad]
+            events.update(filled.events)
+            samples, base = filled.samples, base + part.samples
+        return Filled(samples, bad, events)
+
+    def close(self) -> None:
+        """Release files."""
+        for part in self._parts.values():
+            part.close()

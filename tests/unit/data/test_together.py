@@ -1,0 +1,160 @@
+"""Data sets side by side in one batch, as adaptation wants them: each with its own exact cursor."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.schema import Beside, Data, Image
+from pipeline.core.contract import check_batch
+from pipeline.core.digest import batch_digest, data_digest
+from pipeline.core.errors import CheckpointError, ConfigError, DataError
+from pipeline.core.manifest import load
+from pipeline.data.order import Order
+from pipeline.data.stream import open_stream
+from tests.unit.data.shards import members, picture, write_data
+from tests.unit.data.test_stream import assert_same, spoil
+
+SOURCE, TARGET = [5, 0, 9, 1, 20, 13], [12, 7, 3]
+IMAGE = Image(size=8)
+
+
+def unlabelled(number):
+    return {"png": members(number + 500)["png"] if number != 4 else b"<html>"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    write_data(source, SOURCE, spoil({30}))
+    write_data(target, TARGET, unlabelled, {"image": ("png",)})
+    return str(source), str(target)
+
+
+def open_pair(folders, *, rank=0, world=1, micro=2, batch=8, image=None, seed=1, **settings):
+    source, target = folders
+    settings = {"image": IMAGE, "workers": 0, "tail": "endless", "lanes": 4, "max_bad": 1} | settings
+    beside = {"target": Beside(path=target, image=image)}
+    data = Data(train=source, fields=("image", "label"), beside=beside, **settings)
+    return open_stream(data, load(source), seed=seed, global_batch=batch, micro_batch=micro, rank=rank, world=world)
+
+
+def steps_of(folders, first, count, *, world=1, **settings):
+    """Global batches, put together from all ranks."""
+    parts = []
+    for rank in range(world):
+        stream = open_pair(folders, rank=rank, world=world, **settings)
+        parts.append(list(itertools.islice(stream.batches(first), count)))
+        stream.close()
+    return [
+        {key: torch.cat([micro[key] for part in parts for micro in part[step]]) for key in parts[0][0][0]}
+        for step in range(count)
+    ]
+
+
+def test_a_batch_holds_both_under_names_of_their_own(folders):
+    needs = {
+        "image": "uint8[B,3,8,8]",
+        "label": "int64[B]",
+        "target_image": "uint8[B,3,6,4]",
+        "target_id": "int64[B]",
+        "target_epoch": "int64[B]",
+    }
+    (batch, *_) = next(open_pair(folders, image=Image(size=(6, 4))).batches(0))
+    check_batch(needs, batch, "adapt")
+    assert set(batch) == {*needs, "id", "epoch"}
+    assert (batch["id"] < 48).all() and (batch["target_id"] >= 48).all()
+    with pytest.raises(ConfigError, match="'target_label' is not in the batch"):
+        check_batch({"target_label": "int64[B]"}, batch, "adapt")
+
+
+def test_each_has_its_own_exact_cursor(folders):
+    """Samples of an epoch come once each, whatever the other data set's size; the bad ones are replaced."""
+    batches = steps_of(folders, 0, 18)
+    for prefix, base, count, bad in (("", 0, 48, {30}), ("target_", 48, 22, {4})):
+        ids, epochs = (torch.cat([b[prefix + name] for b in batches]).numpy() for name in ("id", "epoch"))
+        for epoch in range(2):
+            mine = ids[epochs == epoch] - base
+            assert len(mine) == count
+            assert sorted(set(range(count)) - set(mine)) == sorted(bad)
+    order = Order(np.array(load(folders[0]).starts), 1, 8, 4, 4, "endless")
+    planned = np.concatenate([order.batch(t, 0, 8).id for t in range(6)])
+    delivered = torch.cat([b["id"] for b in batches[:6]]).numpy()
+    assert (planned != delivered).sum() == 1
+
+
+def test_target_pictures_are_the_targets(folders):
+    """Independently decoded: the red of an upright picture tells its number."""
+    batches = steps_of(folders, 0, 4, image=Image(size=(24, 20), crop="resize"))
+    for batch in batches:
+        for number, image in zip(batch["target_id"].tolist(), batch["target_image"], strict=True):
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), picture(number - 48 + 500))
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (8, 0), (1, 1)])
+def test_ranks_and_processes_change_nothing(folders, world, workers):
+    assert_same(steps_of(folders, 0, 5), steps_of(folders, 0, 5, world=world, micro=1, workers=workers))
+
+
+def test_resume_at_other_world_sizes(folders):
+    """The concatenation over kills equals one undisturbed run, in ids and pixels of both."""
+    whole, at, pieces = steps_of(folders, 0, 9), 0, []
+    for world, length in ((1, 2), (4, 3), (2, 1), (8, 3)):
+        pieces += steps_of(folders, at, length, world=world, micro=1)
+        at += length
+    assert_same(whole, pieces)
+
+
+def test_pairs_are_not_the_same_in_every_epoch(tmp_path):
+    """Two data sets of the same shape: an order from the same seed would pair sample i with sample i for ever."""
+    for name in ("a", "b"):
+        write_data(tmp_path / name, [6, 6, 6, 6])
+    folders = str(tmp_path / "a"), str(tmp_path / "b")
+    pairs = [
+        (i, j - 24)
+        for batch in steps_of(folders, 0, 6, lanes=1, max_bad=0)
+        for i, j in zip(batch["id"].tolist(), batch["target_id"].tolist(), strict=True)
+    ]
+    assert sum(i == j for i, j in pairs) < 12 and len(set(pairs)) > 36
+
+
+def test_digest_covers_both(folders):
+    batch = steps_of(folders, 0, 1)[0]
+    expected = data_digest(batch["id"]) + data_digest(batch["target_id"])
+    assert torch.equal(batch_digest(batch), expected)
+    changed = batch | {"target_id": batch["target_id"].roll(1).clone()}
+    changed["target_id"][0] += 1
+    assert not torch.equal(batch_digest(changed), expected)
+
+
+def test_ledger_and_events_cover_both(folders):
+    stream = open_pair(folders)
+    list(itertools.islice(stream.batches(0), 6))
+    noted = stream.ledger()
+    assert stream.events() == {"replaced_samples": len(noted)} and stream.events() == {"replaced_samples": 0}
+    lines = {line["id"]: line for line in noted}
+    assert set(lines) == {30, 52}
+    assert lines[52]["shard"].startswith(folders[1]) and 48 <= lines[52]["substitute"] < 70
+    assert lines[30]["shard"].startswith(folders[0]) and lines[30]["substitute"] < 48
+
+
+def test_state_covers_both(folders, tmp_path):
+    state = open_pair(folders).state(3)
+    open_pair(folders, rank=1, world=2).check(state)
+    write_data(tmp_path, TARGET, lambda n: members(n), {"image": ("png",)})
+    with pytest.raises(CheckpointError, match=r"target_manifest: checkpoint"):
+        open_pair((folders[0], str(tmp_path))).check(state)
+    alone = Data(train=folders[0], fields=("image", "label"), image=IMAGE, workers=0, tail="endless", lanes=4)
+    stream = open_stream(alone, load(folders[0]), seed=1, global_batch=8, micro_batch=2, rank=0, world=1)
+    with pytest.raises(CheckpointError, match=r"target_manifest: checkpoint .*, now None"):
+        stream.check(state)
+
+
+def test_refusals(folders, tmp_path):
+    with pytest.raises(DataError, match=r"no manifest at .*nowhere"):
+        open_pair((folders[0], str(tmp_path / "nowhere")))
+    with pytest.raises(ConfigError, match=r"global_batch = 32 takes 32 samples of .*, which has 22"):
+        open_pair(folders, batch=32)
+    with pytest.raises(ValueError, match="beside"):
+        Data(train="x", beside={"My target": Beside(path="y")})
