@@ -93,6 +93,7 @@ def train(
 ) -> None:
     """Train on this machine, or on several; resumes when the run folder holds a checkpoint."""
     from launch import local
+    from launch.control import note_start
     from launch.hosts import by_hand
     from pipeline.config.load import load_run
     from pipeline.core.errors import LaunchError
@@ -101,12 +102,14 @@ def train(
     if hostfile is not None:
         if master is not None or nodes > 1 or procs > 1:
             raise LaunchError("--hostfile says which hosts and how many ranks; leave --procs, --nodes, --master out")
+        note_start(Path(checked.run.folder), sys.argv[1:])
         raise typer.Exit(local.train_hosts(checked, config, overrides, hostfile))
     if nodes > 1 and master is None:
         raise LaunchError("several hosts need --master ADDRESS[:PORT] of host 0, the same on each")
     if master is not None:
         part = by_hand(master, nodes, node_rank, procs)
         raise typer.Exit(local.train_part(checked, config, overrides, part))
+    note_start(Path(checked.run.folder), sys.argv[1:])
     raise typer.Exit(local.train(checked, config, overrides, procs))
 
 
@@ -179,6 +182,58 @@ def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Ru
     _become(["report", *(word for run in runs for word in ("--run", str(_run_and_checkpoint(run)[0])))])
 
 
+Run = Annotated[Path, typer.Argument(help="Run folder.")]
+
+
+@app.command("status")
+def status(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; left out: all below runs/.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds.")] = False,
+) -> None:
+    """Show where runs are: queued, running, finished or failed, how far, how fast, what is wrong."""
+    from launch import status as module
+
+    module.show(runs or [], watch)
+
+
+@app.command("logs")
+def logs(
+    run: Run,
+    rank: Annotated[int, typer.Option(min=0, help="Whose output.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes.")] = False,
+) -> None:
+    """Print what a rank has printed in its last attempt."""
+    from launch.control import read_log
+
+    for part in read_log(run, rank, follow):
+        sys.stdout.buffer.write(part)
+        sys.stdout.flush()
+
+
+@app.command("cancel")
+def cancel(run: Run) -> None:
+    """Ask a run to save and end, in SLURM or here."""
+    from launch.control import cancel as ask
+
+    typer.echo(ask(run))
+
+
+@app.command("resume")
+def resume(run: Run) -> None:
+    """Go on with a run that was stopped or died: give the command again that began it."""
+    from launch.control import resume as go_on
+
+    go_on(run)
+
+
+@app.command("board")
+def board(run: Run, port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine.")] = 6006) -> None:
+    """Show a run's curves in TensorBoard, to this machine alone."""
+    from launch.control import board as show
+
+    show(run, port)
+
+
 def _run_and_checkpoint(path: Path) -> tuple[Path, Path | None]:
     """The run folder (it holds config.toml) and the checkpoint inside it that ``path`` names, if any."""
     from pipeline.core.errors import LaunchError
@@ -204,3 +259,6 @@ def main() -> None:
     except SluiceError as error:
         print(f"sluice: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # `sluice logs ... | head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        sys.exit(1)

@@ -16,13 +16,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pipeline
-from pipeline.config.load import dump
-from pipeline.config.resolve import Plan
-from pipeline.config.schema import RunConfig
 from pipeline.core.manifest import replace_file
+
+if TYPE_CHECKING:
+    from pipeline.config.resolve import Plan
+    from pipeline.config.schema import RunConfig
 
 CONFIG_FILE = "config.toml"
 FILE = "provenance.json"
@@ -37,6 +38,8 @@ def write(folder: str | os.PathLike[str], config: RunConfig, plan: Plan) -> None
         config: the run, every default filled in.
         plan: the run in numbers.
     """
+    from pipeline.config.load import dump  # not above: `sluice status` reads, and need not wait for it
+
     folder = Path(folder)
     commit, diff = code_state(Path(pipeline.__file__).parent)
     changes = f"code-{hashlib.sha256(diff).hexdigest()[:12]}.diff" if diff else None

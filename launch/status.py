@@ -1,0 +1,277 @@
+"""``sluice status``: where runs are, in SLURM and by their own word, from small files and without a framework."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launch import history
+from launch.history import Attempt, Submitted
+from pipeline.config import provenance
+from pipeline.config.exitcodes import CONFIG, NONFINITE
+from pipeline.core.errors import LaunchError
+from pipeline.record import logs, metrics
+from pipeline.record.beats import Beat, read_beats
+from pipeline.record.files import number
+from pipeline.record.formats import duration, short
+from pipeline.record.state import FILE as STATE
+from pipeline.record.state import State, read_state
+
+TAIL_BYTES = 1 << 16
+SILENT_SECONDS = 120.0
+"""A run on another machine that has said nothing for so long, and for 10 of its steps, is not called running."""
+ERRORS_SHOWN = 4
+ROOT = Path("runs")
+WATCH_SECONDS = 2.0
+_MEANING = {CONFIG: "something to mend", NONFINITE: "not finite", 1: "a crash"}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is known of a run."""
+
+    run: Path
+    phase: str
+    """"queued", "running", "saved", "finished", "failed", "died" or "not started"."""
+    detail: str
+    """More on it, in words; may be empty."""
+    line: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The last line of its metrics."""
+    total_steps: int | None = None
+    checkpoint: tuple[int, float] | None = None
+    """Step and age in seconds of the newest."""
+    behind: str = ""
+    errors: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    """Last error of each rank: text to ranks."""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to its end at its last speed."""
+        if self.phase != "running" or not self.line or self.total_steps is None:
+            return None
+        return (self.total_steps - self.line["step"]) * self.line["step_seconds"]
+
+
+def find_runs(root: Path) -> list[Path]:
+    """The run folders below ``root``."""
+    return sorted(_runs_in(root)) if root.is_dir() else []
+
+
+def _runs_in(folder: Path) -> Iterator[Path]:
+    if is_run(folder):
+        yield folder
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _runs_in(Path(entry.path))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun there, or was submitted."""
+    return (folder / STATE).is_file() or (folder / history.FOLDER / history.FILE).is_file()
+
+
+def check_run(folder: Path) -> None:
+    """Be sure that it is one.
+
+    Raises:
+        LaunchError: it is not.
+    """
+    if not is_run(folder):
+        raise LaunchError(f"{folder} is no run folder: neither {STATE} nor a submitted job is there")
+
+
+def job_states(jobs: Iterable[str]) -> dict[str, str]:
+    """Jobs that SLURM still has, with their states; none where there is no SLURM.
+
+    Raises:
+        LaunchError: SLURM is there but does not answer.
+    """
+    wanted = set(jobs)
+    if not wanted or shutil.which("squeue") is None:
+        return {}
+    command = ["squeue", "--noheader", "--me", "--format=%F %T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"squeue does not answer: {str(error.stderr or error).strip()}") from error
+    rows = [line.split() for line in done.stdout.splitlines()]
+    return {job: state for job, state in rows if job in wanted}
+
+
+def read_status(runs: Sequence[Path]) -> list[Status]:
+    """Of each run."""
+    known = {run: history.read(run) for run in runs}
+    last = {run: next((e.job for e in reversed(k) if isinstance(e, Submitted)), None) for run, k in known.items()}
+    states = job_states(job for job in last.values() if job is not None)
+    return [_status(run, known[run], last[run], states) for run in runs]
+
+
+def _status(run: Path, entries: Sequence[Submitted | Attempt], job: str | None, states: dict[str, str]) -> Status:
+    state, beats = read_state(run), read_beats(run)
+    line = last_line(run)
+    phase, detail = _phase(state, beats, job, states.get(job or ""))
+    again = sum(isinstance(e, Attempt) and e.job == job and e.decision == "requeue" for e in entries)
+    if again:
+        detail = "; ".join(filter(None, [detail, f"requeued {again} {'time' if again == 1 else 'times'}"]))
+    plan = provenance.read(run).get("plan", {})
+    errors: dict[str, list[int]] = {}
+    if phase != "finished":
+        for rank in logs.log_ranks(run):
+            if (text := logs.last_error(run, rank)) is not None:
+                errors.setdefault(text, []).append(rank)
+    if state is not None and state.outcome == "failed" and state.error and not errors:
+        errors[state.error] = []
+    behind = rank_behind(beats) if phase == "running" else ""
+    return Status(run, phase, detail, line, plan.get("total_steps"), newest_checkpoint(run), behind, errors)
+
+
+def _phase(state: State | None, beats: list[Beat], job: str | None, queued: str | None) -> tuple[str, str]:
+    if queued is not None:
+        where = f"SLURM job {job} is {queued.lower()}"
+        running = queued in ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED")
+        return ("running" if running else "queued"), where
+    if state is None:
+        return "not started", f"SLURM job {job} is gone from the queue" if job else ""
+    if state.outcome == "finished":
+        return "finished", ""
+    if state.outcome == "requeue":
+        return "saved", f"at step {state.step} (exit code {state.exit_code}); `sluice resume` goes on"
+    if state.outcome == "failed":
+        code = state.exit_code
+        return "failed", f"exit code {code}, {_MEANING.get(code or 0, 'unknown')}"
+    return ("running", "") if alive(beats, state) else ("died", "without a word; `sluice resume` goes on")
+
+
+def alive(beats: Sequence[Beat], state: State) -> bool:
+    """Whether some rank still lives: by its process on this machine, by what it said lately on others."""
+    here = socket.gethostname()
+    own = [b for b in beats if b.host == here and b.attempt == state.attempt]
+    if any(Path(f"/proc/{b.pid}").exists() for b in own):
+        return True
+    spoken = [b for b in beats if b.attempt == state.attempt and b.host != here]
+    if not own and not spoken:  # it has only begun
+        return time.time() - datetime.fromisoformat(state.time).timestamp() < SILENT_SECONDS
+    return any(time.time() - max(b.time, b.alive or 0) < silence(b) for b in spoken)
+
+
+def silence(beat: Beat) -> float:
+    """Seconds without a word after which a rank on another machine is not believed to live."""
+    return max(SILENT_SECONDS, 10 * (beat.step_seconds or 0.0))
+
+
+def rank_behind(beats: Sequence[Beat]) -> str:
+    """Those that the others wait for: at an earlier step, or still without their batch. Empty if all are level."""
+    order = {b.rank: (b.step, b.phase != "data") for b in beats}
+    if not order or min(order.values()) == max(order.values()):
+        return ""
+    late = [b for b in beats if order[b.rank] == min(order.values())]
+    if 2 * len(late) > len(beats):
+        return ""
+    first = max(late, key=lambda b: time.time() - b.time)
+    more = f" (and {len(late) - 1} more)" if len(late) > 1 else ""
+    since = duration(max(0.0, time.time() - first.time))
+    front = max(b.step for b in beats)
+    return f"rank {first.rank} on {first.host}{more}: in {first.phase!r} of step {first.step} of {front} for {since}"
+
+
+def last_line(run: Path) -> dict[str, Any]:
+    """The last whole line of the metrics; empty before the first."""
+    try:
+        with open(run / metrics.FILE, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        try:
+            return {name: number(value) for name, value in json.loads(line).items()}
+        except ValueError:  # torn by a kill
+            continue
+    return {}
+
+
+def newest_checkpoint(run: Path) -> tuple[int, float] | None:
+    """Step and age in seconds of the newest checkpoint folder, whole or not."""
+    folders = [p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    if not folders:
+        return None
+    newest = max(folders, key=lambda p: int(p.name[5:]))
+    return int(newest.name[5:]), max(0.0, time.time() - newest.stat().st_mtime)
+
+
+def details(status: Status) -> str:
+    """A run in a few lines."""
+    line, rows = status.line, dict[str, str]()
+    if line:
+        total = f" of {status.total_steps:,} ({line['step'] / status.total_steps:.0%})" if status.total_steps else ""
+        rows["step"] = f"{line['step']:,}{total}, {line['samples']:,} samples, epoch {line['epoch']:.4g}"
+        rows["loss"] = short(line["loss"])
+        left = f", {duration(status.left)} left" if status.left is not None else ""
+        speed = f"{short(line['samples_per_second'], 3)} images/s"
+        rows["speed"] = f"{speed}, data wait {line['data_wait']:.0%}{left}"
+    if status.checkpoint:
+        rows["checkpoint"] = f"step {status.checkpoint[0]:,}, {duration(status.checkpoint[1])} old"
+    if status.behind:
+        rows["behind"] = status.behind
+    for index, (text, ranks) in enumerate(status.errors.items()):
+        if index == ERRORS_SHOWN:
+            rows["errors"] = f"{len(status.errors) - index} other ones; see `sluice logs`"
+            break
+        rows["error" + " " * index] = f"{_ranks(ranks)}: {text}" if ranks else text
+    head = f"{status.run}: {status.phase}" + (f", {status.detail}" if status.detail else "")
+    return "\n".join([head, *(f"  {name.strip():<12}{text}" for name, text in rows.items())])
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    few = ", ".join(map(str, ranks[:4]))
+    return f"rank {few}" if len(ranks) == 1 else f"ranks {few}" + (f" and {len(ranks) - 4} more" if ranks[4:] else "")
+
+
+def table(found: Sequence[Status]) -> str:
+    """Many runs, a line each."""
+    rows = [["run", "state", "step", "loss", "images/s", "left", ""]]
+    for s in found:
+        step = f"{s.line['step']:,}" + (f"/{s.total_steps:,}" if s.total_steps else "") if s.line else "-"
+        values = [short(s.line["loss"]), short(s.line["samples_per_second"], 3)] if s.line else ["-", "-"]
+        left = duration(s.left) if s.left is not None else "-"
+        rows.append([str(s.run), s.phase, step, *values, left, s.detail])
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]).rstrip() for row in rows
+    )
+
+
+def text_of(runs: Sequence[Path]) -> str:
+    """What `sluice status` prints."""
+    found = read_status(runs)
+    return details(found[0]) if len(found) == 1 else table(found)
+
+
+def show(runs: Sequence[Path], watch: bool) -> None:
+    """Print the status of ``runs``, or of all below runs/; again and again if ``watch``, until interrupted.
+
+    Raises:
+        LaunchError: one of them is no run folder, or SLURM does not answer.
+    """
+    for run in runs:
+        check_run(run)
+    while True:
+        chosen = list(runs) or find_runs(ROOT)
+        text = text_of(chosen) if chosen else f"no runs in {ROOT}/"
+        if not watch:
+            print(text)
+            return
+        clear = "\x1b[H\x1b[J" if sys.stdout.isatty() else ""
+        print(f"{clear}{datetime.now().strftime('%H:%M:%S')}\n{text}", flush=True)
+        time.sleep(WATCH_SECONDS)

@@ -1,0 +1,118 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.control import cancel, note_start, read_log, resume_command
+from pipeline.core.errors import LaunchError
+from pipeline.record.state import State, write_state
+from tests.unit.launch.test_status import beat, gone, run, slurm, submitted  # noqa: F401
+
+ROOT = Path(__file__).parents[3]
+
+
+def sluice(*words, **more):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "launch", *words], env=environment, text=True, **more)
+
+
+def test_the_log_of_the_last_attempt(run):  # noqa: F811
+    (run / "logs").mkdir()
+    (run / "logs" / "rank-00002.log").write_text("=== first\na\n=== second\nb\n")
+    assert b"".join(read_log(run, 2, follow=False)) == b"=== second\nb\n"
+    with pytest.raises(LaunchError, match=r"rank 1 of .* has no log; ranks 0 to 2 have one"):
+        list(read_log(run, 1, follow=False))
+
+
+def test_a_log_is_followed(run):  # noqa: F811
+    (run / "logs").mkdir()
+    log = run / "logs" / "rank-00000.log"
+    log.write_text("=== now\n")
+    with sluice("logs", str(run), "--follow", stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == "=== now\n"
+        with open(log, "a") as file:
+            file.write("later\n")
+        assert process.stdout.readline() == "later\n"  # hangs if it does not follow
+        process.terminate()
+
+
+def test_a_run_here_is_asked_by_its_stop_file(run):  # noqa: F811
+    assert "asked to stop" in cancel(run)
+    assert (run / "stop").exists()
+
+
+def test_a_job_is_cancelled_by_slurm(run, slurm):  # noqa: F811
+    submitted(run)
+    (slurm / "queue").write_text("7 RUNNING\n")
+    assert "SLURM job 7 is cancelled" in cancel(run)
+    assert (slurm / "said").read_text().splitlines()[-1] == "scancel 7"
+    assert not (run / "stop").exists()
+
+
+def test_nothing_to_cancel(run):  # noqa: F811
+    write_state(run, State("finished", 0, 100, 0))
+    with pytest.raises(LaunchError, match="neither queued nor running: finished"):
+        cancel(run)
+    assert not (run / "stop").exists()
+
+
+def test_the_command_that_began_a_run_goes_on_with_it(run, slurm, tmp_path, monkeypatch):  # noqa: F811
+    write_state(run, State("requeue", 75, 31, 0))
+    with pytest.raises(LaunchError, match="nobody noted how"):
+        resume_command(run)
+    monkeypatch.chdir(tmp_path)
+    note_start(run, ["train", "a b.toml", "--set", "x=$(y)"])
+    assert resume_command(run) == (str(tmp_path), ["train", "a b.toml", "--set", "x=$(y)"])
+    submitted(run)
+    assert resume_command(run) == (str(tmp_path), ["submit", "c.toml", "--nodes", "2"])
+    started = run / "launch" / "started.json"
+    started.write_text(json.dumps(json.loads(started.read_text()) | {"time": "2999-01-01"}))
+    assert resume_command(run)[1][0] == "train"
+
+
+def test_a_run_at_work_is_not_resumed(run, slurm):  # noqa: F811
+    with pytest.raises(LaunchError, match="is running: nothing to resume"):
+        resume_command(run)
+    write_state(run, State("finished", 0, 100, 0))
+    with pytest.raises(LaunchError, match="is finished: nothing to resume"):
+        resume_command(run)
+    submitted(run)
+    (slurm / "queue").write_text("7 PENDING\n")
+    with pytest.raises(LaunchError, match="is queued, SLURM job 7 is pending: nothing"):
+        resume_command(run)
+
+
+def test_resume_becomes_the_command(run, tmp_path):  # noqa: F811
+    for rank in (0, 1):
+        beat(run, rank, pid=gone())
+    (run / "launch").mkdir()
+    facts = {"time": "2026", "folder": str(tmp_path), "arguments": ["check", "no such.toml"]}
+    (run / "launch" / "started.json").write_text(json.dumps(facts))
+    with sluice("resume", str(run), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == f"in {tmp_path}: sluice check no such.toml\n" and "no such.toml" in err
+
+
+def test_tensorboard_listens_to_this_machine_alone(run):  # noqa: F811
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with sluice("board", str(run), "--port", str(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        deadline = time.monotonic() + 120
+        while not (found := listening(port)):
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        server.terminate()
+    assert found == {"0100007F"}
+
+
+def listening(port):
+    """Addresses, as /proc shows them, at which somebody listens at the port."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
