@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from launch import history
+from launch import history, slurm
 from launch.history import Submitted
 from launch.status import check_run, read_status
-from launch.supervise import STOP
+from launch.supervise import STOP, clear_stop
 from pipeline.config import provenance
 from pipeline.core.errors import LaunchError
 from pipeline.core.manifest import replace_file
@@ -59,18 +58,21 @@ def cancel(run: Path) -> str:
         raise LaunchError(f"{run} is neither queued nor running: {status.phase}")
     job = history.last_job(run)
     if job is not None and job in status.detail:
-        done = subprocess.run(["scancel", job], capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            raise LaunchError(f"scancel refused: {done.stderr.strip()}")
+        slurm.call("scancel", job)
         return f"SLURM job {job} is cancelled; if it was running, it saves first"
     (run / STOP).touch()
     return f"{run} is asked to stop; it saves first (watch it with `sluice status {run}`)"
 
 
 def note_start(run: Path, arguments: Sequence[str]) -> None:
-    """Keep the command that starts a run here, for :func:`resume`."""
+    """Keep the command that starts a run here, for :func:`resume`.
+
+    Raises:
+        LaunchError: the run folder cannot be written.
+    """
     text = json.dumps({"time": history.now(), "folder": os.getcwd(), "arguments": list(arguments)}, indent=1)
-    (run / STARTED).parent.mkdir(parents=True, exist_ok=True)
+    clear_stop(run)
+    (run / STARTED).parent.mkdir(exist_ok=True)
     replace_file(run / STARTED, text.encode() + b"\n")
 
 

@@ -6,16 +6,15 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch import history
+from launch import history, slurm
 from launch.history import Attempt, Submitted
 from pipeline.config import provenance
 from pipeline.config.exitcodes import CONFIG, NONFINITE
@@ -91,29 +90,16 @@ def check_run(folder: Path) -> None:
         raise LaunchError(f"{folder} is no run folder: neither {STATE} nor a submitted job is there")
 
 
-def job_states(jobs: Iterable[str]) -> dict[str, str]:
-    """Jobs that SLURM still has, with their states; none where there is no SLURM.
+def read_status(runs: Sequence[Path]) -> list[Status]:
+    """Of each run.
 
     Raises:
         LaunchError: SLURM is there but does not answer.
     """
-    wanted = set(jobs)
-    if not wanted or shutil.which("squeue") is None:
-        return {}
-    command = ["squeue", "--noheader", "--me", "--format=%F %T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise LaunchError(f"squeue does not answer: {str(error.stderr or error).strip()}") from error
-    rows = [line.split() for line in done.stdout.splitlines()]
-    return {job: state for job, state in rows if job in wanted}
-
-
-def read_status(runs: Sequence[Path]) -> list[Status]:
-    """Of each run."""
     known = {run: history.read(run) for run in runs}
     last = {run: next((e.job for e in reversed(k) if isinstance(e, Submitted)), None) for run, k in known.items()}
-    states = job_states(job for job in last.values() if job is not None)
+    jobs = [job for job in last.values() if job is not None]
+    states = slurm.states(jobs) if shutil.which("squeue") else {}
     return [_status(run, known[run], last[run], states) for run in runs]
 
 

@@ -48,7 +48,7 @@ def test_a_run_here_is_asked_by_its_stop_file(run):  # noqa: F811
 
 def test_a_job_is_cancelled_by_slurm(run, slurm):  # noqa: F811
     submitted(run)
-    (slurm / "queue").write_text("7 RUNNING\n")
+    (slurm / "queue").write_text("7 7 RUNNING\n")
     assert "SLURM job 7 is cancelled" in cancel(run)
     assert (slurm / "said").read_text().splitlines()[-1] == "scancel 7"
     assert not (run / "stop").exists()
@@ -82,7 +82,7 @@ def test_a_run_at_work_is_not_resumed(run, slurm):  # noqa: F811
     with pytest.raises(LaunchError, match="is finished: nothing to resume"):
         resume_command(run)
     submitted(run)
-    (slurm / "queue").write_text("7 PENDING\n")
+    (slurm / "queue").write_text("7 7 PENDING\n")
     with pytest.raises(LaunchError, match="is queued, SLURM job 7 is pending: nothing"):
         resume_command(run)
 

@@ -153,7 +153,7 @@ def test_a_run_in_the_queue(tmp_path, slurm):
     run = tmp_path / "runs" / "new"
     submitted(run, "6")
     submitted(run)
-    (slurm / "queue").write_text("7 PENDING\n")
+    (slurm / "queue").write_text("7 7 PENDING\n")
     assert (only(run).phase, only(run).detail) == ("queued", "SLURM job 7 is pending")
     assert "--me" in (slurm / "said").read_text()
     (slurm / "queue").write_text("")
@@ -165,14 +165,14 @@ def test_a_run_that_was_queued_again(run, slurm):
     for number, decision in enumerate(["restart", "requeue", "requeue"]):
         t = history.now()
         history.append(run, Attempt("7", number, ["n1"], t, t, 1, 31, decision, "it crashed"))
-    (slurm / "queue").write_text("7 RUNNING\n8 RUNNING\n")
+    (slurm / "queue").write_text("7 9 RUNNING\n8 8 RUNNING\n")
     assert (only(run).phase, only(run).detail) == ("running", "SLURM job 7 is running; requeued 2 times")
 
 
 def test_slurm_that_does_not_answer(run, slurm):
     submitted(run)
     (slurm / "squeue").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
-    with pytest.raises(LaunchError, match="squeue does not answer: no controller"):
+    with pytest.raises(LaunchError, match="squeue refused: no controller"):
         read_status([run])
 
 
