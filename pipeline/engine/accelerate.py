@@ -7,7 +7,6 @@ resumed run adds in another order than an undisturbed one and differs in the las
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,7 +91,7 @@ class AccelerateEngine(BaseEngine):
     @override
     def update(self, lr: float) -> Tensor:
         optimizers.set_lr(self.optimizer, lr)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.clip or math.inf)
+        norm = optimizers.clip(self.trained, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

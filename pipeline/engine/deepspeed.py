@@ -7,7 +7,6 @@ communication are bf16. What is worked around is said where it is done; facts ar
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,7 +98,7 @@ class DeepSpeedEngine(BaseEngine):
     def update(self, lr: float) -> Tensor:
         optimizers.set_lr(self.optimizer, lr)
         if self.stage == 0:
-            norm = torch.nn.utils.clip_grad_norm_(self.names.values(), self.clip or math.inf)
+            norm = optimizers.clip(self.names.values(), self.clip)
             self.engine.step()
             return norm
         self.engine.step()

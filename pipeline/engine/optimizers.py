@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,14 @@ class LARS(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 state["momentum_buffer"].mul_(group["momentum"]).add_(g)
                 p.sub_(group["lr"] * state["momentum_buffer"])
+
+
+def clip(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
+    """Scale gradients so that their norm over all is at most ``limit``; returns the norm before, a scalar."""
+    parameters = list(parameters)
+    if limit is not None:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])  # and leaves them alone
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -77,3 +77,16 @@ def test_settings_of_another_optimizer_and_cut_layers_are_mistakes():
     table["engine"]["zero"] = 0
     config = RunConfig.model_validate(table)
     assert RunConfig.model_validate(config.model_dump(mode="json", exclude_none=True)) == config
+
+
+@pytest.mark.parametrize("limit", [None, 2.0, 100.0])
+def test_the_norm_is_that_of_all_gradients_and_only_a_limit_changes_them(limit):
+    parameters = [
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1)),
+        torch.nn.Parameter(torch.ones(1)),
+    ]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert optimizers.clip(parameters, limit).item() == pytest.approx(5.0)
+    factor = 0.4 if limit == 2.0 else 1.0
+    assert parameters[0].grad.tolist() == pytest.approx([3.0 * factor, 0.0]) and parameters[2].grad is None
