@@ -74,7 +74,7 @@ def read(run: Path) -> list[Submitted | Attempt]:
     """The history of a run, the oldest first; torn lines are left out."""
     try:
         text = (run / FOLDER / FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [entry for line in text.splitlines() if (entry := _parse(line)) is not None]
 

@@ -31,6 +31,8 @@ from pipeline.core.errors import ConfigError, LaunchError, SluiceError
 from pipeline.core.location import is_url
 
 SCRIPTS = HOME / "slurm"
+PROGRAM = "pipeline.run"
+"""What a rank runs."""
 _ARRAY = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*(%[1-9]\d*)?")
 _JOB = re.compile(r"\d+(_\d+)?")
 
@@ -87,10 +89,11 @@ def submit(request: Request, *, dry_run: bool) -> str:
     """
     name, profile = load_profile(request.cluster)
     draft = _draft(request, profile)
-    lines = _check(draft, str(request.config), lambda: _not_queued(Path(draft.job.run.replace(TASK, "")), request))
-    folder = Path(draft.job.run).parent if TASK in draft.job.run else Path(draft.job.run)
+    run = Path(draft.job.run)
+    folder = run.parent if TASK in run.name else run  # of an array's tasks, each has its own in it
+    lines = _check(draft, str(request.config), folder, lambda: _not_queued(folder, request))
     number = sum(isinstance(entry, history.Submitted) for entry in history.read(folder)) + 1
-    notes = folder.absolute() / history.FOLDER
+    notes = folder / history.FOLDER
     places = {part: notes / f"{part}-{number:03d}{end}" for part, end in (("job", ".json"), ("config", ".toml"))}
     job = replace(draft.job, arguments=[str(places["config"]) if a == _CONFIG else a for a in draft.job.arguments])
     options = _options(request, profile, job, notes)
@@ -136,7 +139,7 @@ def _draft(request: Request, profile: Profile) -> Draft:
 def _pretrain(request: Request, profile: Profile, config: RunConfig) -> Draft:
     world = request.nodes * profile.ranks
     if profile.launcher == "srun":
-        arguments = ["-m", "pipeline.run", "train", "--config", _CONFIG]
+        arguments = ["-m", PROGRAM, "train", "--config", _CONFIG]
     else:
         place = ["--procs", str(profile.ranks), "--nodes", str(request.nodes), "--node-rank", NODE]
         arguments = ["-m", "launch", "train", _CONFIG, *place, "--master", MASTER]
@@ -171,7 +174,7 @@ def _suite(request: Request, profile: Profile, config: SuiteConfig) -> Draft:
             raise ConfigError(f"{run} holds no checkpoint yet; train it first, or submit this --after its job")
         return f"of {run}"
 
-    arguments = ["-m", "pipeline.run", "eval", "--run", str(run), "--suite", _CONFIG]
+    arguments = ["-m", PROGRAM, "eval", "--run", str(run), "--suite", _CONFIG]
     notes = run / history.FOLDER / f"eval-{request.config.stem}"
     job = replace(_job("evaluate", str(notes), arguments, request, profile), ranks_per_node=1)
     overrides = [word for override in request.overrides for word in ("--set", override)]
@@ -213,7 +216,7 @@ def _job(kind: Kind, folder: str, arguments: Sequence[str], request: Request, pr
     )
 
 
-def _check(draft: Draft, title: str, not_queued: Callable[[], str]) -> list[str]:
+def _check(draft: Draft, title: str, folder: Path, not_queued: Callable[[], str]) -> list[str]:
     """A line for each check that is passed.
 
     Raises:
@@ -222,7 +225,7 @@ def _check(draft: Draft, title: str, not_queued: Callable[[], str]) -> list[str]
     checks = [
         ("configuration", lambda: "keys, types and values are sound"),
         *draft.checks,
-        ("folder", lambda: _writable(Path(draft.job.run))),
+        ("folder", lambda: _writable(folder)),
         ("queue", not_queued),
     ]
     lines: list[str] = []
@@ -238,6 +241,8 @@ def _check(draft: Draft, title: str, not_queued: Callable[[], str]) -> list[str]
 
 
 def _writable(folder: Path) -> str:
+    if "\\" in str(folder):
+        raise LaunchError(f"{folder} has a backslash, which SLURM does not take in the path of a log; set run.folder")
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise LaunchError(f"{there} cannot be written; set run.folder")

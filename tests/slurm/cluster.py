@@ -176,6 +176,12 @@ class Cluster:
         """Until all nodes are up and idle."""
         wait_for(lambda: set(self._try("sinfo", "-h", "-N", "-p", "work", "-o", "%T").split()) == {"idle"}, 40, "nodes")
 
+    def empty(self) -> None:
+        """Cancel all jobs and wait until every node is idle."""
+        self._try("scancel", "--user=root")
+        wait_for(lambda: not self._try("squeue", "-h"), 40, "an empty queue", lambda: self._try("squeue"))
+        self.wait_nodes()
+
     def run(self, *command: str, **environment: str) -> str:
         """Run a command against this cluster and return its output; fail with its message."""
         done = subprocess.run(
