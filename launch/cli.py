@@ -157,17 +157,20 @@ def evaluate(
 @app.command("export")
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(help="Folder for encoder.safetensors and objective.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the files.")],
     image_size: Annotated[
         tuple[int, int] | None, typer.Option(min=1, help="Resample the encoder to images of this height and width.")
     ] = None,
     patch_size: Annotated[
         tuple[int, int] | None, typer.Option(min=1, help="Resample the encoder to patches of this height and width.")
     ] = None,
+    weights: Annotated[
+        str, typer.Option(help='"model" as trained, "ema", or the relative width of a power-function average.')
+    ] = "model",
 ) -> None:
-    """Write the encoder as timm loads it, and the whole objective, as safetensors."""
+    """Write the encoder as timm loads it, the whole objective, and what other libraries can load of it."""
     folder, checkpoint = _run_and_checkpoint(run)
-    arguments = ["export", "--run", str(folder), "--out", str(out)]
+    arguments = ["export", "--run", str(folder), "--out", str(out), "--weights", weights]
     if checkpoint:
         arguments += ["--checkpoint", str(checkpoint)]
     for name, size in (("--image-size", image_size), ("--patch-size", patch_size)):

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         from pipeline.run.export import export
 
         sizes = (args.image_size and tuple(args.image_size), args.patch_size and tuple(args.patch_size))
-        return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes))
+        return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes, args.weights))
 
     from pipeline.record.report import write_report
     from pipeline.record.results import read_together, table
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True)
     export.add_argument("--image-size", type=int, nargs=2)
     export.add_argument("--patch-size", type=int, nargs=2)
+    export.add_argument("--weights", default="model")
     report = commands.add_parser("report")
     report.add_argument("--run", required=True, action="append", dest="runs")
     return parser

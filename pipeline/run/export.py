@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from pipeline.config.exitcodes import FINISHED
-from pipeline.config.schema import Weights
 from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import replace_file
 from pipeline.core.protocols import Export
@@ -14,7 +13,7 @@ from pipeline.dist.group import process_group
 from pipeline.engine.fragments import MODEL
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder
 from pipeline.nn.weights import IMAGE_SIZE, export_encoder, save
-from pipeline.run.weights import Restored, restore
+from pipeline.run.weights import Restored, parse_weights, restore
 
 ENCODER = "encoder.safetensors"
 WHOLE = "objective.safetensors"
@@ -26,7 +25,7 @@ def export(
     out: str,
     image_size: tuple[int, int] | None = None,
     patch_size: tuple[int, int] | None = None,
-    weights: Weights = MODEL,
+    weights: str = MODEL,
 ) -> int:
     """Write the files into the folder ``out`` and say how they are loaded.
 
@@ -36,14 +35,14 @@ def export(
         out: folder, made if need be.
         image_size: height and width that the encoder is resampled to; None: as it was trained.
         patch_size: likewise, of a patch.
-        weights: as trained ("model") or averaged, see :func:`pipeline.run.weights.load_weights`.
+        weights: as on a command line, see :func:`pipeline.run.weights.parse_weights`.
 
     Raises:
-        ConfigError: an encoder that cannot be resampled was to be.
+        ConfigError: an encoder that cannot be resampled was to be; no such weights.
         CheckpointError: no such checkpoint, or a damaged one.
     """
     with process_group(timeout_minutes=10) as place:
-        trained = restore(Path(run), checkpoint, place, weights)
+        trained = restore(Path(run), checkpoint, place, parse_weights(weights))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     _write_encoder(trained, folder, image_size, patch_size)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig, Weights
@@ -67,6 +68,20 @@ def _find(run: Path, named: str | None, place: Place) -> Saved:
     if newest is None:
         raise ConfigError(f"{run} holds no checkpoint; train it first (sluice eval --random-init needs none)")
     return newest
+
+
+def parse_weights(text: str) -> Weights:
+    """ "model", "ema", or a relative width like "0.05".
+
+    Raises:
+        ConfigError: something else.
+    """
+    try:
+        return TypeAdapter[Weights](Weights).validate_strings(text)
+    except ValidationError:
+        raise ConfigError(
+            f"--weights {text}: write model, ema, or the relative width of an average, above 0 and below 0.28"
+        ) from None
 
 
 def load_weights(objective: Objective, saved: Saved, rank: int, weights: Weights = MODEL) -> None:
