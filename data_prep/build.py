@@ -1,8 +1,9 @@
 """Building a data set: records in, splits of verified shards out; atomic, resumable, the same bytes every time.
 
 In the output folder: one data set per split (``train/``, ``val/``: tars, indexes, manifest.json, sizes.json),
-``rejects.jsonl`` with every input that was not written, ``duplicates.jsonl`` where duplicates are reported, and
-``build.json``, which says what was built and is written last. ``.build/`` holds the notes of an unfinished build.
+``rejects.jsonl`` with every input that was not written, ``duplicates.jsonl`` where duplicates are reported,
+``prints/`` where they are looked for, and ``build.json``, which says what was built and is written last. ``.build/``
+holds the notes of an unfinished build.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_prep.duplicates import Seen
+from data_prep.duplicates import Seen, prints_name, unpack
 from data_prep.fetch import Failed, fetched
 from data_prep.options import Options
 from data_prep.prepare import Sample, Task, prepared
@@ -163,14 +164,18 @@ class _Build:
     def _resume(self, plan: dict[str, Any]) -> None:
         plan = plan | ({"append": True} if self.append else {}) | {"part": len(self.parts)}
         try:
-            self._compare(json.loads(self.store.read(f"{WORK}/plan.json")), plan)
+            there = json.loads(self.store.read(f"{WORK}/plan.json"))
         except FileNotFoundError:
+            there = None
             if any(name.endswith(".tar") for name in self.store.names("train")) and not self.append:
                 raise ConfigError(
                     f"{self.store.where}/train holds shards of another origin; use a new folder"
                 ) from None
-            self.store.write(f"{WORK}/plan.json", json.dumps(plan).encode())
         self.store.lock(LOCK)
+        if there is not None and finished(self.store):
+            self._compare(there, plan)
+        elif there != plan:
+            self.store.write(f"{WORK}/plan.json", json.dumps(plan).encode())
         self.bases = self._read_bases()
         for split, base in self.bases.items():
             if self.source.classes[: len(base.classes)] != base.classes:
@@ -178,6 +183,9 @@ class _Build:
                     f"{self.store.where}/{split} has {len(base.classes)} classes that the source does not begin with; "
                     "added data keeps the numbers of the classes"
                 )
+        for base in self.bases.values():
+            for shard in base.shards:
+                self._remember(shard.name, before=True)
         notes: dict[str, list[Note]] = {}
         for split, number in finished(self.store):
             note = read_note(self.store, split, number)
@@ -198,11 +206,27 @@ class _Build:
         return {split: parse(text, f"{self.store.where}/{split}", name) for split, text in texts.items()}
 
     def _recall(self, note: Note) -> None:
-        for place, key, prints in note.prints:
-            self.seen.add([bytes.fromhex(p) for p in prints], place, key)
+        self._remember(note.shard["name"])
         self.counts.samples += note.shard["samples"]
         self.counts.rejects += len(note.rejects)
         self.counts.resumed = self.counts.inputs = self.counts.samples + self.counts.rejects
+
+    def _remember(self, shard: str, before: bool = False) -> None:
+        """Look for duplicates of a shard's samples; those of a shard ``before`` this part come before all others."""
+        if self.options.duplicates.action == "off":
+            return
+        try:
+            prints = unpack(self.store.read(prints_name(shard)))
+        except FileNotFoundError:
+            prints = []
+        if not prints or len(prints[0].digests) < 2 + (self.options.duplicates.distance >= 0):
+            what = "look-alikes" if prints else "duplicates"
+            raise ConfigError(
+                f"{self.store.where}: {shard} was written without looking for {what}, so what is added cannot be "
+                "compared with it; append with the same --duplicates and --distance as before"
+            )
+        for place, key, digests in prints:
+            self.seen.add(digests, -1 if before else place, key)
 
     def _writer(self, split: str, notes: list[Note]) -> SplitWriter:
         base = self.bases.get(split)
@@ -258,27 +282,28 @@ class _Build:
             tasks = fetched(tasks, self.options.fetch)
         for (place, split, record), outcome in prepared(tasks, self.options):
             writer = self.writers[split]
+            like = None
             if isinstance(outcome, Sample) and outcome.prints:
-                outcome = self._judge(writer, place, record, outcome)
+                like = self.seen.like(outcome.prints, place)
+                if like is not None and self.options.duplicates.action == "drop":
+                    outcome = like
             if isinstance(outcome, Sample):
-                writer.add(place, record, outcome)
-                self.counts.samples += 1
-                self.counts.bytes += len(outcome.members[0][1])
+                self._keep(writer, place, record, outcome, like)
             else:
                 writer.reject(place, record, outcome)
                 self.counts.rejects += 1
             self.counts.inputs += 1
             self.progress(self.counts)
 
-    def _judge(self, writer: SplitWriter, place: int, record: Record, sample: Sample) -> Sample | str:
-        """Look for duplicates."""
-        reason = self.seen.like(sample.prints, place)
-        if reason is not None and self.options.duplicates.action == "drop":
-            return reason
-        if reason is not None:
-            writer.report(place, record, reason)
-        self.seen.add(sample.prints, place, record.key)
-        return sample
+    def _keep(self, writer: SplitWriter, place: int, record: Record, sample: Sample, like: str | None) -> None:
+        """Write a sample. That it is a duplicate is noted after that: adding it may end the shard before it."""
+        writer.add(place, record, sample)
+        if like is not None:
+            writer.report(place, record, like)
+        if sample.prints:
+            self.seen.add(sample.prints, place, record.key)
+        self.counts.samples += 1
+        self.counts.bytes += len(sample.members[0][1])
 
     # -- the end
 

@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data_prep.options import Duplicates
 
+FOLDER = "prints"
+"""Of the digests of all samples, a file per shard: what is added later is compared with them."""
 _SIDE, _LOW = 32, 8
+_WIDTHS = {"bytes": 16, "pixels": 16, "looks": 8}
+"""Kinds of digests and their bytes."""
+
+
+class Print(NamedTuple):
+    """What a sample is known again by."""
+
+    place: int
+    """In the input."""
+    key: str
+    digests: tuple[bytes, ...]
+    """Of the bytes, of the pixels, and, if that was asked for, the perceptual hash."""
+
+
+def prints_name(shard: str) -> str:
+    """Name of the file with a shard's digests: ``train-000000.tar`` has ``prints/train-000000.npz``."""
+    return f"{FOLDER}/{shard.removesuffix('.tar')}.npz"
+
+
+def pack(prints: Sequence[Print]) -> bytes:
+    """The content of that file: the same digests give the same bytes."""
+    arrays = {
+        kind: np.frombuffer(b"".join(digests), np.uint8).reshape(len(prints), -1)
+        for kind, digests in zip(_WIDTHS, zip(*(p.digests for p in prints), strict=True), strict=False)
+    }
+    keys = np.frombuffer("\0".join(p.key for p in prints).encode(), np.uint8)
+    target = io.BytesIO()
+    np.savez(target, allow_pickle=False, places=np.asarray([p.place for p in prints]), keys=keys, **arrays)
+    return target.getvalue()
+
+
+def unpack(data: bytes) -> list[Print]:
+    """Read back what :func:`pack` wrote."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as body:
+        columns = [[row.tobytes() for row in body[kind]] for kind in _WIDTHS if kind in body]
+        keys = body["keys"].tobytes().decode().split("\0")
+        return [Print(*row) for row in zip(body["places"].tolist(), keys, zip(*columns, strict=True), strict=True)]
 
 
 @cache

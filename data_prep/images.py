@@ -86,6 +86,7 @@ def load(data: bytes, claimed: str = "", near: int = 0) -> tuple[Image.Image, tu
                 scale = min(image.size) / (2 * near)
                 if scale > 1:
                     image.draft(None, (int(image.width / scale), int(image.height / scale)))
+            image.decodermaxblock = len(data)  # in one piece: pieces are copied, and their edges decoded twice
             image.load()
             return image, size
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

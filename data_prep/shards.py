@@ -1,7 +1,7 @@
 """Writing one split: shards, their indexes, and a note of what each finished shard covers, so that a build can go on.
 
-A shard is finished when its note is there. Order of writing: tar under a temporary name, index, tar renamed, note. A
-kill before the note means that the shard is made again, with the same bytes.
+A shard is finished when its note is there. Order of writing: tar under a temporary name, index, tar renamed, digests,
+note. A kill before the note means that the shard is made again, with the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.duplicates import Print, pack, prints_name
 from data_prep.options import Options
 from data_prep.prepare import Sample
 from data_prep.record import Record
@@ -67,12 +68,10 @@ class Note:
     rejects: list[dict[str, Any]]
     duplicates: list[dict[str, Any]]
     """Those that were reported and kept."""
-    prints: list[tuple[int, str, list[str]]]
-    """Place, key and digests (hex) of each sample, where duplicates are looked for."""
 
     def light(self) -> Note:
         """The note without what grows with the samples; that stays on the disk until the build is finished."""
-        return replace(self, rejects=[], duplicates=[], prints=[])
+        return replace(self, rejects=[], duplicates=[])
 
 
 class SplitWriter:
@@ -150,7 +149,7 @@ class SplitWriter:
         self._keys.append(record.key)
         self._statistics.add(sample.facts)
         if sample.prints:
-            self._prints.append((place, record.key, [p.hex() for p in sample.prints]))
+            self._prints.append(Print(place, record.key, sample.prints))
 
     def _full(self, sample: Sample) -> bool:
         assert self._tar is not None
@@ -166,7 +165,7 @@ class SplitWriter:
         self._keys: list[str] = []
         self._members: list[list[Member]] = []
         self._statistics = Statistics()
-        self._prints: list[tuple[int, str, list[str]]] = []
+        self._prints: list[Print] = []
 
     def close_shard(self, until: int) -> None:
         """Finish the shard that is being written, if any; it covers all records before ``until``."""
@@ -180,6 +179,8 @@ class SplitWriter:
         index = index_bytes(shard_index(self._keys, self._members, extensions), shard, extensions)
         self._store.write(f"{self.split}/{index_name(self._name)}", index)
         self._store.publish(self._staged, f"{self.split}/{self._name}")
+        if self._prints:
+            self._store.write(prints_name(self._name), pack(self._prints))
         note = Note(
             shard=asdict(shard),
             until=until,
@@ -188,7 +189,6 @@ class SplitWriter:
             statistics=self._statistics.as_json(),
             rejects=self.rejects,
             duplicates=self.duplicates,
-            prints=self._prints,
         )
         self._store.write(_note_name(self.split, len(self.notes)), json.dumps(asdict(note)).encode())
         self.notes.append(note.light())

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep import places
 from data_prep.images import EXTENSIONS
+from data_prep.places import UrlFile
 from data_prep.record import LocalFile, Record, extension_of, file_stamp, safe_key
 from pipeline.core.errors import DataError
 
@@ -32,13 +34,16 @@ class _Found(NamedTuple):
     split: str | None
     alone: bool
     """No other image in its folder has the same name before the extension."""
+    stamp: str
+    sidecars: frozenset[str]
+    """Extensions of the files beside it that belong to it."""
 
 
 @dataclass
 class FolderSource:
-    """Images in a local folder."""
+    """Images in a folder, local or behind a URL."""
 
-    root: str | Path
+    root: str | os.PathLike[str]
     shuffle: bool = True
     """Mix the order, so that shards hold many classes; the listing is held in memory either way."""
     seed: int = 0
@@ -48,10 +53,10 @@ class FolderSource:
     positional: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.root = Path(self.root)
-        if not self.root.is_dir():
+        self.root = str(self.root).rstrip("/")
+        if not places.is_folder(self.root):
             raise DataError(f"no folder at {self.root}")
-        self._inside = self.root.resolve()
+        self._inside = Path(self.root).resolve()
         self._files = list(self._list())
         if not self._files:
             raise DataError(f"no images in {self.root}; known extensions: {', '.join(EXTENSIONS)}")
@@ -66,32 +71,38 @@ class FolderSource:
 
     def describe(self) -> dict[str, Any]:
         """See :class:`~data_prep.record.Source`."""
-        return {"kind": "folder", "root": str(self.root), "shuffle": self.shuffle, "seed": self.seed}
+        return {"kind": "folder", "root": self.root, "shuffle": self.shuffle, "seed": self.seed}
 
     def _list(self) -> Iterator[_Found]:
-        top = [e.name for e in os.scandir(self.root) if not e.name.startswith(".")]
-        if top and set(top) <= set(SPLITS) and "train" in top:
-            for split in sorted(top):
+        files, folders = self._entries("")
+        if not files and set(folders) <= set(SPLITS) and "train" in folders:
+            for split in folders:
                 yield from self._walk(split, split)
         else:
             yield from self._walk("", None)
 
+    def _entries(self, below: str) -> tuple[list[places.Listed], list[str]]:
+        """Files and folders that are neither hidden nor links to the outside."""
+        folder = f"{self.root}/{below}" if below else str(self.root)
+        files, folders = places.listing(folder)
+        files = [f for f in files if not f.name.startswith(".") and self._contained(f"{folder}/{f.name}")]
+        return files, [name for name in folders if not name.startswith(".")]
+
     def _walk(self, below: str, split: str | None) -> Iterator[_Found]:
-        assert isinstance(self.root, Path)
-        with os.scandir(self.root / below) as entries:
-            names = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-        images = [e for e in names if extension_of(e.name) in EXTENSIONS and not e.is_dir()]
-        stems = Counter(_stem(e.name) for e in images)
+        files, folders = self._entries(below)
+        names = {f.name for f in files}
+        images = [f for f in files if extension_of(f.name) in EXTENSIONS]
+        stems = Counter(_stem(f.name) for f in images)
         prefix = f"{below}/" if below else ""
-        for e in images:
-            if not e.is_symlink() or self._contained(e.path):
-                yield _Found(prefix + e.name, split, stems[_stem(e.name)] == 1)
-        for e in names:
-            if e.is_dir(follow_symlinks=False):
-                yield from self._walk(prefix + e.name, split)
+        for name, stamp in images:
+            stem = _stem(name)
+            beside = frozenset(e for e in ("txt", "json") if f"{stem}.{e}" in names)
+            yield _Found(prefix + name, split, stems[stem] == 1, stamp, beside)
+        for name in folders:
+            yield from self._walk(prefix + name, split)
 
     def _contained(self, path: str) -> bool:
-        return Path(path).resolve().is_relative_to(self._inside)
+        return not os.path.islink(path) or Path(path).resolve().is_relative_to(self._inside)
 
     def _class(self, found: _Found) -> str:
         """The class's name; empty for an image that is in no class folder."""
@@ -99,18 +110,16 @@ class FolderSource:
         return inner.partition("/")[0] if "/" in inner else ""
 
     def __iter__(self) -> Iterator[Record]:
-        assert isinstance(self.root, Path)
         for found in self._files:
-            path = self.root / found.relative
-            stem = path.with_name(_stem(path.name))
-            caption, metadata, sidecars = self._sidecars(stem)
+            path = f"{self.root}/{found.relative}"
+            caption, metadata, sidecars = self._sidecars(_stem(path), found.sidecars)
             name = _stem(found.relative)
             key = safe_key(name) if found.alone else f"{safe_key(name)}~{found.relative[len(name) + 1 :]}"
             yield Record(
                 key=key,
                 identity=found.relative,
-                image=LocalFile(str(path)),
-                stamp=f"{file_stamp(path)}{sidecars}",
+                image=UrlFile(path) if places.is_url(path) else LocalFile(path),
+                stamp=f"{found.stamp or file_stamp(path)}{sidecars}",
                 label=self._number[self._class(found)] if self.classes else None,
                 caption=caption,
                 metadata=metadata,
@@ -118,9 +127,9 @@ class FolderSource:
                 extension=extension_of(found.relative),
             )
 
-    def _sidecars(self, stem: Path) -> tuple[str | None, dict[str, Any] | None, str]:
+    def _sidecars(self, stem: str, there: frozenset[str]) -> tuple[str | None, dict[str, Any] | None, str]:
         """Caption, metadata, and a stamp of the files they come from."""
-        text, table = _read(Path(f"{stem}.txt")), _read(Path(f"{stem}.json"))
+        text, table = (_read(f"{stem}.{e}") if e in there else None for e in ("txt", "json"))
         caption, metadata = (text.strip() if text is not None else None), None
         if table is not None:
             try:
@@ -134,11 +143,9 @@ class FolderSource:
         return caption, metadata, "".join(f"\0{part}" for part in (text, table) if part is not None)
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        return None
+def _read(place: str) -> str:
+    with places.opened(place) as f:
+        return f.read().decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 
 
 def _stem(name: str) -> str:

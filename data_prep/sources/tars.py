@@ -7,14 +7,14 @@ To use tars as they are, ``sluice prep index`` is enough. Where a tar is damaged
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep import places
 from data_prep.fetch import Failed
-from data_prep.record import Payload, Record, file_stamp, number_classes, safe_key
+from data_prep.record import Inline, Payload, Record, number_classes, safe_key
 from data_prep.shards import field_of
 from data_prep.ustar import Member
 from data_prep.walk import Damage, HashedFile, group, walk
@@ -38,7 +38,7 @@ class Slice:
 
 @dataclass
 class TarsSource:
-    """Samples of local tars."""
+    """Samples of tars; those behind URLs are copied here one at a time, once to count and once to read."""
 
     tars: Sequence[str | Path]
     label: Literal["cls", "folder", "none"] = "cls"
@@ -59,10 +59,11 @@ class TarsSource:
         names: set[str] = set()
         self.total = 0
         for path in paths:
-            for key, members, _ in _samples(path):
-                self.total += 1
-                if members is not None and (name := self._label(path, key, members)):
-                    names.add(name)
+            with places.local(path) as here:
+                for key, members, _ in _samples(here):
+                    self.total += 1
+                    if members is not None and (name := self._label(here, key, members)):
+                        names.add(name)
         self.classes, self._number = number_classes(names, self.known)
 
     def describe(self) -> dict[str, Any]:
@@ -76,14 +77,18 @@ class TarsSource:
         return _read(path, found[0]).decode("utf-8", "replace").strip() if found else ""
 
     def __iter__(self) -> Iterator[Record]:
-        for number, path in enumerate(self._paths):
-            stamp = file_stamp(path)
-            for key, members, problem in _samples(path):
-                unique = f"{number:05d}/{safe_key(key)}"
-                if members is None:
-                    yield Record(unique, f"{path}: {key}", Failed(problem), problem)
-                else:
-                    yield self._record(path, key, unique, members, stamp)
+        for number, place in enumerate(self._paths):
+            stamp = places.stamp(place)
+            with places.local(place) as path:
+                for key, members, problem in _samples(path):
+                    unique = f"{number:05d}/{safe_key(key)}"
+                    if members is None:
+                        yield Record(unique, f"{place}: {key}", Failed(problem), problem)
+                        continue
+                    record = self._record(path, key, unique, members, stamp)
+                    if path != place and isinstance(record.image, Slice):  # the copy does not outlive this loop
+                        record = replace(record, image=Inline(record.image.read()))
+                    yield record
 
     def _record(self, path: str, key: str, unique: str, members: Sequence[Member], stamp: str) -> Record:
         image: Payload = Failed(f"no image, only {', '.join(m.extension for m in members)}")
@@ -110,11 +115,12 @@ def _expand(text: str) -> list[str]:
     """A tar, a folder of tars, or a pattern with braces."""
     from braceexpand import braceexpand
 
-    if os.path.isdir(text):
-        return sorted(str(p) for p in Path(text).glob("*.tar"))
+    if places.is_folder(text):
+        found, _ = places.listing(text)
+        return [f"{text.rstrip('/')}/{name}" for name, _ in found if name.endswith(".tar")]
     paths = list(braceexpand(text))
     for path in paths:
-        if not os.path.exists(path):
+        if not places.exists(path):
             raise DataError(f"no tar at {path}")
     return paths
 

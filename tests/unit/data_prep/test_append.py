@@ -1,16 +1,18 @@
 """Adding to a data set: old shards stay as they are, keys stay unique, classes keep their numbers."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 
 from data_prep.build import build
-from data_prep.options import Options
+from data_prep.options import Duplicates, Options
+from data_prep.record import Inline
 from data_prep.sources.folder import FolderSource
 from data_prep.store import LocalStore
 from data_prep.verify import verify
 from pipeline.core.errors import ConfigError
-from tests.unit.data_prep.samples import ListSource, inline, members, png, tree
+from tests.unit.data_prep.samples import ListSource, encoded, inline, members, picture, png, tree
 from tests.unit.data_prep.test_build import Killed, _dying, lines
 
 OPTIONS = Options({"val": 0.3}, shard_samples=3)
@@ -74,6 +76,45 @@ def test_a_folder_that_grew(tmp_path):
     second = build(grown, tmp_path / "out", Options({}), append=True).manifests["train"]
     assert second.classes == ("b", "c", "a") and second.samples == 3
     assert members(tmp_path / "out/train")["a/3.cls"] == b"2"
+
+
+@pytest.mark.parametrize("action", ["drop", "report"])
+def test_duplicates_of_what_was_there(tmp_path, action, monkeypatch):
+    options = replace(OPTIONS, duplicates=Duplicates(action, 3))
+    old, new = inline(12), inline(24)[12:]
+    image = picture(4, (96, 72))
+    old[4] = replace(old[4], image=Inline(encoded(image)))
+    new[3] = replace(new[3], image=old[2].image)
+    new[7] = replace(new[7], image=Inline(encoded(image.resize((80, 60)), "JPEG", quality=80)))
+    new[9] = replace(new[9], image=new[1].image)
+    build(ListSource(old), tmp_path / "out", options)
+    shutil.copytree(tmp_path / "out", tmp_path / "killed")
+    built = build(ListSource(new, name="new"), tmp_path / "out", options, append=True)
+    found = lines(tmp_path / "out" / ("rejects.jsonl" if action == "drop" else "duplicates.jsonl"))
+    assert [(r["key"], r["reason"].split(")")[0], r["reason"].split()[-1]) for r in found] == [
+        ("0015", "duplicate (bytes", "0002"),
+        ("0019", found[1]["reason"].split(")")[0], "0004"),
+        ("0021", "duplicate (bytes", "0013"),
+    ]
+    assert "looks alike" in found[1]["reason"]
+    assert sum(m.samples for m in built.manifests.values()) == (21 if action == "drop" else 24)
+    with monkeypatch.context() as patch:
+        _dying(patch, 14)
+        with pytest.raises(Killed):
+            build(ListSource(new, name="new"), tmp_path / "killed", options, append=True)
+    build(ListSource(new, name="new"), tmp_path / "killed", options, append=True)
+    assert tree(tmp_path / "killed") == tree(tmp_path / "out")
+
+
+def test_what_was_not_looked_for_cannot_be_compared(tmp_path):
+    for before, kind in ((Duplicates(), "duplicates"), (Duplicates("drop"), "look-alikes")):
+        build(ListSource(inline(3)), tmp_path / kind, replace(OPTIONS, duplicates=before))
+        there = tree(tmp_path / kind / "train")
+        with pytest.raises(ConfigError, match=f"without looking for {kind}"):
+            options = replace(OPTIONS, duplicates=Duplicates("drop", 3))
+            build(ListSource(inline(6)[3:], name="new"), tmp_path / kind, options, append=True)
+        assert tree(tmp_path / kind / "train") == there
+        build(ListSource(inline(6)[3:], name="new"), tmp_path / kind, OPTIONS, append=True)
 
 
 def test_what_cannot_be_added_to(tmp_path):
