@@ -47,7 +47,8 @@ def index(
     Args:
         folder: Folder or fsspec URL. A manifest that is there already is renewed; its classes, tokenizer and history
             are kept.
-        pattern: Which tars, with braces: ``{000..099}.tar``; empty: all of the folder, by name.
+        pattern: Which tars, with braces: ``{000..099}.tar``; empty: all of the folder, by name, or if it has none, of
+            its sub-folders.
         classes: Names of the labels; left out, labels that are numbers name themselves.
         skip_damaged: Leave damaged tars out instead of stopping.
         progress: Called with the number of tars looked through.
@@ -86,10 +87,24 @@ def _names(store: Store, pattern: str) -> list[str]:
         from braceexpand import braceexpand
 
         return list(braceexpand(pattern))
-    names = [name for name in store.names("") if name.endswith(".tar")]
+    names = [name for name in store.names("") if name.endswith(".tar")] or list(_below(store, ""))
     if not names:
         raise DataError(f"no tars in {store.where}")
     return names
+
+
+def _below(store: Store, folder: str) -> Iterator[str]:
+    """Tars in sub-folders."""
+    for name in store.folders(folder):
+        below = f"{folder}{name}/"
+        files = store.names(below)
+        if FILE in files:
+            raise DataError(
+                f"{store.where}/{below} has a manifest of its own; give that folder, "
+                "or put such folders together with `sluice prep merge`"
+            )
+        yield from (below + name for name in files if name.endswith(".tar"))
+        yield from _below(store, below)
 
 
 def _looked_through(store: Store, names: Iterable[str]) -> Iterator[tuple[str, Found]]:

@@ -4,63 +4,85 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 from data_prep.dataset import read_index, read_manifest
 from data_prep.shards import fields_of
 from data_prep.statistics import Statistics
-from data_prep.store import LocalStore
+from data_prep.store import Store, open_store
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.manifest import Manifest, Shard, index_name, replace_file, save
+from pipeline.core.manifest import FILE, SIZES, Manifest, Shard, index_name, sizes_json
 
 
 def merge(folders: Sequence[str], out: str) -> Manifest:
     """Make one data set of several. On the same disk the shards are linked, otherwise copied; the inputs stay.
 
     Args:
-        folders: Data sets, in order.
-        out: Folder that is made.
+        folders: Data sets, in order: folders or fsspec URLs.
+        out: Folder or fsspec URL that is made.
 
     Raises:
-        ConfigError: ``out`` exists, or there is nothing to merge.
+        ConfigError: ``out`` holds something else, or there is nothing to merge.
         DataError: classes or tokenizers differ, a key occurs twice.
     """
-    target = Path(out)
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{out} is not empty")
     if len(folders) < 2:
         raise ConfigError("merging takes at least two data sets")
-    stores = [LocalStore(Path(folder)) for folder in folders]
-    manifests = [read_manifest(store) for store in stores]
-    _check(stores, manifests)
-    target.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stores = [stack.enter_context(closing(open_store(folder))) for folder in folders]
+        target = stack.enter_context(closing(open_store(out)))
+        manifests = [read_manifest(store) for store in stores]
+        _check(stores, manifests)
+        return _merge(stores, manifests, target)
+
+
+def _merge(stores: Sequence[Store], manifests: Sequence[Manifest], target: Store) -> Manifest:
+    copies = {
+        f"{number:03d}-{shard.name.replace('/', '-')}": (store, shard)
+        for number, (store, manifest) in enumerate(zip(stores, manifests, strict=True))
+        for shard in manifest.shards
+    }
+    _check_target(target, copies)
     shards: list[Shard] = []
+    for name, (store, shard) in copies.items():
+        target.write(index_name(name), store.read(index_name(shard.name)))
+        with store.fetch(shard.name) as path:
+            staged = target.staging(name)
+            _link(path, staged)
+            target.publish(staged, name)
+        shards.append(replace(shard, name=name))
     statistics = Statistics()
-    for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
+    for manifest in manifests:
         statistics.merge(Statistics.from_json(manifest.statistics))
-        for shard in manifest.shards:
-            name = f"{number:03d}-{shard.name.replace('/', '-')}"
-            _link(Path(folder) / shard.name, target / name)
-            _link(Path(folder) / index_name(shard.name), target / index_name(name))
-            shards.append(Shard(name, shard.samples, shard.bytes, shard.sha256))
+    parts = [{"folder": s.where, "fingerprint": m.fingerprint} for s, m in zip(stores, manifests, strict=True)]
     merged = Manifest(
-        root=out,
+        root=target.where,
         shards=tuple(shards),
         fields=fields_of(sorted({e for m in manifests for known in m.fields.values() for e in known})),
         classes=manifests[0].classes,
         statistics=statistics.as_json(),
-        made={"merged": [{"folder": f, "fingerprint": m.fingerprint} for f, m in zip(folders, manifests, strict=True)]},
+        made={"merged": parts},
         tokenizer=manifests[0].tokenizer,
     )
     if merged.tokenizer:
         name = merged.tokenizer["file"]
-        replace_file(target / name, (Path(folders[0]) / name).read_bytes())
-    save(merged, target)
+        target.write(name, stores[0].read(name))
+    target.write(SIZES, sizes_json(merged).encode())
+    target.write(FILE, merged.as_json().encode())
     return merged
 
 
-def _check(stores: Sequence[LocalStore], manifests: Sequence[Manifest]) -> None:
+def _check_target(target: Store, copies: Collection[str]) -> None:
+    """What an interrupted merge of the same data sets left is no obstacle."""
+    ours = {name for copy in copies for name in (copy, index_name(copy))}
+    strange = [name for name in target.names("") if name not in ours and not name.startswith(".")]
+    if strange:
+        raise ConfigError(f"{target.where} is not empty: it holds {strange[0]}")
+
+
+def _check(stores: Sequence[Store], manifests: Sequence[Manifest]) -> None:
     first = manifests[0]
     keys: dict[str, str] = {}
     for store, manifest in zip(stores, manifests, strict=True):
@@ -82,6 +104,7 @@ def _check(stores: Sequence[LocalStore], manifests: Sequence[Manifest]) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

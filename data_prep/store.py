@@ -32,6 +32,10 @@ class Store(Protocol):
         """Files directly in ``folder`` (names relative to it), sorted; empty when there is none."""
         ...
 
+    def folders(self, folder: str) -> list[str]:
+        """Sub-folders directly in ``folder`` that are not hidden (names relative to it), sorted."""
+        ...
+
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
         ...
@@ -87,6 +91,10 @@ class LocalStore:
         except FileNotFoundError:
             return []
 
+    def folders(self, folder: str) -> list[str]:
+        """See :class:`Store`."""
+        return sorted(e.name for e in os.scandir(self.root / folder) if e.is_dir() and e.name[0] != ".")
+
     def read(self, name: str) -> bytes:
         """See :class:`Store`."""
         return (self.root / name).read_bytes()
@@ -111,6 +119,7 @@ class LocalStore:
     def publish(self, staged: Path, name: str) -> None:
         """See :class:`Store`."""
         os.replace(staged, self.root / name)
+        staged.unlink(missing_ok=True)  # if both were links to one file, renaming left them so
         self._staged.discard(staged)
         sync_folder((self.root / name).parent)
 
@@ -144,11 +153,18 @@ class RemoteStore:
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Store`."""
+        return self._listed(folder, "file")
+
+    def folders(self, folder: str) -> list[str]:
+        """See :class:`Store`."""
+        return [name for name in self._listed(folder, "directory") if name[0] != "."]
+
+    def _listed(self, folder: str, kind: str) -> list[str]:
         try:
-            entries = self._fs.ls(f"{self._root}/{folder}", detail=True, refresh=True)
+            entries = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=True, refresh=True)
         except FileNotFoundError:
             return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
+        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind)
 
     def read(self, name: str) -> bytes:
         """See :class:`Store`."""

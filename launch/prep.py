@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -20,10 +22,27 @@ app = typer.Typer(
 )
 app.add_typer(prep_build.app, name="build")
 
+P = ParamSpec("P")
+
+
+def _verb(command: Callable[P, None]) -> Callable[P, None]:
+    """Register a command. What the system refuses (permission, a full disk, a server) is the user's to mend."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except OSError as error:
+            raise DataError(f"{command.__name__} stopped: {error}") from error
+
+    app.command()(run)
+    return command
+
+
 DataSet = Annotated[str, typer.Argument(help="Data set: the folder or URL with the shards.", metavar="FOLDER")]
 
 
-@app.command()
+@_verb
 def index(
     folder: DataSet,
     tars: Annotated[str, typer.Option(help="Which tars: {000..099}.tar; left out: all.")] = "",
@@ -60,7 +79,7 @@ def _lines(path: Path) -> tuple[str, ...]:
         raise ConfigError(f"cannot read the classes: {error}") from error
 
 
-@app.command()
+@_verb
 def verify(
     folder: DataSet,
     decode: Annotated[float, typer.Option(min=0, max=1, help="Part of the samples to decode; 1: all.")] = 0.0,
@@ -80,7 +99,7 @@ def verify(
     )
 
 
-@app.command()
+@_verb
 def stats(
     folder: DataSet,
     renew: Annotated[bool, typer.Option("--renew", help="Decode everything and write the statistics again.")] = False,
@@ -105,7 +124,7 @@ def _print(manifest: Manifest) -> None:
         typer.echo(f"{name:<{width}}  {value}")
 
 
-@app.command()
+@_verb
 def show(
     folder: DataSet,
     out: Annotated[Path, typer.Option(help="Where to write; .png and .html are added.")] = Path("sheet"),
@@ -123,7 +142,7 @@ def show(
     typer.echo(f"see {out}.png and {out}.html")
 
 
-@app.command()
+@_verb
 def tokenizer(
     folder: DataSet,
     vocabulary: Annotated[int, typer.Option(help="Most entries.")] = 8192,
@@ -136,7 +155,7 @@ def tokenizer(
     typer.echo(f"{folder}/{manifest.tokenizer['file']}: sha256 {manifest.tokenizer['sha256']}")
 
 
-@app.command()
+@_verb
 def split(
     folder: DataSet,
     out: Annotated[str, typer.Argument(help="Folder that will hold train/ and the splits.", metavar="OUT")],
@@ -152,7 +171,7 @@ def split(
     prep_build.run_build(source, out, Options(splits=prep_build.parse_splits(part), seed=seed))
 
 
-@app.command()
+@_verb
 def merge(
     out: Annotated[str, typer.Argument(help="Folder that is made.", metavar="OUT")],
     folders: Annotated[list[str], typer.Argument(help="Data sets to put together.", metavar="FOLDER...")],

@@ -11,7 +11,7 @@ import typer
 
 from data_prep.options import Duplicates, FetchOptions, Filters, ImageOptions, Options
 from data_prep.record import Source
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.registry import suggest
 
 app = typer.Typer(
@@ -115,7 +115,10 @@ def _source(make: Make) -> Make:
 
     def command(**given: Any) -> None:
         options = _shared(**{name: given[name] for name in shared})
-        made = make(**{name: given[name] for name in own})
+        try:
+            made = make(**{name: given[name] for name in own})
+        except OSError as error:
+            raise DataError(f"the source cannot be read: {error}") from error
         source, fetch = made if isinstance(made, tuple) else (made, None)
         run_build(source, given["out"], replace(options, fetch=fetch), append=given["append"])
 

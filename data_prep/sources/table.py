@@ -1,5 +1,7 @@
 """Tables: CSV, TSV, JSON lines and Parquet, streamed. Images by path, by URL or as bytes; captions, labels, metadata.
 
+Tables and the folder that their paths are relative to may be local or behind any URL that fsspec opens.
+
 An image column may hold a path (relative to ``root``, by default the table's folder, and inside it), a URL, bytes, or
 Hugging Face's ``{"bytes": ..., "path": ...}``. Text tables that hold bytes hold them as base64, marked ``base64:``.
 A label column holds numbers, or names that are numbered in alphabetical order. All columns without a role become the
@@ -13,14 +15,19 @@ import binascii
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, TextIO, cast
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, TextIO, cast
 
+from data_prep import places
 from data_prep.fetch import Failed, Remote
+from data_prep.places import UrlFile
 from data_prep.record import Inline, LocalFile, Payload, Record, Rejected, extension_of, file_stamp, number_classes
 from pipeline.core.errors import ConfigError, DataError
 
@@ -53,7 +60,7 @@ class Columns:
 class TableSource:
     """Rows of one or several tables."""
 
-    tables: Sequence[str | Path]
+    tables: Sequence[str | os.PathLike[str]]
     columns: Columns
     root: str = ""
     """Folder that paths are relative to, and must stay inside; left out: the folder of each table."""
@@ -64,7 +71,7 @@ class TableSource:
     positional: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        self.tables = [p for table in self.tables for p in _files(Path(table))]
+        self.tables = [p for table in self.tables for p in _files(str(table))]
         wanted = {c for c in (self.columns.image, *self.columns.caption, self.columns.label, self.columns.key) if c}
         for path in self.tables:
             there = _header(path)
@@ -86,7 +93,7 @@ class TableSource:
         """Classes and their numbers, from a pass over the label column alone."""
         names: set[str] = set()
         for path in self.tables:
-            for row in _rows(Path(path), (self.columns.label,)):
+            for row in _rows(str(path), (self.columns.label,)):
                 value = _text(row.get(self.columns.label))
                 if value:
                     names.add(value)
@@ -95,13 +102,14 @@ class TableSource:
     def __iter__(self) -> Iterator[Record]:
         place = 0
         for path in self.tables:
-            path = Path(path)
-            root = os.path.realpath(self.root or path.parent)
+            path = str(path)
+            root = self.root or os.path.dirname(path)
+            root = root if places.is_url(root) else os.path.realpath(root)
             for row in _rows(path):
                 yield self._record(place, row, root, path)
                 place += 1
 
-    def _record(self, place: int, row: Row, root: str, table: Path) -> Record:
+    def _record(self, place: int, row: Row, root: str, table: str) -> Record:
         c = self.columns
         payload, identity, stamp, extension = self._image(row, root, table)
         label = self._number.get(_text(row.get(c.label))) if c.label else None
@@ -124,12 +132,12 @@ class TableSource:
             extension=extension,
         )
 
-    def _image(self, row: Row, root: str, table: Path) -> tuple[Payload, str, str, str]:
+    def _image(self, row: Row, root: str, table: str) -> tuple[Payload, str, str, str]:
         """Payload, identity, stamp and claimed extension of a row's image."""
         value = row.get(self.columns.image)
         named = ""
         if _BROKEN in row:
-            return Failed(str(row[_BROKEN])), f"{table.name}: {row[_BROKEN]}", "broken", ""
+            return Failed(str(row[_BROKEN])), f"{os.path.basename(table)}: {row[_BROKEN]}", "broken", ""
         if isinstance(value, Mapping):
             table_cell = cast("Mapping[str, Any]", value)
             named = _text(table_cell.get("path"))
@@ -144,8 +152,16 @@ class TableSource:
             return Inline(value), named or digest, digest, ""
         text = _text(value)
         if not text:
-            return Failed(f"nothing in column {self.columns.image!r}"), f"{table.name}: empty", "empty", ""
-        if "://" in text:
+            return Failed(f"nothing in column {self.columns.image!r}"), f"{os.path.basename(table)}: empty", "empty", ""
+        return self._named(text, row, root)
+
+    def _named(self, text: str, row: Row, root: str) -> tuple[Payload, str, str, str]:
+        """The same for an image that the row names."""
+        if places.is_url(root) and (text.startswith(f"{root.rstrip('/')}/") or not places.is_url(text)):
+            url = places.inside(text, root)
+            payload = Failed(f"outside of {root}") if url is None else UrlFile(url)
+            return payload, text, "", extension_of(text)
+        if places.is_url(text):
             expected = _text(row.get(self.columns.expected)) if self.columns.expected else ""
             return Remote(text, expected), text, expected, ""
         return _local(text, root)
@@ -196,8 +212,8 @@ def _captions(row: Row, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield ".".join([*prefix, "txt"]), text
 
 
-def _kind(path: Path) -> str:
-    suffixes = [s.lower() for s in path.suffixes]
+def _kind(path: str) -> str:
+    suffixes = [s.lower() for s in PurePosixPath(path).suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     kind = KINDS.get(suffixes[-1]) if suffixes else None
@@ -206,49 +222,59 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: str) -> list[str]:
     """A table, or the tables of a folder by name."""
-    if not path.is_dir():
-        if not path.exists():
+    if not places.is_folder(path):
+        if not places.exists(path):
             raise DataError(f"no table at {path}")
         _kind(path)
         return [path]
-    found = sorted(p for p in path.iterdir() if set(KINDS) & set(p.suffixes[-2:]))
+    names = [name for name, _ in places.listing(path)[0]]
+    found = [f"{path.rstrip('/')}/{n}" for n in names if set(KINDS) & set(PurePosixPath(n.lower()).suffixes[-2:])]
     if not found:
         raise DataError(f"no tables in {path}; known are {', '.join(KINDS)}")
     return found
 
 
-def _open(path: Path) -> TextIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
-    return open(path, encoding="utf-8-sig", errors="replace", newline="")
+@contextmanager
+def _open(path: str) -> Iterator[TextIO]:
+    with ExitStack() as stack:
+        binary = stack.enter_context(places.opened(path))
+        if path.lower().endswith(".gz"):
+            binary = stack.enter_context(gzip.GzipFile(fileobj=binary))
+        plain = cast("BinaryIO", binary)
+        yield stack.enter_context(io.TextIOWrapper(plain, encoding="utf-8-sig", errors="replace", newline=""))
 
 
-def _header(path: Path) -> list[str]:
+def _header(path: str) -> list[str]:
     """Column names; of JSON lines, those of the first row."""
     kind = _kind(path)
     if kind == "parquet":
-        return list(_parquet(path).schema_arrow.names)
+        with _parquet(path) as table:
+            return list(table.schema_arrow.names)
     if kind == "jsonl":
         return list(next(iter(_rows(path)), {}))
     with _open(path) as f:
         return next(csv.reader(f, delimiter="\t" if kind == "tsv" else ","), [])
 
 
-def _parquet(path: Path) -> Any:
+@contextmanager
+def _parquet(path: str) -> Iterator[Any]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ConfigError("reading Parquet needs pyarrow: install sluice[prep]") from error
-    try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a whole Parquet file: {error}") from error
+    with places.opened(path) as f:
+        try:
+            table = parquet.ParquetFile(f)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path} is not a whole Parquet file: {error}") from error
+        with table:
+            yield table
 
 
-def _rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+def _rows(path: str, columns: Sequence[str] | None = None) -> Iterator[Row]:
     """The rows of one table, one at a time; ``columns`` may spare a Parquet file reading the others."""
     kind = _kind(path)
     if kind == "parquet":
@@ -256,8 +282,11 @@ def _rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
             for batch in table.iter_batches(PARQUET_ROWS, columns=list(columns) if columns else None):
                 yield from batch.to_pylist()
         return
-    with _open(path) as f:
-        yield from _json_rows(f) if kind == "jsonl" else _csv_rows(f, "\t" if kind == "tsv" else ",")
+    try:
+        with _open(path) as f:
+            yield from _json_rows(f) if kind == "jsonl" else _csv_rows(f, "\t" if kind == "tsv" else ",")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is no whole gzip file: {error}") from error
 
 
 def _json_rows(lines: Iterable[str]) -> Iterator[Row]:
