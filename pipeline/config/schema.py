@@ -100,7 +100,8 @@ class Captions(Strict):
     fields: dict[Text, PositiveFloat] = {"caption": 1.0}
     """Fields of the manifest and their weights: one of those that a sample has is chosen for it in each epoch."""
     tokenizer: Text | None = None
-    """A tokenizer.json; left out: the one that was trained with the shards."""
+    """A tokenizer.json; "clip": CLIP's vocabulary, of an installed open_clip_torch (with pad = "!", as CLIP has it);
+    left out: the one that was trained with the shards."""
     length: Annotated[int, Field(ge=3)] = 77
     """Tokens of a text, its start and end included; longer texts are cut before their end, shorter ones padded."""
     start: str = "<start_of_text>"

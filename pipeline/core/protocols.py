@@ -6,7 +6,7 @@ Shape letters: B samples of one micro-batch on one rank, H height, W width, D fe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
@@ -64,6 +64,8 @@ class StepContext:
     seed: int
     clock: Clock
     training: bool = True
+    words: Callable[[Batch], list[str]] | None = None
+    """Reads the field "text" of a batch; given to showcases where the data has texts."""
 
     def random(self, batch: Batch, purpose: str) -> SampleRandom:
         """Random numbers that belong to the samples of ``batch``: a function of (seed, epoch, id, purpose) alone."""

@@ -136,7 +136,7 @@ class Assembler:
         if "label" in data.fields:
             self.columns["label"] = Column("int64", ())
         if "text" in data.fields:
-            self.text = TextDecoder(data.captions, read_tokenizer(parts[0], data.captions), seed)
+            self.text = TextDecoder(data.captions, read_tokenizer(manifest, data.captions), seed)
             captions = list(data.captions.fields)
             self.columns |= {"text": Column("int64", (data.captions.length,)), "text_length": Column("int64", ())}
         budget = data.read_mb * 10**6 // len(parts)

@@ -13,17 +13,23 @@ import torch
 from pipeline.config.schema import Captions
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.location import read_file, reason
-from pipeline.core.manifest import Manifest
+from pipeline.core.manifest import Joined, Manifest
+from pipeline.core.protocols import Batch
 from pipeline.core.random import SampleRandom
+from pipeline.data.clip_vocabulary import CLIP, clip_tokenizer
 
 
 def read_tokenizer(manifest: Manifest, captions: Captions) -> bytes:
-    """The tokenizer of a data set or of the configuration, as its file.
+    """The tokenizer of a data set (of several, the first one's) or of the configuration, as its file.
 
     Raises:
-        ConfigError: none is named, or the file is not there.
+        ConfigError: none is named, or what is named is not there.
         DataError: it is not the one that was trained with the shards.
     """
+    if isinstance(manifest, Joined):
+        manifest = manifest.parts[0]
+    if captions.tokenizer == CLIP:
+        return clip_tokenizer()
     if captions.tokenizer is not None:
         try:
             return Path(captions.tokenizer).read_bytes()
@@ -124,6 +130,11 @@ class TextDecoder:
         row = np.full(self._captions.length, self._pad, np.int64)
         row[: len(tokens)] = tokens
         return Tokens(row, len(tokens), len(words) > room)
+
+    def words(self, batch: Batch) -> list[str]:
+        """The texts of a batch, "text" and "text_length", as far as their tokens tell; without special tokens."""
+        rows = zip(batch["text"].tolist(), batch["text_length"].tolist(), strict=True)
+        return [self._library().decode(row[:length]).strip() for row, length in rows]
 
     def _library(self) -> Any:
         if self._tokenizer is None:

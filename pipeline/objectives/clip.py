@@ -29,14 +29,17 @@ from pipeline.core.protocols import (
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
 from pipeline.nn.dropout import drop_per_sample, dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, backbone_layers, create_backbone, to_weights
-from pipeline.nn.images import Normalize, tile
+from pipeline.nn.images import Normalize
 from pipeline.nn.masking import encode_visible, make_maskable
 from pipeline.nn.open_clip import image_tower, text_tower
+from pipeline.nn.pictures import Line, beneath, beside, verdict
 from pipeline.nn.text import TextEncoder, TextPool
 from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
 """Samples in the showcase."""
+NEAREST = 3
+"""Of them, what is shown as nearest to each."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_SCALE = 100.0
@@ -231,21 +234,33 @@ class CLIP(PairwiseObjective):
         }
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
-        """Images; under each the image whose caption is nearest to it, and the image nearest to its caption."""
+        """The captions nearest to each image, and the images nearest to each caption, among those shown."""
         batch = {name: value[:SHOWN] for name, value in batch.items()}
         rows = self.embed(batch, ctx)
-        cosines = rows["image"] @ rows["text"].T
-        caption, image = cosines.argmax(dim=1), cosines.argmax(dim=0)
-        here = torch.arange(len(cosines), device=cosines.device)
-        said = ", ".join(f"{c:.2f}" for c in cosines.diagonal().tolist())
-        text = (
-            f"Top: images. Middle: the image whose caption is nearest to the one above ({_hits(caption == here)} "
-            f"are its own). Bottom: the image nearest to the caption of the one on top ({_hits(image == here)}). "
-            f"Cosines of image and own caption, from left to right: {said}"
-        )
-        shown = [batch["image"], batch["image"][caption], batch["image"][image]]
-        return {"matches": Picture(tile(shown), text)}
+        cosines = (rows["image"] @ rows["text"].T).float().cpu()
+        words = ctx.words(batch) if ctx.words else [f"caption {number}" for number in range(len(cosines))]
+        nearest = min(NEAREST, len(words))
+        captions = _finds(cosines, nearest, words)
+        images = _finds(cosines.T, nearest, [""] * len(words))
+        found = cosines.T.topk(nearest, dim=1).indices
+        hits = [sum(line[0].colour == verdict(True) for line in lines) for lines in (captions, images)]
+        said = f"among {len(words)} shown; green: its own. First of all it is for"
+        return {
+            "captions": Picture(
+                beside(batch["image"], captions), f"The captions nearest to each image {said} {hits[0]} of them."
+            ),
+            "images": Picture(
+                beneath(words, [batch["image"][row.to(batch["image"].device)] for row in found], images),
+                f"The images nearest to each caption {said} {hits[1]} of them.",
+            ),
+        }
 
 
-def _hits(right: Tensor) -> str:
-    return f"{int(right.sum())} of {len(right)}"
+def _finds(cosines: Tensor, count: int, names: list[str]) -> list[list[Line]]:
+    """The ``count`` largest of each row, with their names: cosine and name, green on the diagonal."""
+    best = cosines.topk(count, dim=1)
+    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    return [
+        [Line(f"{c:.2f}  {names[i]}".rstrip(), verdict(i == own)) for c, i in zip(values, indices, strict=True)]
+        for own, (values, indices) in enumerate(pairs)
+    ]

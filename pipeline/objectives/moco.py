@@ -33,7 +33,8 @@ from pipeline.nn.batch_norm import average_statistics, frozen_statistics, synchr
 from pipeline.nn.contrastive import in_batch_nce, queue_nce
 from pipeline.nn.dropout import drop_per_sample, dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
-from pipeline.nn.images import Normalize, tile
+from pipeline.nn.images import Normalize
+from pipeline.nn.pictures import Match, pairs
 from pipeline.nn.projection import projection, small_stem
 from pipeline.nn.weights import load_encoder
 
@@ -191,11 +192,10 @@ class MoCo(PairwiseObjective):
         return {f"encoder.backbone.{name}" for name, _ in self.encoder.backbone.named_parameters() if name in named}
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
-        """Queries' views, keys' views, and the cosines between them."""
+        """The query's and the key's view of each image, and the key of another that is most like the query."""
         batch = {name: value[:SHOWN] for name, value in batch.items()}
         views = [self.view(batch, ctx, name) for name in ("image", "image2")]
         with frozen_statistics(self), dropping_for(batch, ctx):
-            cosines = (self._query(views[0]) * self._key(views[1])).sum(dim=1)
-        images = [(view * 255).round().to(torch.uint8) for view in views]
-        said = ", ".join(f"{c:.2f}" for c in cosines.tolist())
-        return {"views": Picture(tile(images), f"Views of queries and keys. Cosines from left to right: {said}")}
+            cosines = self._query(views[0]) @ self._key(views[1]).T
+        first, second = ((view * 255).round().to(torch.uint8) for view in views)
+        return {"views": Picture(*pairs(Match(first, second, cosines)))}

@@ -26,7 +26,8 @@ from pipeline.nn.batch_norm import frozen_statistics, synchronise
 from pipeline.nn.contrastive import nt_xent
 from pipeline.nn.dropout import drop_per_sample, dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
-from pipeline.nn.images import Normalize, tile
+from pipeline.nn.images import Normalize
+from pipeline.nn.pictures import Match, pairs
 from pipeline.nn.projection import projection, small_stem
 from pipeline.nn.weights import load_encoder
 
@@ -97,14 +98,9 @@ class SimCLR(PairwiseObjective):
         return {"image": self.encoder}
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
-        """First views, second views, and the cosines between them."""
+        """Both views of each image, and the view of another that is most like the first."""
         batch = {name: value[:SHOWN] for name, value in batch.items()}
-        images = (self.views(batch, ctx) * 255).round().to(torch.uint8)
+        first, second = (self.views(batch, ctx) * 255).round().to(torch.uint8).chunk(2)
         with frozen_statistics(self):
             z = self.embed(batch, ctx)
-        cosines = z["first"] @ z["second"].T
-        own, others = cosines.diagonal(), cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)]
-        said = ", ".join(f"{c:.2f}" for c in own.tolist())
-        rest = f"; of views of different images {others.mean():.2f} on average" if len(others) else ""
-        caption = f"The two views of each image. Cosines from left to right: {said}{rest}"
-        return {"views": Picture(tile(images.chunk(2)), caption)}
+        return {"views": Picture(*pairs(Match(first, second, z["first"] @ z["second"].T)))}

@@ -18,6 +18,7 @@ from pipeline.core.errors import CheckpointError
 from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, Stream
 from pipeline.data.stream import open_stream
+from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.dist.group import Place
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import Saved
@@ -84,6 +85,14 @@ def sample_batch(config: RunConfig, manifest: Manifest) -> Batch:
     few = open_stream(data, manifest, seed=config.run.seed, global_batch=count, micro_batch=count, rank=0, world=1)
     with closing(few):
         return next(few.batches(0))[0]
+
+
+def text_reader(config: RunConfig, manifest: Manifest) -> Callable[[Batch], list[str]] | None:
+    """What turns the field "text" of a batch back into words; None: there is no such field."""
+    if "text" not in config.data.fields:
+        return None
+    captions = config.data.captions
+    return TextDecoder(captions, read_tokenizer(manifest, captions), config.run.seed).words
 
 
 def model_specs(saved: Saved) -> dict[str, Spec]:

@@ -29,7 +29,7 @@ from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
 from pipeline.record.state import State, close_state, write_state
 from pipeline.run.attempt import Attempt, attempt
-from pipeline.run.build import build_engine, build_objective, build_stream, resume, sample_batch
+from pipeline.run.build import build_engine, build_objective, build_stream, resume, sample_batch, text_reader
 from pipeline.run.preflight import preflight
 
 CHECKPOINTS = "checkpoints"
@@ -96,7 +96,8 @@ class Job:
         objective = self.engine.objective
         objective.eval()
         with torch.no_grad(), self.engine.averaged(), self.engine.whole_parameters():
-            ctx = StepContext(self.config.run.seed, clock, training=False)
+            words = text_reader(self.config, self.manifest)
+            ctx = StepContext(self.config.run.seed, clock, training=False, words=words)
             pictures = objective.showcase(self.engine.move(self.sample), ctx)
         objective.train()
         if self.recorder is not None:

@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pipeline.config.schema import Captions
 from pipeline.core.protocols import DataFacts
+from pipeline.data.clip_vocabulary import clip_tokenizer
+from pipeline.data.text import TextDecoder
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
+from pipeline.nn.open_clip import CLIP_END
 from pipeline.objectives.clip import CLIP, Config
 from pipeline.run.export import write
 
@@ -101,3 +105,25 @@ def test_value_and_gradients_are_open_clips(kind, scale):
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for own, theirs in zip(*results, strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # open_clip's imports
+def test_clips_vocabulary_gives_open_clips_tokens():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    length = 12
+    captions = Captions(tokenizer="clip", pad="!", length=length)
+    ours = TextDecoder(captions, clip_tokenizer(), 0)
+    texts = [
+        "a photo of a cat.",
+        " A Bold\t Italic  SERIF!",
+        "it's 2024, isn't it?! we'll see",
+        "na\u00efve \u65e5\u672c \U0001f408",
+    ]
+    texts.append("a text that is far longer than its twelve tokens of room allow, so that it is cut")
+    theirs = SimpleTokenizer(context_length=length)(texts)
+    for text, expected in zip(texts, theirs, strict=True):
+        row, size, _ = ours.decode(memoryview(text.encode()))
+        assert row.tolist() == expected.tolist() and row[size - 1] == CLIP_END, text
+    batch = {"text": theirs[:1], "text_length": torch.tensor([7])}
+    assert ours.words(batch) == ["a photo of a cat ."]

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from pipeline.config.schema import Captions, Data
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.manifest import load, save
+from pipeline.data.clip_vocabulary import clip_tokenizer
 from pipeline.data.stream import open_stream
 from pipeline.data.text import TextDecoder
 from tests.unit.data.shards import write_data
@@ -30,6 +31,22 @@ def tokenizer(words=WORDS) -> bytes:
 def decode(text: str, **settings):
     tokens = TextDecoder(Captions(length=7, **settings), tokenizer(), 0).decode(memoryview(text.encode()))
     return tokens.row.tolist(), tokens.length
+
+
+def test_tokens_are_read_back_as_words():
+    decoder = TextDecoder(Captions(length=6), tokenizer(), 0)
+    rows = [decoder.decode(memoryview(text.encode())) for text in ("a red cat", "on a mat on a mat")]
+    batch = {
+        "text": torch.from_numpy(np.stack([r.row for r in rows])),
+        "text_length": torch.tensor([r.length for r in rows]),
+    }
+    assert decoder.words(batch) == ["a red cat", "on a mat on"]
+
+
+def test_clips_vocabulary_without_open_clip_is_a_mistake(monkeypatch):
+    monkeypatch.setattr("pipeline.data.clip_vocabulary.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="open_clip_torch, which is not there"):
+        clip_tokenizer()
 
 
 def test_start_end_padding_and_length():

@@ -17,7 +17,8 @@ from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext
 from pipeline.dist.group import process_group
 from pipeline.engine import optimizers
 from pipeline.engine.accumulate import accumulate
-from pipeline.objectives.clip import CLIP, Config
+from pipeline.nn.pictures import RIGHT
+from pipeline.objectives.clip import CLIP, Config, _finds
 from tests.contracts.test_gradients import ENGINES, Plan, descent
 from tests.ranks import start_ranks
 
@@ -153,6 +154,23 @@ def test_texts_must_end_where_the_model_looks():
     with pytest.raises(ConfigError, match=r"end is 2.*end with token 9"):
         build()(data, CTX)
     assert build(end=7, text_pool="mean").embed(batch(), CTX)["text"].isfinite().all()
+
+
+def test_the_showcase_tells_what_finds_what_in_words(lone_group):
+    model, data = build().eval(), batch()
+    ctx = StepContext(1, CTX.clock, training=False, words=lambda b: [f"text {t}" for t in b["text_length"].tolist()])
+    with torch.no_grad():
+        rows = model.embed(data, ctx)
+        shown = model.showcase(data, ctx)
+    cosines = rows["image"] @ rows["text"].T
+    for name, matrix in (("captions", cosines), ("images", cosines.T)):
+        right = int((matrix.argmax(1) == torch.arange(4)).sum())
+        assert f"for {right} of them" in shown[name].caption and shown[name].image.dtype == np.uint8
+    captions = _finds(cosines, 2, ["p", "q", "r", "s"])
+    for own, (first, second) in enumerate(captions):
+        best, next_best = cosines[own].argsort(descending=True)[:2].tolist()
+        assert first.text == f"{cosines[own, best]:.2f}  {'pqrs'[best]}" and second.text.endswith("pqrs"[next_best])
+        assert (first.colour == RIGHT) == (best == own) and (second.colour == RIGHT) == (next_best == own)
 
 
 def test_heads_must_divide_and_attention_dropout_is_refused():
