@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     """Every outcome is an exit code; what the user can mend is one message without a traceback."""
     args = _parser().parse_args(argv)
     if args.command == "train":
-        return _train(args.config, args.overrides)
+        return guarded(lambda: _train(args.config, args.overrides))
     if args.command == "eval":
         from pipeline.run.evaluate import evaluate
 

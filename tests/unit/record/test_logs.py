@@ -146,3 +146,12 @@ def test_a_terminal_is_handed_on(tmp_path):
     os.close(terminal)
     assert process.wait(timeout=60) == 1
     os.close(main)
+
+
+def test_program_whose_log_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "logs").touch()
+    config = ROOT / "configs" / "smoke" / "mae.toml"
+    words = ["train", "--config", str(config), "--set", f"run.folder='{tmp_path}'"]
+    what = [sys.executable, "-m", "pipeline.run", *words]
+    done = subprocess.run(what, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("sluice: cannot write") and "Traceback" not in done.stderr
