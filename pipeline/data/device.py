@@ -7,6 +7,7 @@ path; pixels differ a little, since decoders differ.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -72,6 +73,20 @@ class _Pixels(NamedTuple):
         return cut(self.pixels, box)
 
 
+def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    """JPEG files, uint8[bytes] each on the host, to uint8[3,h,w] each on the device.
+
+    Raises:
+        RuntimeError: one of them cannot be decoded.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with warnings.catch_warnings():
+        # Since 0.29 torchvision announces that this will move to another package, without saying when.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return list(decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
+
+
 class DeviceImages:
     """Decodes the images of batches on a device.
 
@@ -123,14 +138,12 @@ class DeviceImages:
 
     def _decode(self, files: list[Tensor], ids: Tensor) -> list[Tensor]:
         """uint8[3,h,w] each."""
-        from torchvision.io import ImageReadMode, decode_jpeg
-
         try:
-            return list(decode_jpeg(files, mode=ImageReadMode.RGB, device=self._device))
+            return decode_jpegs(files, self._device)
         except RuntimeError as error:
             for file, number in zip(files, ids.tolist(), strict=True):
                 try:
-                    decode_jpeg([file], mode=ImageReadMode.RGB, device=self._device)
+                    decode_jpegs([file], self._device)
                 except RuntimeError as own:
                     raise DataError(
                         f"sample number {number}: its JPEG cannot be decoded on the device ({own}); "

@@ -31,7 +31,6 @@ def main() -> None:
     print(f"{IMAGES} JPEGs, mean {sum(map(len, files)) / IMAGES / 1000:.0f} kB")
     out = torch.empty(IMAGES, 3, 224, 224, dtype=torch.uint8)
     settings = Image(size=224, scale=(0.08, 1.0))
-    two = settings.model_copy(update={"views": 2})
     epoch, ids = torch.zeros(IMAGES, dtype=torch.int64), torch.arange(IMAGES)
     crop = transforms.RandomResizedCrop(224, scale=(0.08, 1.0), interpolation=BICUBIC)
     flip = transforms.RandomHorizontalFlip()
@@ -39,22 +38,14 @@ def main() -> None:
     newer = v2.RandomResizedCrop(224, scale=(0.08, 1.0), interpolation=BICUBIC)
     modern = v2.Compose([newer, v2.RandomHorizontalFlip()])
 
-    def ours(settings: Image) -> None:
-        chosen = ImageDecoder(settings, 0)
-        for row, (data, views) in enumerate(zip(files, chosen.geometry(epoch, ids), strict=True)):
-            for pixels in chosen.decode(data, views):
-                out[row].copy_(pixels)
+    def ours() -> None:
+        decoder = ImageDecoder(settings, 0)
+        for row, (data, views) in enumerate(zip(files, decoder.geometry(epoch, ids), strict=True)):
+            out[row].copy_(decoder.decode(data, views)[0])
 
-    jitter = transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8)
-    colour = [jitter, transforms.RandomGrayscale(0.2)]
-    blur = transforms.RandomApply([transforms.GaussianBlur(23, (0.1, 2.0))], 0.5)
-    pair = transforms.Compose([crop, flip, *colour, blur, transforms.ToTensor(), NORMALIZE])
-
-    def each(transform: transforms.Compose, views: int = 1) -> None:
+    def pillow() -> None:
         for data in files:
-            image = PillowImage.open(io.BytesIO(data)).convert("RGB")
-            for _ in range(views):
-                transform(image)
+            stock(PillowImage.open(io.BytesIO(data)).convert("RGB"))
 
     def torchvision_uint8() -> None:
         for row, data in enumerate(files):
@@ -65,21 +56,11 @@ def main() -> None:
         "images",
         IMAGES,
         {
-            "Pillow + torchvision v1 to float32": lambda: each(stock),
+            "Pillow + torchvision v1 to float32": pillow,
             "torchvision decode_jpeg + v2, uint8": torchvision_uint8,
-            "ours, uint8": lambda: ours(settings),
+            "ours, uint8": ours,
         },
         rounds,
-    )
-    compare(
-        "Two views, one core (colour is left to the device; see tests/perf of the augmentations)",
-        "images",
-        IMAGES,
-        {
-            "SimCLR on the CPU, torchvision v1": lambda: each(pair, 2),
-            "ours, two uint8 views": lambda: ours(two),
-        },
-        max(rounds // 2, 1),
     )
     report_pixels(files, settings)
 

@@ -1,6 +1,8 @@
 """Memory stays within its budget, whatever the samples."""
 
+import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from pipeline.data import jpeg
 from pipeline.data.assemble import Assembler
 from pipeline.data.decode import open_image
 from pipeline.data.plan import EvalPlan
+from pipeline.data.workers import Workers
 from tests.unit.data.shards import encode, members, picture, write_data
+from tests.unit.data.test_workers import started
 
 MB = 10**6
 
@@ -46,3 +50,26 @@ def test_an_image_too_large_to_decode_is_bad(monkeypatch, kind):
     monkeypatch.setattr(jpeg, "MAX_PIXELS", 1999)
     with pytest.raises(ValueError, match="an image of 50 x 40 pixels, more than 1,999"):
         open_image(data)
+
+
+def peak_of_a_worker(folder, size, count):
+    """Most megabytes that a loader process has had, over two passes."""
+
+    def make(number):
+        parts = members(number)
+        return parts | {"png": parts["png"].ljust(size, b"\0")}
+
+    manifest = write_data(folder, [count // 2, count // 2], make)
+    data = Data(train=manifest.root, fields=("image", "label"), image=Image(size=8, crop="center"), read_mb=4)
+    workers = Workers(Assembler(manifest, data, 0, EvalPlan(0, count, count)), 1)
+    for _ in range(2):
+        assert sum(made.filled.samples for made in workers.batches(0)) == count
+    status = Path(f"/proc/{started(workers)[0]}/status").read_text()
+    workers.close()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1000
+
+
+def test_a_loader_process_stays_within_the_budget(tmp_path):
+    """A micro-batch of 48 MB costs a process little more than the 4 MB of read_mb and one image."""
+    small, large = peak_of_a_worker(tmp_path / "2 kB", 2_000, 24), peak_of_a_worker(tmp_path / "2 MB", 2 * MB, 24)
+    assert large - small < 16

@@ -6,7 +6,12 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from pipeline.core.manifest import load
+from pipeline.data.order import Order
+from pipeline.data.storage import Local
 from tests.ranks import forkserver
 from tests.unit.data.shards import write_data
 from tests.unit.data.test_stream import open_rank, steps_of
@@ -34,6 +39,34 @@ def finished(notes: list[str]) -> list[dict[int, list]]:
         lines = Path(path).read_text().split("\n")[:-1] if os.path.exists(path) else []
         found.append(dict(map(json.loads, lines)))
     return found
+
+
+@pytest.mark.parametrize(("sizes", "lanes", "window"), [([30] * 40, 4, 2), ([7, 90, 1, 0, 200, 13, 64, 25], 8, 4)])
+def test_resuming_reads_no_more_than_one_window_of_each_lane(tmp_path, monkeypatch, sizes, lanes, window):
+    """At any position of an epoch: bytes are counted where they are read, and which shards they come from."""
+    manifest = write_data(tmp_path, sizes, lambda n: {"cls": b"1", "png": bytes(100)})
+    asked = []
+    read = Local.read
+
+    def counted(self, shard, starts, stops, into):
+        asked.append((shard.name, sum(stops) - sum(starts)))
+        read(self, shard, starts, stops, into)
+
+    monkeypatch.setattr(Local, "read", counted)
+    settings = {"fields": ("label",), "batch": 8, "micro": 8, "lanes": lanes, "window": window}
+    order = Order(np.array(manifest.starts), 1, 8, lanes, window, "drop")
+    kept = [manifest.shards[i] for i in order._epoch(0).shard]
+    for step in range(0, sum(sizes) // 8, 7):
+        asked.clear()
+        stream = open_rank(manifest, **settings)
+        next(stream.batches(step))
+        stream.close()
+        first, last = order.windows(step)
+        allowed = {s.name for a, b in zip(first, last, strict=True) for s in kept[a:b]}
+        assert {name for name, _ in asked} <= allowed
+        windows = sum(s.bytes for a, b in zip(first, last, strict=True) for s in kept[a:b])
+        # A header, a label, and at most eight blocks between it and the next one.
+        assert sum(count for _, count in asked) <= min(windows, 8 * (513 + 4096))
 
 
 def test_kills_and_other_world_sizes_lose_and_repeat_nothing(tmp_path):

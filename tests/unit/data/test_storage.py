@@ -1,11 +1,8 @@
-"""Shards at URLs, by ranges and through the cache, from a server that misbehaves in every way we know."""
+"""Shards at URLs, by ranges and through the cache; servers that keep failing are in test_damage.py."""
 
 import itertools
 import os
-import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -19,74 +16,8 @@ from pipeline.core.manifest import load
 from pipeline.data import storage
 from pipeline.data.storage import Cached, Local, check_shard
 from pipeline.data.stream import open_stream
+from tests.unit.data.server import Server
 from tests.unit.data.shards import write_data
-
-
-class Server(ThreadingHTTPServer):
-    """A folder over HTTP. ``faults`` maps a file name to how it is served; ``asked`` notes (name, range)."""
-
-    daemon_threads = True
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.asked = folder, {}, []
-        self.released = threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """Clients that give up are part of the test."""
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/data"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        name = self.path.rpartition("/")[2]
-        fault = self.server.faults.get(name)
-        path = os.path.join(self.server.folder, name)
-        if fault == "missing" or not os.path.exists(path):
-            self.send_error(404)
-            return
-        with open(path, "rb") as f:
-            content = f.read()
-        if fault == "page":
-            content = b"<!DOCTYPE html><html>please log in</html>"
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if body:
-            self.server.asked.append((name, wanted and wanted.group()))
-        if fault == "silent":
-            self.server.released.wait(30)
-        if isinstance(fault, int) and fault > 0 and body:
-            self.server.faults[name] = fault - 1
-            self.send_error(503)
-            return
-        if wanted and fault != "no ranges":
-            first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-            content = content[first : last + 1]
-        else:
-            self.send_response(200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content[: len(content) // 2] if fault == "broken" else content)
-            self.close_connection = fault == "broken"
-
 
 SIZES = [5, 9, 20, 13]
 
@@ -194,27 +125,6 @@ def test_a_server_that_fails_now_and_then_does_no_harm(local, server, tmp_path, 
     server.faults = {s.name: 2 for s in local.shards}
     cache = Cache(folder=str(tmp_path), limit_gb=1) if kept else None
     assert_same(first(open_at(local.root), 4), first(open_at(server.url, cache=cache), 4))
-
-
-@pytest.mark.parametrize("kept", [True, False], ids=["cache", "ranges"])
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        ("missing", r"cannot open shard .*x-000002\.tar"),
-        ("page", r"x-000002\.tar has 41 bytes, its manifest says"),
-        ("broken", r"cannot read .*x-000002\.tar \(.*\), tried 3 times"),
-        ("silent", r"cannot read .*x-000002\.tar \(.*\), tried 3 times"),
-        (99, r"cannot read .*x-000002\.tar \(.*503.*\), tried 3 times"),
-    ],
-)
-def test_a_server_that_keeps_failing_is_an_error_naming_the_shard(server, tmp_path, monkeypatch, fault, reason, kept):
-    if fault == "silent":
-        monkeypatch.setattr(location, "SILENCE", 0.3)
-    server.faults = {"x-000002.tar": fault}
-    cache = Cache(folder=str(tmp_path), limit_gb=1) if kept else None
-    with pytest.raises(DataError, match=reason):
-        first(open_at(server.url, cache=cache), 4)
-    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_server_without_ranges_needs_the_cache(local, server, tmp_path):

@@ -57,7 +57,7 @@ def started(workers: Workers) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.parametrize("workers", [1, 2, 5])
 def test_same_stream_as_without(data, workers):
     """Ids, pixels, labels and ledger; from the start, and from other steps in the same processes.
 
