@@ -1,38 +1,26 @@
-"""Checkpoints: a folder that is either whole or not there.
+"""Checkpoints: a folder that is either whole or not there, how it is laid out, and how it is read.
 
-Saving, on all ranks together:
-
-1. every rank writes its fragments to ``step-N.tmp/rank-R.safetensors``, and hashes and fsyncs it;
-2. the ranks tell each other how it went; if any failed, all raise and the old checkpoints are untouched;
-3. rank 0 writes ``checkpoint.json`` (files, hashes, tensors, clock, stream), fsyncs, renames the folder to ``step-N``
-   and fsyncs the parent;
-4. rank 0 replaces ``latest`` (for people; reading goes by the folders), and removes what is more than ``keep`` old;
-5. the ranks meet again, so that nobody runs ahead of a checkpoint that is not there yet.
+``step-N/rank-R.safetensors`` holds fragments (:mod:`pipeline.engine.fragments`), ``step-N/checkpoint.json`` the files'
+hashes, the tensors, the clock and the stream; ``latest`` names the newest one for people. How it is written, and why it
+is whole: :mod:`pipeline.engine.saving`.
 
 Reading takes the newest folder whose hashes hold, says which it passed over and why, and never starts from nothing
-while there is a checkpoint. It works at any world size and from any engine (see :mod:`pipeline.engine.fragments`).
+while there is a checkpoint. It works at any world size and from any engine. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import Any
 
 from pipeline.core.errors import CheckpointError
 from pipeline.dist.group import Place, from_first, gather_objects
 from pipeline.engine.fragments import Fragment, Spec
 from pipeline.engine.pieces import fill
-
-R = TypeVar("R")
 
 FORMAT = "sluice-checkpoint"
 VERSION = 1
@@ -64,54 +52,24 @@ class Saved:
         fill(list(fragments), [self.folder / n for n in names[first:] + names[:first]])
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file, durably and at once."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
 def sha256_of(path: Path) -> str:
     """Hash of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_fragments(path: Path, fragments: Iterable[Fragment]) -> dict[str, Spec]:
-    """Write one rank's fragments, durably. Returns the tensors that they are parts of."""
-    tensors: dict[str, Tensor] = {}
-    specs: dict[str, Spec] = {}
-    for f in fragments:
-        data = f.data.detach().cpu()
-        # counts of steps may share one tensor among many parameters, which safetensors refuses
-        tensors[f"{f.name}@{f.start}"] = data.clone() if f.shape == () else data
-        specs[f.name] = Spec(f.shape, str(f.data.dtype)[6:])
-    save_file(tensors, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return specs
-
-
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run, for reading.
 
-    def __init__(self, folder: Path, place: Place, keep: int, say: Callable[[str], None] = print) -> None:
+    Args:
+        folder: that holds them.
+        place: of this rank.
+        say: is told which checkpoints are passed over.
+    """
+
+    def __init__(self, folder: Path, place: Place, say: Callable[[str], None]) -> None:
         self.folder = folder
         self.place = place
-        self.keep = keep
         self.say = say
 
     def steps(self) -> list[int]:
@@ -122,65 +80,6 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         """Folder of the checkpoint made after ``step`` updates."""
         return self.folder / f"{PREFIX}{step:08d}"
-
-    def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any]) -> None:
-        """Write a checkpoint, on all ranks together.
-
-        Raises:
-            CheckpointError: on every rank, if any could not write; older checkpoints are untouched.
-        """
-        final = self.path(step)
-        temporary = final.with_name(final.name + ".tmp")
-        self._together("prepare", lambda: self._clear(temporary), first_only=True)
-        name = f"rank-{self.place.rank:05d}.safetensors"
-
-        def write() -> tuple[str, dict[str, Any], dict[str, Spec]]:
-            specs = write_fragments(temporary / name, fragments)
-            path = temporary / name
-            return name, {"bytes": path.stat().st_size, "sha256": sha256_of(path)}, specs
-
-        written = self._together("write", write)
-
-        def publish() -> None:
-            body = {
-                "format": FORMAT,
-                "version": VERSION,
-                "files": {n: facts for n, facts, _ in written},
-                "tensors": {n: [list(s.shape), s.dtype] for *_, specs in written for n, s in specs.items()},
-                "state": state,
-            }
-            write_text(temporary / MANIFEST, json.dumps(body))
-            if final.exists():  # of an earlier attempt, passed over as damaged
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-            sync_folder(self.folder)
-            write_text(self.folder / LATEST, final.name + "\n")
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old))
-
-        self._together("publish", publish, first_only=True)
-
-    def _clear(self, temporary: Path) -> None:
-        for left_over in self.folder.glob(PREFIX + "*.tmp"):
-            shutil.rmtree(left_over)
-        temporary.mkdir(parents=True)
-
-    def _together(self, what: str, work: Callable[[], R], first_only: bool = False) -> list[R]:
-        """Do ``work`` on all ranks (or rank 0); raise on all if any failed. Returns every rank's result."""
-        result, problem, cause = None, None, None
-        if self.place.first or not first_only:
-            try:
-                result = work()
-            except Exception as error:  # whatever it is, the other ranks must not wait for us
-                problem, cause = f"rank {self.place.rank}: {error}", error
-        outcomes = gather_objects((result, problem))
-        problems = [p for _, p in outcomes if p is not None]
-        if problems:
-            raise CheckpointError(
-                f"could not {what} the checkpoint in {self.folder}: {'; '.join(problems)}. "
-                "Older checkpoints are untouched; make room or mend the folder and start again to resume."
-            ) from cause
-        return [cast("R", r) for r, _ in outcomes]
 
     def newest(self) -> Saved | None:
         """The newest whole checkpoint, the same on every rank; None when there is none at all.

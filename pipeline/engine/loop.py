@@ -13,7 +13,6 @@ from pipeline.engine.accumulate import accumulate
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.meter import Meter
-from pipeline.engine.stopping import StopRequest
 from pipeline.engine.watch import Watch
 
 
@@ -35,7 +34,7 @@ def fit(
     learning_rate: Callable[[int], float],
     actions: Sequence[Action],
     meter: Meter,
-    stop: StopRequest,
+    watch: Watch,
 ) -> tuple[Outcome, Clock]:
     """Train from ``clock`` to the end of the run, or until asked to stop.
 
@@ -48,14 +47,14 @@ def fit(
         learning_rate: of an update, from the samples seen before it.
         actions: run in this order when due; on stopping, those that are due at the end.
         meter: takes in every step; the log action reads it.
-        stop: asked after every update.
+        watch: the ranks' agreement on going on, asked after every update.
 
     Raises:
         NonFiniteError: on every rank in the same step.
+        CheckpointError: the same, when one could not be written.
     """
     if clock.samples >= clock.total_samples:
         return Outcome.FINISHED, clock
-    watch = Watch(engine.place.device)
     engine.objective.train()
     meter.restart()
     for micro_batches in meter.timed(stream.batches(clock.step)):
@@ -69,7 +68,7 @@ def fit(
         clock = replace(clock, step=clock.step + 1, samples=clock.samples + global_batch)
         engine.after_step(clock)
         meter.end_step(norm, global_batch)
-        watch.exchange(clock.step, meter.loss, norm, stop.asked())
+        watch.exchange(clock.step, meter.loss, norm)
 
         ending = watch.stopping or clock.samples >= clock.total_samples
         due = [action for action in actions if action.due(clock, ending=ending)]

@@ -1,7 +1,8 @@
-"""After every update the ranks tell each other two numbers: their loss, and whether they were asked to stop.
+"""After every update the ranks tell each other their loss, whether they were asked to stop, and how far saving is.
 
 So a loss that is not finite on one rank stops all of them in the same step and before any action can persist what it
-did to the weights, and a request to stop reaches all of them in the same step whoever got it. On a GPU the numbers of
+did to the weights, a request to stop reaches all of them in the same step whoever got it, and a checkpoint that is
+written in the background is published, or given up, by all of them together. On a GPU the numbers of
 a step are looked at after the next one, so that the host never waits for the device; before an action runs, and at
 the end, they are looked at at once.
 """
@@ -17,26 +18,38 @@ from torch import Tensor
 
 from pipeline.core.errors import NonFiniteError
 from pipeline.dist.group import gather_rows
+from pipeline.engine.saving import Saver
+from pipeline.engine.stopping import StopRequest
 
 
 class _Pending(NamedTuple):
     step: int
     rows: Tensor
-    """[W,3] on the host: loss, gradient norm, stop."""
+    """[W,4] on the host: loss, gradient norm, stop, progress of saving."""
     ready: torch.cuda.Event | None
 
 
 class Watch:
-    """The ranks' agreement on going on."""
+    """The ranks' agreement on going on.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the rank.
+        stop: whether this rank was asked to stop.
+        saver: writes checkpoints in the background; None: nobody does.
+    """
+
+    def __init__(self, device: torch.device, stop: StopRequest, saver: Saver | None = None) -> None:
+        self.stop = stop
+        self.saver = saver
         self.lag = 1 if device.type == "cuda" else 0
         self.pending: deque[_Pending] = deque()
         self.stopping = False
 
-    def exchange(self, step: int, loss: Tensor, norm: Tensor, asked: bool) -> None:
-        """Tell the others this rank's loss, and whether it was asked to stop; look at what has come back."""
-        row = torch.stack([loss.detach().float(), norm.detach().float(), loss.new_tensor(float(asked)).float()])
+    def exchange(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Tell the others how this rank is; look at what has come back."""
+        progress = 0 if self.saver is None else self.saver.progress
+        host = torch.tensor([self.stop.asked(), progress], dtype=torch.float32)
+        row = torch.cat([torch.stack([loss.detach().float(), norm.detach().float()]), host.to(loss.device)])
         rows = gather_rows(row)
         ready = None
         if rows.is_cuda:
@@ -55,6 +68,7 @@ class Watch:
 
         Raises:
             NonFiniteError: on every rank, naming step, rank and quantity.
+            CheckpointError: on every rank, if one could not write its part of a checkpoint.
         """
         while len(self.pending) > keep:
             step, rows, ready = self.pending.popleft()
@@ -70,6 +84,8 @@ class Watch:
                     "gradient or look at the batch, and start again to resume from the last checkpoint."
                 )
             self.stopping = self.stopping or any(row[2] for row in values)
+            if self.saver is not None:
+                self.saver.told([int(row[3]) for row in values])
 
 
 def _finite(value: float) -> bool:

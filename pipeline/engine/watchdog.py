@@ -112,7 +112,7 @@ class Watchdog:
             if self.lock is not None:
                 self._keep(self.lock)
             # Re-armed by each turn of this thread: it comes only if the thread cannot run.
-            faulthandler.dump_traceback_later(allowed + 10 * self.tick, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(allowed + 10 * self.tick, exit=True, file=2)
             if self.marker.exists():
                 self._follow()
             elif waited > allowed:

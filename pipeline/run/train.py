@@ -15,6 +15,7 @@ from pipeline.config.resolve import Plan, learning_rate, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.core import manifest as manifests
 from pipeline.core.contract import check_batch
+from pipeline.core.errors import NonFiniteError
 from pipeline.core.protocols import Batch, Clock, StepContext, Stream
 from pipeline.data.stream import facts
 from pipeline.dist.group import Place, process_group, sum_over_ranks
@@ -23,7 +24,9 @@ from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.engine.loop import Outcome, fit
 from pipeline.engine.meter import Meter
+from pipeline.engine.saving import Saver
 from pipeline.engine.stopping import StopRequest
+from pipeline.engine.watch import Watch
 from pipeline.record.files import Lines
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
@@ -45,7 +48,7 @@ class Job:
     manifest: manifests.Manifest
     engine: BaseEngine
     stream: Stream
-    store: CheckpointStore
+    saver: Saver
     meter: Meter
     sample: Batch
     recorder: Recorder | None
@@ -87,9 +90,7 @@ class Job:
             "facts": {"image_size": data.image_size, "classes": data.classes},
             "versions": provenance.versions(),
         }
-        self.store.save(clock.step, self.engine.written(), state)
-        if self.place.first:
-            write_state(self.folder, State("running", None, clock.step, self.attempt))
+        self.saver.save(clock.step, self.engine.written(), state)
 
     def showcase(self, clock: Clock) -> None:
         """The objective's pictures, with the averaged weights where there are any."""
@@ -112,8 +113,9 @@ class Job:
         ]
 
     def end(self, outcome: Outcome, clock: Clock, stop: StopRequest) -> int:
-        """Say how it ended, on rank 0, and give the exit code."""
+        """Wait for the last checkpoint, say how it ended, on rank 0, and give the exit code."""
         self.meter.at("end")
+        self.saver.finish()
         code = FINISHED if outcome is Outcome.FINISHED else REQUEUE
         if self.recorder is not None:
             if outcome is Outcome.STOPPED:
@@ -138,17 +140,21 @@ def train(path: str, overrides: Sequence[str]) -> int:
         preflight(Path(config.run.folder), place)
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
         job, clock = _prepare(path, config, place, manifest, plan, stream, start, stack)
-        outcome, clock = fit(
-            engine=job.engine,
-            stream=stream,
-            clock=clock,
-            global_batch=plan.global_batch,
-            seed=config.run.seed,
-            learning_rate=job.learning_rate,
-            actions=job.actions(),
-            meter=job.meter,
-            stop=stop,
-        )
+        try:
+            outcome, clock = fit(
+                engine=job.engine,
+                stream=stream,
+                clock=clock,
+                global_batch=plan.global_batch,
+                seed=config.run.seed,
+                learning_rate=job.learning_rate,
+                actions=job.actions(),
+                meter=job.meter,
+                watch=Watch(place.device, stop, job.saver),
+            )
+        except NonFiniteError:
+            job.saver.finish()  # what is being written is of an earlier step, and good
+            raise
         return job.end(outcome, clock, stop)
 
 
@@ -170,7 +176,7 @@ def _prepare(
     engine = build_engine(config, objective, plan, place)
 
     notes: list[str] = []
-    store = CheckpointStore(folder / CHECKPOINTS, place, config.run.keep, notes.append)
+    store = CheckpointStore(folder / CHECKPOINTS, place, notes.append)
     saved = store.newest()
     clock = Clock(0, 0, plan.total_samples)
     if saved is not None:
@@ -186,4 +192,11 @@ def _prepare(
             recorder.note(note)
     start.pulse.at("start", clock.step)
     meter = Meter(place.device, place.world_size, start.pulse)
-    return Job(config, place, plan, manifest, engine, stream, store, meter, sample, recorder, start.number), clock
+
+
+    def saved_at(step: int) -> None:
+        if place.first:
+            write_state(folder, State("running", None, step, start.number))
+
+    saver = Saver(store, config.run.keep, saved_at)
+    return Job(config, place, plan, manifest, engine, stream, saver, meter, sample, recorder, start.number), clock
