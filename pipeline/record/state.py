@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -46,7 +47,14 @@ def read_state(folder: Path) -> State | None:
 def write_state(folder: Path, state: State) -> None:
     """Replace the entry, at once."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    replace_file(folder / FILE, dumps(asdict(replace(state, time=now)), indent=1).encode() + b"\n")
+    data = dumps(asdict(replace(state, time=now)), indent=1).encode() + b"\n"
+    try:
+        replace_file(folder / FILE, data)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # That the disk is full must be said nevertheless; the old entry's block takes the new one.
+        (folder / FILE).write_bytes(data)
 
 
 def close_state(folder: Path, outcome: Outcome, exit_code: int, **facts: Any) -> None:

@@ -193,7 +193,6 @@ def _prepare(
     start.pulse.at("start", clock.step)
     meter = Meter(place.device, place.world_size, start.pulse)
 
-
     def saved_at(step: int) -> None:
         if place.first:
             write_state(folder, State("running", None, step, start.number))

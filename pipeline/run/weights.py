@@ -64,7 +64,7 @@ def _find(run: Path, named: str | None, place: Place) -> Saved:
         for name, facts in saved.files.items():
             verify_file(saved.folder / name, facts)
         return saved
-    newest = CheckpointStore(run / CHECKPOINTS, place, 1, lambda text: print(text, file=sys.stderr)).newest()
+    newest = CheckpointStore(run / CHECKPOINTS, place, lambda text: print(text, file=sys.stderr)).newest()
     if newest is None:
         raise ConfigError(f"{run} holds no checkpoint; train it first (sluice eval --random-init needs none)")
     return newest

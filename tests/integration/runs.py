@@ -57,13 +57,15 @@ def codes(ended: list[Ended]) -> list[int | None]:
 
 
 def die_at(step: int, rank: int = 1) -> None:
-    """Kill this rank, without warning, when ``step`` has been logged and not yet saved."""
+    """Kill this rank, without warning, when ``step`` has been logged, what was saved before is there, and it is not."""
     log = training.Job.log
 
     def then_die(job: Any, clock: Clock) -> None:
         log(job, clock)
-        if clock.step == step and job.place.rank == rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if clock.step == step:
+            job.saver.finish()
+            if job.place.rank == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     training.Job.log = then_die  # type: ignore[method-assign]
 

@@ -29,6 +29,7 @@ from pipeline.engine.actions import Action
 from pipeline.engine.loop import fit
 from pipeline.engine.meter import Meter
 from pipeline.engine.stopping import StopRequest
+from pipeline.engine.watch import Watch
 from pipeline.run.build import build_engine, build_objective, build_stream
 
 BATCH = 16
@@ -107,7 +108,7 @@ def measure(rounds: int, steps: int, folder: Path) -> Alternation:
                 learning_rate=lambda samples: learning_rate(plan, samples),
                 actions=[Action("measure", 1, turns.after_step)],
                 meter=meter,
-                stop=StopRequest(folder),
+                watch=Watch(place.device, StopRequest(folder)),
             )
     return turns
 

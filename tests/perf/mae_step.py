@@ -24,6 +24,7 @@ from pipeline.engine.accelerate import AccelerateEngine
 from pipeline.engine.loop import fit
 from pipeline.engine.meter import Meter
 from pipeline.engine.stopping import StopRequest
+from pipeline.engine.watch import Watch
 from pipeline.objectives.mae import MAE, Config
 from tests.parity import plain_mae
 
@@ -72,7 +73,7 @@ def ours(mae: Config, precision: Literal["bf16", "fp32"], batch: Batch, place: P
             learning_rate=lambda samples: LR,
             actions=(),
             meter=meter,
-            stop=StopRequest(Path("/nonexistent")),
+            watch=Watch(place.device, StopRequest(Path("/nonexistent"))),
         )
         return time.perf_counter() - began
 

@@ -1,0 +1,166 @@
+"""Saving in the background: what is saved is the state of the step, and it is published by all ranks or by none."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.core.errors import CheckpointError
+from pipeline.dist.group import Place
+from pipeline.engine import saving
+from pipeline.engine.checkpoint import CheckpointStore
+from pipeline.engine.fragments import Fragment, whole
+from pipeline.engine.saving import FAILED, Saver
+
+
+def saver(folder: Path, keep: int = 3, rank: int = 0, world: int = 1) -> Saver:
+    place = Place(rank, world, rank, torch.device("cpu"), timeout=None)  # type: ignore[arg-type]
+    return Saver(CheckpointStore(folder / "checkpoints", place, print), keep, lambda step: None)
+
+
+def value_of(folder: Path) -> float:
+    """What the newest checkpoint holds."""
+    saved = saver(folder).store.newest()
+    assert saved is not None
+    found = torch.zeros(5)
+    saved.fill([whole("model/a", found)], 0)
+    assert (found == found[0]).all()
+    return found[0].item()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writing waits until this is set."""
+    go = threading.Event()
+    write = saving.write_fragments
+
+    def wait_and_write(*args):
+        assert go.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(saving, "write_fragments", wait_and_write)
+    return go
+
+
+def test_training_goes_on_and_the_copy_does_not_change(tmp_path, lone_group, held):
+    a, saves = torch.full((5,), 1.0), saver(tmp_path)
+    saves.save(1, [whole("model/a", a)], {"step": 1})
+    a.fill_(2.0)
+    assert saves.progress == 0
+    saves.told([0])
+    assert saves.store.steps() == []  # nothing is published before all have written
+    held.set()
+    saves.finish()
+    assert value_of(tmp_path) == 1.0
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000001\n"
+
+
+def test_it_is_published_by_what_the_ranks_tell_each_other(tmp_path, lone_group):
+    saves = saver(tmp_path)
+    saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    for stage in (1, 2):
+        assert saves._flight is not None
+        saves._flight.task.join()
+        assert saves.progress == stage
+        saves.told([stage])
+        saves.told([stage])  # an older message of a GPU, which is looked at late, changes nothing
+    assert saves._flight is None and saves.store.steps() == [1]
+
+
+def test_one_at_a_time_and_old_ones_go(tmp_path, lone_group):
+    saves = saver(tmp_path, keep=2)
+    for step in (1, 2, 3, 4):
+        saves.save(step, [whole("model/a", torch.full((5,), float(step)))], {"step": step})
+        assert saves.store.steps() == list(range(max(1, step - 2), step))  # the one before is there
+    saves.finish()
+    assert saves.store.steps() == [3, 4] and value_of(tmp_path) == 4.0
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path, lone_group, held):
+    held.set()
+    shared = torch.ones(())
+    parts = [Fragment("optimizer/step/a", 0, shared.view(1), ()), Fragment("optimizer/step/b", 0, shared.view(1), ())]
+    parts.append(Fragment("model/a", 3, torch.randn(7), (4, 5)))
+    for name in ("one", "two"):
+        saves = saver(tmp_path / name)
+        saves.save(1, parts, {"step": 1})
+        saves.finish()
+    one, two = (tmp_path / n / "checkpoints" / "step-00000001" / "rank-00000.safetensors" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert load_file(one)["model/a@3"].equal(parts[2].data)
+    saving.write_fragments(tmp_path / "plain", parts[2:])
+    assert load_file(tmp_path / "plain")["model/a@3"].equal(parts[2].data)
+
+
+@pytest.mark.parametrize("stage", ["write", "publish"])
+def test_what_fails_leaves_the_old_one_and_says_how_full_the_disk_is(stage, tmp_path, lone_group, monkeypatch):
+    saves = saver(tmp_path)
+    saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    saves.finish()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_fragments" if stage == "write" else "replace_file", full)
+    saves.save(2, [whole("model/a", torch.zeros(5))], {"step": 2})
+    match = r"rank 0: .*No space left on device.*the disk at / has .* GB free.*Older checkpoints are untouched"
+    with pytest.raises(CheckpointError, match=match):
+        saves.finish()
+    assert value_of(tmp_path) == 1.0
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+    saves.finish()  # nothing is in flight any more
+
+
+def test_a_failure_is_told(tmp_path, lone_group, monkeypatch):
+    monkeypatch.setattr(saving, "save_file", lambda *args: 1 / 0)
+    saves = saver(tmp_path)
+    saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    assert saves._flight is not None
+    saves._flight.task.join()
+    assert saves.progress == FAILED
+    with pytest.raises(CheckpointError, match="division by zero"):
+        saves.told([FAILED])
+
+
+@pytest.mark.world_size(2)
+def test_one_rank_that_fails_or_is_late_decides_for_all(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    saves = saver(tmp_path, rank=rank, world=2)
+    part = Fragment("model/a", 5 * rank, torch.full((5,), float(rank)), (10,))
+    go, write = threading.Event(), saving.write_fragments
+    if rank == 1:
+        saving.write_fragments = lambda *args: (go.wait(60), write(*args))[1]
+    saves.save(1, [part], {"step": 1})
+
+    def exchange() -> list[int]:
+        if rank == 0 and saves._flight is not None:
+            saves._flight.task.join()
+        told = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+        dist.all_gather(told, torch.tensor([saves.progress]))
+        saves.told([int(t) for t in told])
+        return [int(t) for t in told]
+
+    assert exchange() == [1, 0]  # rank 0 has written, rank 1 has not
+    assert saves.store.steps() == []
+    go.set()
+    saves.finish()
+    assert saves.store.steps() == [1]
+    files = json.loads((saves.store.path(1) / "checkpoint.json").read_text())["files"]
+    assert sorted(files) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+
+    if rank == 1:
+        saving.write_fragments = lambda *args: 1 / 0  # type: ignore[assignment]
+    saves.save(2, [part], {"step": 2})
+    with pytest.raises(CheckpointError, match="rank 1: division by zero"):
+        saves.finish()
+    dist.barrier()
+    assert saves.store.steps() == [1] and not list(saves.store.folder.glob("*.tmp"))
+    dist.destroy_process_group()

@@ -1,0 +1,103 @@
+"""When nothing goes on any more: who is behind, and that the process ends whatever its main thread does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.engine.watchdog import FACTOR, PATIENCE, behind, limit
+from pipeline.record.beats import Beat, Pulse
+from pipeline.record.state import State, read_state, write_state
+
+ROOT = Path(__file__).parents[3]
+
+
+def beats(*places, alive=1.0):
+    return [Beat(r, f"node{r}", 100 + r, 0, step, phase, 0.0, None, alive) for r, (phase, step) in enumerate(places)]
+
+
+def test_limits_are_learned(tmp_path):
+    pulse = Pulse(tmp_path, 0, 0)
+    assert limit(pulse, 5.0) == PATIENCE * 5.0  # the start
+    pulse.at("step", 1)
+    assert limit(pulse, 5.0) == PATIENCE * 5.0  # the first steps
+    pulse.steps.extend([1.0, 2.0, 3.0])
+    assert limit(pulse, 5.0) == FACTOR * 2.0
+    assert limit(pulse, 50.0) == 50.0
+    pulse.at("checkpoint")
+    assert limit(pulse, 5.0) == PATIENCE * 5.0
+    pulse.longest["checkpoint"] = 40.0
+    assert limit(pulse, 5.0) == FACTOR * 40.0
+    pulse.at("data")
+    assert limit(pulse, 5.0) == FACTOR * 2.0
+
+
+def test_phases_are_timed(tmp_path):
+    pulse = Pulse(tmp_path, 0, 0)
+    pulse.at("step", 1)
+    pulse.at("checkpoint", 1)
+    time.sleep(0.05)
+    pulse.at("step", 2)
+    assert pulse.longest["checkpoint"] >= 0.05
+    assert list(pulse.steps) == [pytest.approx(pulse.longest["checkpoint"], abs=0.5)]
+
+
+def test_a_rank_that_does_not_run_is_named():
+    before = beats(("step", 7), ("step", 7), ("step", 7))
+    after = [replace(b, alive=2.0) if b.rank != 1 else b for b in before]
+    assert behind(before, after).startswith("rank 1 (process 101 on node1) does not answer")
+
+
+def test_the_rank_that_is_least_far_is_named():
+    found = behind(
+        beats(("step", 7), ("data", 7), ("step", 7)), beats(("step", 7), ("data", 7), ("step", 7), alive=2.0)
+    )
+    assert found == 'rank 1 (process 101 on node1) is still in "data" of step 7'
+    found = behind(beats(("data", 8), ("checkpoint", 7)), beats(("data", 8), ("checkpoint", 7), alive=2.0))
+    assert found == 'rank 1 (process 101 on node1) is still in "checkpoint" of step 7'
+
+
+def test_when_all_are_alike_it_says_so():
+    assert "all ranks" in behind(beats(("step", 7), ("step", 7)), beats(("step", 7), ("step", 7), alive=2.0))
+
+
+HANGS = """
+import ctypes, sys, time; from pathlib import Path
+from pipeline.engine.watchdog import Watchdog; from pipeline.record.beats import Pulse
+pulse = Pulse(Path(sys.argv[1]), 0, 2)
+Watchdog(Path(sys.argv[1]), pulse, 0.3, None).start()
+for step in range(1, 30):
+    pulse.at("step", step); time.sleep(0.02)
+def waits_for_ever(): time.sleep(60)
+def keeps_the_interpreter(): ctypes.PyDLL(None).sleep(60)
+{name}()
+"""
+
+
+def hang(folder, name):
+    write_state(folder, State("running", None, 20, 2))
+    command = [sys.executable, "-c", HANGS.format(name=name), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+
+
+def test_a_main_thread_that_waits_is_ended_with_its_stack_and_a_reason(tmp_path):
+    done = hang(tmp_path, "waits_for_ever")
+    assert done.returncode == 1, done.stderr
+    stacks = (tmp_path / "stacks" / "rank-00000.txt").read_text()
+    assert "attempt 2" in stacks and "in waits_for_ever" in stacks
+    state = read_state(tmp_path)
+    assert state is not None and (state.outcome, state.exit_code, state.rank, state.fault) == ("failed", 1, 0, 29)
+    assert state.error is not None and "no step for" in state.error and state.error in done.stderr
+
+
+def test_a_main_thread_that_keeps_the_interpreter_is_ended_all_the_same(tmp_path):
+    done = hang(tmp_path, "keeps_the_interpreter")
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "in keeps_the_interpreter" in done.stderr
