@@ -21,6 +21,7 @@ from typing import Any
 
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
+from pipeline.record.lock import refuse_second
 
 STATE = "state.json"
 """Kept by the run in its folder: {"outcome": "running" | "finished" | "requeue" | "failed", "exit_code": int, ...}."""
@@ -30,6 +31,8 @@ CRASH = 1
 """Exit code of a run that ended without saying why."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 WATCH_SECONDS = 1.0
+LINGER_SECONDS = 10.0
+"""How long the processes of a run that has failed may take to end."""
 KILL_SECONDS = 10.0
 """How long killed processes may take to go; longer when one is stuck in the kernel, and then no signal helps."""
 
@@ -54,9 +57,33 @@ def supervise(
     Raises:
         LaunchError: the run's folder cannot be written.
     """
+    refuse_second(folder)
     clear_stop(folder)
     before = stamp(folder / STATE)
-    return outcome(folder, before, run_session(command, folder, environment, working_folder=working_folder))
+    lingers = _Lingers(folder, before)
+    return outcome(folder, before, run_session(command, folder, environment, lingers, working_folder))
+
+
+class _Lingers:
+    """Notices a run that has failed and said so, but does not end: as when one of its ranks is stopped.
+
+    Args:
+        folder: the run's.
+        before: the stamp of its state before it began.
+    """
+
+    def __init__(self, folder: Path, before: tuple[int, int] | None) -> None:
+        self.path, self.before = folder / STATE, before
+        self.since: float | None = None
+
+    def __call__(self) -> str | None:
+        """A reason to kill it."""
+        if stamp(self.path) == self.before or json.loads(self.path.read_bytes())["outcome"] != "failed":
+            self.since = None
+            return None
+        self.since = self.since or time.monotonic()
+        over = time.monotonic() - self.since > LINGER_SECONDS
+        return f"the run has failed, and its processes are still there after {LINGER_SECONDS:.0f} s" if over else None
 
 
 def outcome(folder: Path, before: tuple[int, int] | None, status: int) -> int:

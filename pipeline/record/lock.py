@@ -37,7 +37,7 @@ class RunLock:
         self._file: int | None = None
         self._me: dict[str, Any] = {
             "host": socket.gethostname(),
-            "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            "boot": _boot(),
             "pid": os.getpid(),
             "born": _born(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
@@ -62,7 +62,7 @@ class RunLock:
             if elsewhere or not locks:  # two may have found it stale at once: the one that wrote last has it
                 time.sleep(RENEWED / 2)
                 if not self.mine():
-                    raise self._refusal(read_lock(self.path))
+                    raise refusal(self.path.parent, read_lock(self.path))
         except BaseException:
             self._file = None
             os.close(file)
@@ -73,7 +73,7 @@ class RunLock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self._refusal(read_lock(self.path)) from None
+            raise refusal(self.path.parent, read_lock(self.path)) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -83,21 +83,13 @@ class RunLock:
     def _refuse_if_alive(self, before: dict[str, Any], elsewhere: bool) -> None:
         if not elsewhere:
             if _born(before["pid"]) == before["born"]:
-                raise self._refusal(before)
+                raise refusal(self.path.parent, before)
             return
         deadline = time.monotonic() + STALE
         while time.monotonic() < deadline:
             time.sleep(RENEWED / 5)
             if read_lock(self.path) not in (None, before):
-                raise self._refusal(before)
-
-    def _refusal(self, holder: dict[str, Any] | None) -> LaunchError:
-        who = "another job" if holder is None else f"process {holder['pid']} on {holder['host']}"
-        job = f", SLURM job {holder['job']}" if holder and holder["job"] else ""
-        return LaunchError(
-            f"the run folder {self.path.parent} is in use by {who}{job}; wait for it, stop it, "
-            "or set run.folder to another folder"
-        )
+                raise refusal(self.path.parent, before)
 
     def mine(self) -> bool:
         """Whether nobody else has taken the lock over, as happens to a job that is stopped for long and then wakes."""
@@ -130,6 +122,32 @@ def read_lock(path: Path) -> dict[str, Any] | None:
         except (FileNotFoundError, ValueError):
             continue
     return None
+
+
+def refusal(folder: Path, holder: dict[str, Any] | None) -> LaunchError:
+    """What a second job in ``folder`` is told."""
+    who = "another job" if holder is None else f"process {holder['pid']} on {holder['host']}"
+    job = f", SLURM job {holder['job']}" if holder and holder["job"] else ""
+    return LaunchError(
+        f"the run folder {folder} is in use by {who}{job}; wait for it, stop it, or set run.folder to another folder"
+    )
+
+
+def refuse_second(folder: Path) -> None:
+    """For a launcher, before it touches anything: whether a live process of this machine has the folder.
+
+    Raises:
+        LaunchError: it has. Holders on other machines are found out by the ranks, which can wait.
+    """
+    holder = read_lock(folder / FILE)
+    here = holder is not None and holder["boot"] == _boot()
+    if holder is not None and here and _born(holder["pid"]) == holder["born"]:
+        raise refusal(folder, holder)
+
+
+def _boot() -> str:
+    """Tells machines apart, and a machine from itself before it was started anew."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _born(pid: int) -> str | None:

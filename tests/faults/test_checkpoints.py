@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ from typing import Any
 import pytest
 
 from pipeline.engine import checkpoint, saving
+from tests.faults.conftest import OWN
+from tests.faults.launched import die as kill_me
+from tests.faults.launched import note_first_step, recovery
 from tests.integration.runs import codes, metrics, notes, overrides, run, steps_of
 
-OWN = ["engine.name=accelerate", "engine.precision=fp32", "run.keep=9"]
 POINTS = ("before anything", "half a file", "before the manifest", "before the rename", "before latest")
 NEWEST = "step-00000006"
 
 
-def die_in_save(point: str) -> None:
+def die_in_save(folder: Path, point: str) -> None:
     """Kill rank 0 or 1 at this point of the second checkpoint."""
     saves = 0
     write_fragments, replace_file, rename = saving.write_fragments, saving.replace_file, os.rename
@@ -27,7 +28,7 @@ def die_in_save(point: str) -> None:
 
     def die(now: bool) -> None:
         if now and saves == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill_me(folder)
 
     def fragments(path: Path, parts: Any) -> Any:
         nonlocal saves
@@ -51,25 +52,20 @@ def die_in_save(point: str) -> None:
     saving.write_fragments, saving.replace_file, os.rename = fragments, small, move
 
 
-@pytest.fixture(scope="module")
-def whole(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0, 0]
-    return folder
-
-
+@pytest.mark.fault(2, "SIGKILL during a checkpoint")
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_while_a_checkpoint_is_written(point, whole, glyphs, tmp_path):
+def test_killed_while_a_checkpoint_is_written(point, whole, glyphs, tmp_path, fault_row):
     folder = tmp_path / "run"
     settings = overrides(folder, glyphs / "train", *OWN)
-    assert -9 in codes(run(2, "supervised", settings, hurt=partial(die_in_save, point)))
+    assert -9 in codes(run(2, "supervised", settings, hurt=partial(die_in_save, folder, point)))
     assert steps_of(folder) == ([3, 6] if point == "before latest" else [3])
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000003\n"
 
-    assert codes(run(2, "supervised", settings)) == [0, 0]
+    assert codes(run(2, "supervised", settings, hurt=note_first_step)) == [0, 0]
     resumed = 6 if point == "before latest" else 3
     assert f"at step {resumed}" in notes(folder)
+    fault_row.case, fault_row.seconds = f"2 ranks, {point}", recovery(folder)
+    fault_row.outcome = f"same batches and losses from step {resumed} on"
     assert metrics(folder) == metrics(whole)
     assert steps_of(folder) == [3, 6, 9, 12]
     assert not list((folder / "checkpoints").glob("*.tmp"))
@@ -99,8 +95,10 @@ def up_to_the_second(whole: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault(8, "newest checkpoint damaged")
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_newest_checkpoint_is_passed_over_and_named(damage, whole, glyphs, tmp_path):
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(damage, whole, glyphs, tmp_path, fault_row):
+    fault_row.case = f"2 ranks, {damage}"
     folder = up_to_the_second(whole, tmp_path / "run")
     DAMAGE[damage](folder / "checkpoints")
     assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0, 0]
@@ -108,10 +106,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(damage, whole, gly
     assert f"passed over checkpoint {folder}/checkpoints/{NEWEST}" in said
     assert "resumed from" in said and "at step 3" in said
     assert metrics(folder) == metrics(whole)
+    fault_row.outcome = "passed over and named; same batches and losses from the one before"
 
 
-@pytest.mark.parametrize("latest", [None, "", "step-99999999\n"])
-def test_latest_that_is_missing_or_wrong_changes_nothing(latest, whole, glyphs, tmp_path):
+@pytest.mark.fault(8, "`latest` missing, empty or garbage")
+@pytest.mark.parametrize("latest", [None, "", "step-99999999\n"], ids=["missing", "empty", "garbage"])
+def test_latest_that_is_missing_or_wrong_changes_nothing(latest, whole, glyphs, tmp_path, fault_row):
+    fault_row.case = "missing" if latest is None else "garbage" if latest else "empty"
     folder = up_to_the_second(whole, tmp_path / "run")
     pointer = folder / "checkpoints" / "latest"
     pointer.unlink()
@@ -119,15 +120,18 @@ def test_latest_that_is_missing_or_wrong_changes_nothing(latest, whole, glyphs, 
         pointer.write_text(latest)
     assert codes(run(1, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0]
     assert f"resumed from {folder}/checkpoints/{NEWEST} at step 6" in notes(folder)
+    fault_row.outcome = "resumes from the newest whole checkpoint"
 
 
-def test_it_never_starts_anew_while_there_are_checkpoints(whole, glyphs, tmp_path, capfd):
+@pytest.mark.fault(8, "every checkpoint damaged")
+def test_it_never_starts_anew_while_there_are_checkpoints(whole, glyphs, tmp_path, fault_row):
     folder = up_to_the_second(whole, tmp_path / "run")
     for one in (folder / "checkpoints").glob("step-*"):
         flip(one / "rank-00000.safetensors")
     before = (folder / "metrics.jsonl").read_bytes()
     assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [2, 2]
     assert (folder / "metrics.jsonl").read_bytes() == before
+    fault_row.case, fault_row.outcome = "2 ranks", "exit 2; does not start from step 0"
 
 
 def test_another_model_or_another_order_is_refused(whole, glyphs, tmp_path):
