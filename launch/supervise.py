@@ -22,6 +22,7 @@ from typing import Any
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
 from pipeline.record.lock import refuse_second
+from pipeline.record.state import read_state
 
 STATE = "state.json"
 """Kept by the run in its folder: {"outcome": "running" | "finished" | "requeue" | "failed", "exit_code": int, ...}."""
@@ -78,7 +79,8 @@ class _Lingers:
 
     def __call__(self) -> str | None:
         """A reason to kill it."""
-        if stamp(self.path) == self.before or json.loads(self.path.read_bytes())["outcome"] != "failed":
+        state = read_state(self.path.parent)
+        if state is None or state.outcome != "failed" or stamp(self.path) == self.before:
             self.since = None
             return None
         self.since = self.since or time.monotonic()

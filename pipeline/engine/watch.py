@@ -48,8 +48,9 @@ class Watch:
     def exchange(self, step: int, loss: Tensor, norm: Tensor) -> None:
         """Tell the others how this rank is; look at what has come back."""
         progress = 0 if self.saver is None else self.saver.progress
-        host = torch.tensor([self.stop.asked(), progress], dtype=torch.float32)
-        row = torch.cat([torch.stack([loss.detach().float(), norm.detach().float()]), host.to(loss.device)])
+        # new_full fills on the device; new_tensor would copy, and wait for the device
+        told = [loss.new_full((), float(value)) for value in (self.stop.asked(), progress)]
+        row = torch.stack([value.detach().float() for value in (loss, norm, *told)])
         rows = gather_rows(row)
         ready = None
         if rows.is_cuda:

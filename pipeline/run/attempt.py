@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.config import provenance
 from pipeline.config.resolve import Plan
 from pipeline.config.schema import RunConfig
+from pipeline.core.errors import LaunchError
 from pipeline.dist.group import Place, by_first
 from pipeline.engine.watchdog import Watchdog
 from pipeline.record.beats import Pulse
@@ -46,16 +47,12 @@ def attempt(config: RunConfig, plan: Plan, place: Place) -> Iterator[Attempt]:
 
         def begin() -> int:
             assert lock is not None
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.take()
-            before = read_state(folder)
-            if before is not None:
-                remember(folder, before)
-                refuse_repetition(folder)
-            number = before.attempt + 1 if before else 0
-            write_state(folder, State("running", None, before.step if before else 0, number))
-            provenance.write(folder, config, plan)
-            return number
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.take()
+                return _begin(folder, config, plan)
+            except OSError as error:
+                raise LaunchError(f"cannot write the run folder {folder}: {error.strerror}; set run.folder") from error
 
         number = by_first(begin)
         pulse = stack.enter_context(closing(Pulse(folder, place.rank, number)))
@@ -68,3 +65,15 @@ def attempt(config: RunConfig, plan: Plan, place: Place) -> Iterator[Attempt]:
             code, text = ending(error, place.rank)
             close_state(folder, "failed", code, error=text, rank=place.rank, fault=pulse.last.step)
             raise
+
+
+def _begin(folder: Path, config: RunConfig, plan: Plan) -> int:
+    """Note how the attempt before ended and that this one runs; returns how often the run was started before."""
+    before = read_state(folder)
+    if before is not None:
+        remember(folder, before)
+        refuse_repetition(folder)
+    number = before.attempt + 1 if before else 0
+    write_state(folder, State("running", None, before.step if before else 0, number))
+    provenance.write(folder, config, plan)
+    return number

@@ -60,6 +60,10 @@ def until_file(_):
         time.sleep(0.01)
 
 
+def wait(seconds):
+    time.sleep(float(seconds))
+
+
 def hang(_):
     (FOLDER / "ready").touch()
     while True:

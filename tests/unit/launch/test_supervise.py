@@ -14,6 +14,7 @@ from launch import local
 from launch.local import child_environment, deepspeed_command
 from launch.supervise import session_members, supervise
 from pipeline.core.errors import LaunchError
+from pipeline.record.lock import RunLock
 
 ROOT = Path(__file__).parents[3]
 FAKE = "tests.unit.launch.fake_run"
@@ -57,6 +58,30 @@ def pids(folder):
 def assert_none_left(folder):
     assert pids(folder)
     wait_for(lambda: not any(map(alive, pids(folder))), "end of all processes")
+
+
+def test_a_run_that_has_failed_and_does_not_end_is_killed(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("launch.supervise.LINGER_SECONDS", 0.5)
+    failed = 'state={"outcome": "failed", "exit_code": 1, "step": 3, "attempt": 0}'
+    assert supervise(rank(tmp_path, failed, "hang"), tmp_path, environment()) == 1
+    assert "still there after" in capfd.readouterr().err
+    assert_none_left(tmp_path)
+
+
+def test_a_run_that_failed_before_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.supervise.LINGER_SECONDS", 0.0)
+    (tmp_path / "state.json").write_text('{"outcome": "failed", "exit_code": 1, "step": 3, "attempt": 0}')
+    assert supervise(rank(tmp_path, "wait=3", FINISHED), tmp_path, environment()) == 0
+
+
+def test_a_folder_in_use_is_left_as_it_is(tmp_path):
+    held = RunLock(tmp_path)
+    held.take()
+    (tmp_path / "stop").touch()
+    with pytest.raises(LaunchError, match=f"in use by process {os.getpid()}"):
+        supervise(rank(tmp_path, FINISHED), tmp_path, environment())
+    assert (tmp_path / "stop").exists() and not (tmp_path / "pids").exists()
+    held.release()
 
 
 @pytest.mark.parametrize(
