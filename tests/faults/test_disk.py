@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.core.protocols import Clock
 from pipeline.engine import saving
+from pipeline.record.logs import log_path
 from pipeline.run import train as training
 from tests.faults.conftest import OWN
 from tests.faults.launched import note_first_step, note_time, recovery, wait_until
@@ -74,15 +75,14 @@ def full_at_second_save(disk: Path, folder: Path, who: str) -> None:
 
 @pytest.mark.fault(7, "disk full while saving")
 @pytest.mark.parametrize("who", ["all ranks", pytest.param("rank 1 alone", marks=pytest.mark.slow)])
-def test_a_full_disk(who, small_disk, whole, glyphs, tmp_path, capfd, fault_row):
+def test_a_full_disk(who, small_disk, whole, glyphs, tmp_path, fault_row):
     folder = small_disk / "run"
     settings = overrides(folder, glyphs / "train", *OWN)
     ended = codes(run(2, "supervised", settings, hurt=partial(full_at_second_save, small_disk, folder, who)))
     assert 2 in ended, ended
-    said = capfd.readouterr().err
-    assert "No space left on device" in said and "make room" in said
     state = json.loads((folder / "state.json").read_text())
     assert (state["outcome"], state["exit_code"]) == ("failed", 2) and "No space left" in state["error"]
+    assert "make room" in state["error"]
     assert steps_of(folder) == [3]
 
     (small_disk / "ballast").unlink()
@@ -108,7 +108,7 @@ def lose_shards_at(shards: Path, folder: Path, step: int) -> None:
 
 
 @pytest.mark.fault(11, "a shard that disappears mid-run")
-def test_a_lost_shard(glyphs, whole, tmp_path, capfd, fault_row):
+def test_a_lost_shard(glyphs, whole, tmp_path, fault_row):
     shards, folder = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(glyphs / "train", shards)
     length = ["run.length=60ba", "data.read_mb=1"]
@@ -120,7 +120,7 @@ def test_a_lost_shard(glyphs, whole, tmp_path, capfd, fault_row):
     assert 2 in ended, ended
     state = json.loads((folder / "state.json").read_text())
     assert state["exit_code"] == 2 and ".tar" in state["error"], state
-    assert state["error"].split(".tar")[0].split("/")[-1] in capfd.readouterr().err
+    assert "cannot open shard" in log_path(folder, state["rank"]).read_text()
 
     for shard in shards.glob("*.gone"):
         shard.rename(shard.with_suffix(".tar"))

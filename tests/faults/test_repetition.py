@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.protocols import Clock
+from pipeline.record.logs import log_path
 from pipeline.run import train as training
 from tests.faults.conftest import OWN
 from tests.faults.launched import die
@@ -32,7 +33,7 @@ def fail_at(step: int, how: str) -> None:
 
 
 @pytest.mark.fault(10, "the same step failing three times")
-def test_the_fourth_start_is_refused(whole: Path, glyphs: Path, tmp_path: Path, capfd: Any, fault_row: Any) -> None:
+def test_the_fourth_start_is_refused(whole: Path, glyphs: Path, tmp_path: Path, fault_row: Any) -> None:
     fault_row.case = "1 rank: an exception, then SIGKILL, then an exception"
     settings = overrides(tmp_path, glyphs / "train", *OWN)
     ends = [codes(run(1, "supervised", settings, hurt=partial(fail_at, 5, how))) for how in ("raise", "kill", "raise")]
@@ -40,7 +41,7 @@ def test_the_fourth_start_is_refused(whole: Path, glyphs: Path, tmp_path: Path, 
     state = (tmp_path / "state.json").read_bytes()
     for _ in range(2):  # however often
         assert codes(run(1, "supervised", settings)) == [2]
-    said = capfd.readouterr().err
+    said = log_path(tmp_path, 0).read_text()
     assert f"step 5 of {tmp_path} has failed 3 times in a row" in said and "a bad cable" in said
     assert f"remove {tmp_path}/failures.jsonl" in said
     assert (tmp_path / "state.json").read_bytes() == state and steps_of(tmp_path) == [3]
