@@ -115,11 +115,11 @@ class RunLock:
 
 
 def read_lock(path: Path) -> dict[str, Any] | None:
-    """What the holder wrote; None when the lock is free, or was torn by a crash of the machine."""
+    """What the holder wrote; None when the lock is free, cannot be read, or was torn by a crash of the machine."""
     for _ in range(3):  # a line that is overwritten at this moment may be seen half and half
         try:
             return json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             continue
     return None
 

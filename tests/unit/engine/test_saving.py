@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -97,8 +98,19 @@ def test_the_same_state_gives_the_same_bytes(tmp_path, lone_group, held):
     assert load_file(tmp_path / "plain")["model/a@3"].equal(parts[2].data)
 
 
-@pytest.mark.parametrize("stage", ["write", "publish"])
-def test_what_fails_leaves_the_old_one_and_says_how_full_the_disk_is(stage, tmp_path, lone_group, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name", "newest"),
+    [
+        (saving, "write_fragments", 1.0),
+        (saving, "replace_file", 1.0),
+        (os, "rename", 1.0),
+        (saving, "sync_folder", 2.0),
+    ],
+    ids=["parts", "manifest", "rename", "before latest"],
+)
+def test_what_fails_leaves_a_whole_one_and_says_how_full_the_disk_is(
+    owner, name, newest, tmp_path, lone_group, monkeypatch
+):
     saves = saver(tmp_path)
     saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
     saves.finish()
@@ -106,14 +118,30 @@ def test_what_fails_leaves_the_old_one_and_says_how_full_the_disk_is(stage, tmp_
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "write_fragments" if stage == "write" else "replace_file", full)
-    saves.save(2, [whole("model/a", torch.zeros(5))], {"step": 2})
+    monkeypatch.setattr(owner, name, full)
+    saves.save(2, [whole("model/a", torch.full((5,), 2.0))], {"step": 2})
     match = r"rank 0: .*No space left on device.*the disk at / has .* GB free.*Older checkpoints are untouched"
     with pytest.raises(CheckpointError, match=match):
         saves.finish()
-    assert value_of(tmp_path) == 1.0
+    monkeypatch.undo()
+    assert value_of(tmp_path) == newest
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000001\n"  # it comes last
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
     saves.finish()  # nothing is in flight any more
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_file_is_passed_over(damage, tmp_path, lone_group, capsys):
+    saves = saver(tmp_path)
+    for step in (1, 2):
+        saves.save(step, [whole("model/a", torch.full((5,), float(step)))], {"step": step})
+    saves.finish()
+    path = saves.store.path(2) / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data if damage == "flip" else data[:-1])
+    assert value_of(tmp_path) == 1.0
+    assert f"passed over checkpoint {saves.store.path(2)}: rank-00000.safetensors" in capsys.readouterr().out
 
 
 def test_a_failure_is_told(tmp_path, lone_group, monkeypatch):
