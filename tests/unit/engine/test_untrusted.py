@@ -17,6 +17,7 @@ from pipeline.core.errors import CheckpointError
 from pipeline.dist.group import Place
 from pipeline.engine.checkpoint import CheckpointStore
 from pipeline.engine.fragments import whole
+from pipeline.engine.saving import Saver
 
 ROOT = Path(__file__).parents[3]
 NAME = "rank-00000.safetensors"
@@ -36,8 +37,10 @@ class Attack:
 def saved(tmp_path, lone_group):
     """A store with one checkpoint, and the file that an attack would make."""
     place = Place(0, 1, 0, torch.device("cpu"), timedelta(minutes=1))
-    store = CheckpointStore(tmp_path / "checkpoints", place, 1)
-    store.save(1, [whole("model/w", torch.arange(6.0))], {"step": 1})
+    store = CheckpointStore(tmp_path / "checkpoints", place, print)
+    saver = Saver(store, 1, lambda step: None)
+    saver.save(1, [whole("model/w", torch.arange(6.0))], {"step": 1})
+    saver.finish()
     mark = tmp_path / "executed"
     pickle.loads(pickle.dumps(Attack(mark)))
     assert mark.exists()  # the attack is one
