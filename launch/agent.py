@@ -27,7 +27,7 @@ from launch.history import Attempt
 from launch.job import MASTER, TASK, Job
 from launch.local import child_environment
 from launch.supervise import STATE, STOP, clear_stop, outcome, stamp
-from pipeline.config.exitcodes import CONFIG, FINISHED
+from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
 from pipeline.record.beats import read_beats
 
@@ -80,9 +80,9 @@ class Agent:
         code = outcome(self.run_folder, stamp_before, status) if self.job.kind == "pretrain" else status
         attempt, step = self._newest_beat()
         bad = {n: why for n, why in history.bad_nodes(self.run_folder).items() if n not in known_bad}
-        if code not in (FINISHED, CONFIG) and not bad:
-            bad = self._check_nodes()
         queue = slurm.queue_of(slurm.facts(self.id), self.restart)
+        if code not in (FINISHED, CONFIG, NONFINITE, REQUEUE) and not bad:
+            bad = self._check_nodes(alive=queue == "ours")
         ended = Ended(code, step if attempt != attempt_before else None, bad, queue)
         before = [a for a in history.attempts(self.run_folder) if a.job == self.id]
         decision = decide(ended, before, self.job.budget)
@@ -106,9 +106,9 @@ class Agent:
         beats = read_beats(self.run_folder)
         return (beats[0].attempt, max(b.step for b in beats)) if beats else (None, None)
 
-    def _check_nodes(self) -> dict[str, str]:
-        """Nodes of the allocation that are lost; remembered."""
-        bad = slurm.unsound(self.nodes, self.job.srun)
+    def _check_nodes(self, alive: bool) -> dict[str, str]:
+        """Nodes of the allocation that are lost; remembered. Only while the job is ``alive`` can they be tried out."""
+        bad = slurm.unsound(self.nodes, self.job.srun if alive else None)
         if bad:
             history.add_bad_nodes(self.run_folder, bad)
         return bad

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,12 +94,12 @@ def node_names(nodes: str) -> list[str]:
     return call("scontrol", "show", "hostnames", nodes).split()
 
 
-def unsound(nodes: Sequence[str], srun: Sequence[str]) -> dict[str, str]:
+def unsound(nodes: Sequence[str], srun: Sequence[str] | None) -> dict[str, str]:
     """Those of an allocation's nodes that are down, drained or start no process, with the reason.
 
     Args:
         nodes: names.
-        srun: options that each step of this job needs.
+        srun: options that each step of this job needs; None: no processes are started.
     """
     lines = call("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T").splitlines()
     bad: dict[str, str] = {}
@@ -106,10 +107,10 @@ def unsound(nodes: Sequence[str], srun: Sequence[str]) -> dict[str, str]:
         node, state = line.split()
         if state.endswith("*") or state.startswith(_UNSOUND):
             bad[node] = f"is {state}"
-    left = [n for n in nodes if n not in bad]
-    if left and (bad or not _answers(left, srun)):
+    left: list[str] = [n for n in nodes if n not in bad]
+    if left and srun is not None and (bad or not _answers(left, srun)):
         with ThreadPoolExecutor(32) as pool:
-            answers = pool.map(lambda node: _answers([node], srun), left)
+            answers = pool.map(_answers, ([node] for node in left), repeat(srun))
         bad |= {node: "does not start processes" for node, sound in zip(left, answers, strict=True) if not sound}
     return bad
 

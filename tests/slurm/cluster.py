@@ -60,6 +60,14 @@ PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=10 Ove
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=4 RealMemory=1000 State=UNKNOWN"
 ADDRESS = "127.0.0.1"
+GUARD = """
+read -r over && exit
+for process in /proc/[0-9]*; do
+  grep -qzxF "SLURM_CONF=$1/slurm.conf" "$process/environ" && kill -s KILL "${process#/proc/}"
+done 2>/dev/null
+rm -rf "$1"
+"""
+"""Should the tests themselves be killed, it kills what belongs to the cluster in the folder $1."""
 
 
 def why_not() -> str | None:
@@ -77,7 +85,7 @@ def search_path() -> str:
 class Cluster:
     """SLURM's daemons and its commands, as a user of the cluster sees them."""
 
-    def __init__(self, names: Sequence[str], slurmd_timeout: int = 5, kill_wait: int = 15) -> None:
+    def __init__(self, names: Sequence[str], slurmd_timeout: int = 5, kill_wait: int = 30) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sluice-slurm-"))
         self.folder.chmod(0o755)  # munged wants its socket reachable by all
         self.conf = self.folder / "slurm.conf"
@@ -101,6 +109,9 @@ class Cluster:
         )
 
     def __enter__(self) -> Cluster:
+        self._guard = subprocess.Popen(
+            ["bash", "-c", GUARD, "bash", str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
+        )
         with ExitStack() as undo:
             undo.callback(self._stop)
             try:
@@ -145,6 +156,7 @@ class Cluster:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._guard.communicate(b"over\n")
 
     def said(self) -> str:
         """The last lines of every daemon."""
@@ -167,7 +179,9 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """Lose a node: its slurmd and all that runs on it are killed at once."""
-        self._daemons.pop(name).send_signal(signal.SIGKILL)
+        slurmd = self._daemons.pop(name)
+        slurmd.kill()
+        slurmd.wait()
         for pid in self.processes("SLURMD_NODENAME", name):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

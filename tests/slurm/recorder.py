@@ -16,4 +16,5 @@ if __name__ == "__main__":
     record = {"arguments": sys.argv[1:], "environment": dict(os.environ), "umask": umask, "folder": os.getcwd()}
     rank = os.environ.get("RANK", "")
     Path(os.environ["SLUICE_TEST_RECORD"] + rank).write_text(json.dumps(record), encoding="utf-8")
-    write_state(Path(load_run(sys.argv[-1]).run.folder), State("finished", 0, 0, 0))
+    if sys.argv[1] == "train":
+        write_state(Path(load_run(sys.argv[-1]).run.folder), State("finished", 0, 0, 0))

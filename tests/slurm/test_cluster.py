@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_for
@@ -24,3 +28,19 @@ def test_a_cancelled_job_leaves_nothing(cluster: Cluster):
     cluster.run("scancel", job)
     cluster.wait_state(job, "CANCELLED")
     wait_for(lambda: not cluster.processes("SLURM_JOB_ID", job), 20, "nothing")
+
+
+def test_tests_that_are_killed_leave_nothing(cluster: Cluster, tmp_path):
+    code = (
+        "import os\n"
+        "from tests.slurm.cluster import Cluster\n"
+        "c = Cluster(['n1']).__enter__()\n"
+        "c.wait_state(c.run('sbatch', '--parsable', '--output=/dev/null', '--wrap', 'sleep 600'), 'RUNNING')\n"
+        "print(c.folder, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    folder = Path(killed.stdout.strip())
+    assert killed.returncode == -9 and folder.name.startswith("sluice-slurm-"), killed.stderr
+    wait_for(lambda: not folder.exists(), 30, "the folder gone")
+    assert not cluster.processes("SLURM_CONF", f"{folder}/slurm.conf")

@@ -113,15 +113,11 @@ def preempt(job: Run) -> None:
     job.cluster.run("sbatch", "-N3", "--exclusive", "-purgent", "--output=/dev/null", "--wrap", "sleep 3")
 
 
+@pytest.mark.slow
 @pytest.mark.fault(4, "asked to stop")
 @pytest.mark.parametrize(
     "ask",
-    [
-        pytest.param(scancel_usr1, marks=pytest.mark.slow),
-        pytest.param(batch_usr1, marks=pytest.mark.slow),
-        pytest.param(requeue, marks=pytest.mark.slow),
-        preempt,
-    ],
+    [scancel_usr1, batch_usr1, requeue, preempt],
     ids=["scancel --signal=USR1", "scancel --batch --signal=USR1", "scontrol requeue", "preempted"],
 )
 def test_asked_to_stop(ask, cluster, shards, whole, tmp_path, fault_row: Row, request):
