@@ -33,8 +33,9 @@ def clip_tokenizer() -> bytes:
     lines = gzip.decompress((Path(spec.submodule_search_locations[0]) / MERGES).read_bytes()).decode().split("\n")
     letters = _bytes_as_letters()
     words = [*letters, *(f"{letter}</w>" for letter in letters)]
-    merges = [tuple(line.split()) for line in lines[1 : SIZE - len(words) - len(SPECIAL) + 1]]
-    words += ["".join(pair) for pair in merges] + list(SPECIAL)
+    pairs = [line.partition(" ") for line in lines[1 : SIZE - len(words) - len(SPECIAL) + 1]]
+    merges = [(first, second) for first, _, second in pairs]
+    words += [first + second for first, second in merges] + list(SPECIAL)
     model = models.BPE({word: number for number, word in enumerate(words)}, merges, end_of_word_suffix="</w>")
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(

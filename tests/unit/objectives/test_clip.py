@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pipeline.config.schema import EngineConfig
 from pipeline.config.schema import Optimizer as OptimizerConfig
+from pipeline.core.contract import check_batch
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext
 from pipeline.dist.group import process_group
@@ -171,6 +172,13 @@ def test_the_showcase_tells_what_finds_what_in_words(lone_group):
         best, next_best = cosines[own].argsort(descending=True)[:2].tolist()
         assert first.text == f"{cosines[own, best]:.2f}  {'pqrs'[best]}" and second.text.endswith("pqrs"[next_best])
         assert (first.colour == RIGHT) == (best == own) and (second.colour == RIGHT) == (next_best == own)
+
+
+def test_texts_of_another_length_do_not_fit():
+    data = batch()
+    data["text"] = functional.pad(data["text"], (0, 2))
+    with pytest.raises(ConfigError, match=r"'text' must be int64\[B,7\], the stream gives int64\[4,9\]"):
+        check_batch(build().needs, data, "clip")
 
 
 def test_heads_must_divide_and_attention_dropout_is_refused():
