@@ -36,6 +36,19 @@ def test_hugging_face_datasets_reads_every_sample(tmp_path, monkeypatch):
     assert all(row["png"].size == (24, 20) for row in rows)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_open_clip_counts_samples_by_sizes_json(tmp_path):
+    pytest.importorskip("pandas", reason="pandas, which open_clip imports, is not installed (make parity)")
+    theirs = pytest.importorskip("open_clip_train.data", reason="open_clip is not installed (make parity)")
+    build(ListSource(inline(10)), tmp_path / "out", Options({}, shard_samples=4))
+    shards = f"{tmp_path}/out/train/train-{{000000..000002}}.tar"
+    assert theirs.get_dataset_size(shards) == (10, 3)
+    assert theirs.get_dataset_size(shards.replace("000002", "000001")) == (8, 2)
+    (tmp_path / "out/train/sizes.json").unlink()
+    index(str(tmp_path / "out/train"))
+    assert theirs.get_dataset_size(shards) == (10, 3)
+
+
 class _Images(BaseHTTPRequestHandler):
     """One JPEG per number; the last one is not there."""
 
