@@ -9,7 +9,12 @@ from pipeline.nn.masking import draw_masks, encode_visible, grid_cell, make_mask
 
 def encoder(name, **args):
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=0, global_pool="", **args).eval()
+    model = timm.create_model(name, num_classes=0, global_pool="", **args).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".attn." in key and parameter.ndim > 1:  # initial weights look at all positions alike
+                parameter.copy_(torch.randn_like(parameter))
+    return model
 
 
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": (32, 48), "patch_size": 16}
