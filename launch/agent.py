@@ -5,8 +5,8 @@ It starts the ranks by srun, hands requests to stop on to them, and when they ha
 but the standard library, so that the host's Python will do where the ranks live in a container.
 
 Signals that SLURM sends come here (``--signal=B:USR1@t``), to the ranks, or to both. The ranks agree on stopping by
-themselves, so here it is enough to put down the stop file, and a signal only wakes the ones that listen. SIGTERM is
-never handed to srun: it would kill the ranks instead of telling them.
+themselves, so here it is enough to put down the stop file. No signal is handed on: SIGTERM makes srun kill the ranks
+instead of telling them, and SIGUSR1 kills those that are still starting.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from launch.supervise import STATE, STOP, clear_stop, outcome, stamp
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
 from pipeline.record.beats import read_beats
+from pipeline.record.lock import refuse_second
 
 PORTS = range(20_000, 32_000)
 """Below the ports that Linux gives out by itself."""
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -54,7 +55,6 @@ class Agent:
         self.task = environment.get("SLURM_ARRAY_TASK_ID", "0")
         self.run_folder = Path(job.run.replace(TASK, self.task))
         self.stop_reason: str | None = None
-        self.step: subprocess.Popen[bytes] | None = None
         end = slurm.end_time(self.id)
         self.stop_at = None if end is None else end - job.stop_seconds
 
@@ -62,6 +62,7 @@ class Agent:
         """Until the job is over, or is queued again. Returns the exit code of the batch script."""
         for number in SIGNALS:
             signal.signal(number, self._asked)
+        refuse_second(self.run_folder)
         clear_stop(self.run_folder)
         while True:
             decision, code = self._attempt()
@@ -118,22 +119,13 @@ class Agent:
         where = self._rendezvous()
         environment = child_environment(self.job.ranks_per_node) | where | dict(self.job.environment)
         command = self._command(f"{where['MASTER_ADDR']}:{where['MASTER_PORT']}")
-        self.step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-        if self.stop_reason is not None:
-            self._hand_on()
-        while (status := self._wait(POLL_SECONDS)) is None:
+        step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        while (status := step.poll()) is None:
             if self.stop_at is not None and time.time() >= self.stop_at and self.stop_reason is None:
                 self.stop_reason = "the time limit is near"
                 self._hand_on()
-        self.step = None
+            time.sleep(POLL_SECONDS)
         return status
-
-    def _wait(self, seconds: float) -> int | None:
-        assert self.step is not None
-        try:
-            return self.step.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
 
     def _arguments(self, master: str) -> list[str]:
         """Of Python, with what is known only now."""
@@ -171,8 +163,6 @@ class Agent:
         """Ask the ranks to save and end."""
         (self.run_folder / STOP).touch()
         say(f"asked to stop ({self.stop_reason}); the ranks save first")
-        if self.step is not None and self.stop_reason != "SIGTERM":  # then SLURM has told the ranks itself
-            self.step.send_signal(signal.SIGUSR1)
 
     def _requeue(self) -> None:
         """Back into the queue, for a start without SLURM's two minutes of waiting where it allows that."""

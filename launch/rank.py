@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -25,6 +26,8 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
 def main() -> None:
     """Become the rank, so that signals and the exit code are its own."""
     os.environ.update(place(os.environ))
+    # `scancel --signal=USR1` reaches every rank: one that is still starting must not die of it. Inherited.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     arguments = [os.environ["NODE_RANK"] if argument == NODE else argument for argument in sys.argv[1:]]
     os.execv(sys.executable, [sys.executable, *arguments])
 
