@@ -119,6 +119,6 @@ def make_state(slots: Iterable[Slot], optimizer: torch.optim.Optimizer, specs: d
                 continue
             dtype = getattr(torch, spec.dtype)
             if spec.shape == () and slot.shape != ():
-                state[key] = torch.zeros((), dtype=dtype)
+                state[key] = torch.zeros((), dtype=dtype, device=slot.updated.device)
             else:
                 state[key] = torch.zeros_like(slot.updated, dtype=dtype, requires_grad=False)

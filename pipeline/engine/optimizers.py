@@ -62,7 +62,7 @@ def build(objective: Objective, config: OptimizerConfig) -> torch.optim.Optimize
         return torch.optim.SGD(described, lr=config.lr, momentum=config.momentum)
     if config.name == "lars":
         return LARS(described, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 class LARS(torch.optim.Optimizer):

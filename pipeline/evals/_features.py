@@ -1,9 +1,9 @@
 """Features of every sample of a stream, on every rank, in the order of the manifest: what probes are fed with."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,29 @@ class Features(NamedTuple):
     classes: int
 
 
-_remembered: ContextVar[dict[tuple[nn.Module, EvalStream], Features] | None] = ContextVar("remembered", default=None)
+T = TypeVar("T")
+
+_remembered: ContextVar[dict[Hashable, Any] | None] = ContextVar("remembered", default=None)
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Inside, an encoder is run over a stream once and its features kept: it must not change meanwhile."""
+    """Inside, what several evaluations need is made once, features and samples: models must not change meanwhile."""
     token = _remembered.set({})
     try:
         yield
     finally:
         _remembered.reset(token)
+
+
+def remembered(key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` gives, or gave before under the same ``key``."""
+    known = _remembered.get()
+    if known is None:
+        return make()
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 def named_stream(streams: Mapping[str, EvalStream], name: str, setting: str) -> EvalStream:
@@ -55,12 +67,7 @@ def extract(encoder: nn.Module, stream: EvalStream) -> Features:
     Raises:
         DataError: no labels, or the ranks' shares do not make up the stream exactly.
     """
-    known = _remembered.get()
-    if known is None:
-        return _extract(encoder, stream)
-    if (encoder, stream) not in known:
-        known[encoder, stream] = _extract(encoder, stream)
-    return known[encoder, stream]
+    return remembered((encoder, stream), lambda: _extract(encoder, stream))
 
 
 def _extract(encoder: nn.Module, stream: EvalStream) -> Features:

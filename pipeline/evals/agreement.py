@@ -38,9 +38,11 @@ class Agreement(Evaluation):
         generator, judge = generator_of(encoders), encoders["judge.logits"]
         if generator.classes == 0:
             raise ConfigError('evaluation "agreement" needs a model that was trained with condition = "class"')
+        device = next(judge.parameters()).device
         hits = torch.zeros((), dtype=torch.int64)
-        for image, label in make(generator, self.config):
-            hits += (judge(image).argmax(dim=1) == label).sum().cpu()
+        for image, label in make(generator, self.config, streams):
+            assert label is not None
+            hits += (judge(image.to(device)).argmax(dim=1).cpu() == label).sum()
         n = self.config.samples
         p = int(sum_over_ranks(hits)) / n
         yield Result("agreement/top1", p, n, "made", math.sqrt(p * (1 - p) / n))

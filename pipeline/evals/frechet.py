@@ -87,7 +87,8 @@ class Frechet(Evaluation):
         dim = int(judge.dim)  # pyright: ignore[reportArgumentType]
         device = next(judge.parameters()).device
         real = moments((judge(batch["image"].to(device)) for batch in stream), dim)
-        made = moments((judge(image) for image, _ in make(generator_of(encoders), self.config)), dim)
+        images = make(generator_of(encoders), self.config, streams)
+        made = moments((judge(batch.image.to(device)) for batch in images), dim)
         n, split = self.config.samples, self.config.reference
         yield Result("frechet/distance", distance(made, real), n, split, better="lower")
         yield Result("frechet/width", dim, n, split, better=None)

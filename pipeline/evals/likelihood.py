@@ -14,10 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
-from pipeline.core.protocols import EvalStream, Evaluation, Result
+from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import Batch, EvalStream, Evaluation, Result
 from pipeline.dist.group import sum_over_ranks
 from pipeline.evals._features import named_stream
-from pipeline.evals._samples import generator_of
+from pipeline.evals._samples import chosen, generator_of
+from pipeline.nn.conditioning import Prompt, Text
+from pipeline.nn.diffusion.model import Generator
 
 
 class Config(Strict):
@@ -59,12 +62,12 @@ class Likelihood(Evaluation):
         table = histogram(train, generator.image_shape)
         total = torch.zeros(6, dtype=torch.float64)
         for batch in test:
-            chosen = self._chosen(batch["id"], test.samples)
-            if not chosen.any():
+            mine = self._chosen(batch["id"], test.samples)
+            if not mine.any():
                 continue
-            image, ids = batch["image"][chosen].to(device), batch["id"][chosen].to(device)
-            label = batch["label"][chosen].to(device) if generator.classes else None
-            terms = generator.bits(image, ids, label, self.config.seed, self.config.steps).cpu()
+            part = {name: value[mine].to(device) for name, value in batch.items()}
+            prompt = _prompt(generator, part)
+            terms = generator.bits(part["image"], part["id"], prompt, self.config.seed, self.config.steps).cpu()
             bits = terms.sum(dim=1)
             parts = (terms[:, 0], terms[:, 1:-1].sum(dim=1), terms[:, -1])
             rows = [torch.ones_like(bits), bits, bits**2, *parts]
@@ -81,7 +84,7 @@ class Likelihood(Evaluation):
     def _chosen(self, ids: Tensor, size: int) -> Tensor:
         """Which samples are measured, bool[B]: a function of their numbers alone."""
         wanted = size if self.config.samples is None else min(size, self.config.samples)
-        return (ids + 1) * wanted // size > ids * wanted // size
+        return chosen(ids, size, wanted)
 
     def _baseline(self, test: EvalStream, table: Tensor) -> float:
         total = torch.zeros(2, dtype=torch.float64)
@@ -91,6 +94,21 @@ class Likelihood(Evaluation):
             total[1] -= table.gather(1, image.T).mean(dim=0).sum()
         n, bits = sum_over_ranks(total).tolist()
         return bits / n
+
+
+def _prompt(generator: Generator, batch: Batch) -> Prompt | None:
+    """What the images of a batch are of.
+
+    Raises:
+        ConfigError: the suite's fields lack it.
+    """
+    reader = generator.denoiser.reader
+    field = "text" if reader is not None else "label" if generator.classes else None
+    if field is None:
+        return None
+    if field not in batch:
+        raise ConfigError(f'the model is told "{field}"; add it to the suite\'s fields')
+    return Text(batch["text"], batch["text_length"]) if reader is not None else batch["label"]
 
 
 def histogram(stream: EvalStream, shape: tuple[int, int, int]) -> Tensor:

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
-from pipeline.nn.conditioning import Conditions, Embedding, SampleDropout, TimeEmbedding
+from pipeline.nn.conditioning import Conditions, Embedding, TimeEmbedding
+from pipeline.nn.dropout import SampleDropout
 from pipeline.nn.images import patchify, unpatchify
 from pipeline.nn.positions import sincos_2d
 from pipeline.nn.zero import zeroed
@@ -75,14 +76,14 @@ class Block(nn.Module):
         self.attention = Attention(config.dim, num_heads=config.heads, qkv_bias=True)
         self.mlp = Mlp(config.dim, 4 * config.dim, act_layer=partial(nn.GELU, approximate="tanh"))  # pyright: ignore[reportArgumentType]
         self.modulation = zeroed(nn.Linear(config.dim, 6 * config.dim))
-        self.dropout1, self.dropout2 = (SampleDropout(config.dropout, 2 * index + i) for i in range(2))
+        self.dropout1, self.dropout2 = (SampleDropout(config.dropout, f"dit.{index}.{i}") for i in range(2))
 
-    def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[B,N,D] to the same; ``embedding`` [B,D] has been through SiLU."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(embedding).chunk(6, dim=1)
-        h = self.dropout1(self.attention(modulate(self.norm1(x), shift1, scale1)), keys)
+        h = self.dropout1(self.attention(modulate(self.norm1(x), shift1, scale1)))
         x = x + gate1[:, None] * h
-        h = self.dropout2(self.mlp(modulate(self.norm2(x), shift2, scale2)), keys)
+        h = self.dropout2(self.mlp(modulate(self.norm2(x), shift2, scale2)))
         return x + gate2[:, None] * h
 
 
@@ -113,7 +114,6 @@ class DiT(nn.Module):
             )
         self.patch = (config.patch, config.patch)
         self.grid = (image_size[0] // config.patch, image_size[1] // config.patch)
-        self.dropouts = 2 * config.depth
         self.taps = {f"block_{i}": config.dim for i in range(config.depth)}
         """Blocks, from the input on, and the width of what comes out of each."""
         self.embedding = Embedding(config.embedding, FREQUENCIES, config.dim, classes)
@@ -142,7 +142,7 @@ class DiT(nn.Module):
         h = self._enter(x)
         embedding = functional.silu(self.embedding(given))
         for name, block in zip(self.taps, self.blocks, strict=True):
-            h = block(h, embedding, given.dropout)
+            h = block(h, embedding)
             yield name, h.transpose(1, 2).unflatten(2, self.grid)
 
     def forward(self, x: Tensor, given: Conditions) -> Tensor:
@@ -150,7 +150,7 @@ class DiT(nn.Module):
         h = self._enter(x)
         embedding = functional.silu(self.embedding(given))
         for block in self.blocks:
-            h = block(h, embedding, given.dropout)
+            h = block(h, embedding)
         shift, scale = self.modulation_out(embedding).chunk(2, dim=1)
         answer = unpatchify(self.answer(modulate(self.norm_out(h), shift, scale)), self.patch, self.grid)
         return answer.to(torch.promote_types(answer.dtype, torch.float32))

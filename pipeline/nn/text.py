@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 TextPool = Literal["end", "mean"]
+Output = TextPool | Literal["none"]
 
 
 class TextEncoder(nn.Module):
@@ -25,14 +26,12 @@ class TextEncoder(nn.Module):
         heads: attention heads; must divide D.
         dim: E.
         pool: "end" reads from left to right and takes what stands at the last token of the text; "mean" reads both
-            ways and takes the mean over the tokens of the text.
+            ways and takes the mean over the tokens of the text; "none" reads both ways and gives every token.
     """
 
     causal: Tensor
 
-    def __init__(
-        self, *, vocab: int, length: int, width: int, depth: int, heads: int, dim: int, pool: TextPool
-    ) -> None:
+    def __init__(self, *, vocab: int, length: int, width: int, depth: int, heads: int, dim: int, pool: Output) -> None:
         super().__init__()
         self.dim, self.pool = dim, pool
         self.token_embedding = nn.Embedding(vocab, width)
@@ -60,14 +59,14 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 
     def forward(self, text: Tensor, length: Tensor) -> Tensor:
-        """One vector per text.
+        """One vector per text, or per token.
 
         Args:
             text: int64[B,L], what follows the tokens of a text does not matter.
             length: int64[B], tokens of each text, its end included; at least 1.
 
         Returns:
-            float[B,E], in the precision of the weights or of autocast.
+            float[B,E], or float[B,L,E], in the precision of the weights or of autocast.
         """
         size = text.shape[1]
         inside = torch.arange(size, device=text.device) < length[:, None]
@@ -77,6 +76,8 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, attn_mask=mask)
         x = self.norm(x)
+        if self.pool == "none":
+            return self.projection(x)
         if self.pool == "end":
             pooled = x[torch.arange(len(x), device=x.device), length - 1]
         else:

@@ -18,7 +18,9 @@ from torch.nn import functional
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
-from pipeline.nn.conditioning import Conditions, Embedding, SampleDropout, TimeEmbedding
+from pipeline.nn.conditioning import Conditions, Embedding, TimeEmbedding, Told
+from pipeline.nn.convolution import Conv
+from pipeline.nn.dropout import SampleDropout
 from pipeline.nn.zero import zeroed
 
 
@@ -61,17 +63,17 @@ class Norm(nn.GroupNorm):
 class ResBlock(nn.Module):
     """norm, SiLU, convolution; time and class; norm, SiLU, dropout, convolution from zero; around it a shortcut."""
 
-    def __init__(self, channels: int, out: int, width: int, config: UNetConfig, layer: int, scale: float = 1.0) -> None:
+    def __init__(self, channels: int, out: int, width: int, config: UNetConfig, name: str, scale: float = 1.0) -> None:
         super().__init__()
         self.scale, self.scale_shift = scale, config.scale_shift
         self.norm1, self.norm2 = Norm(channels), Norm(out)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv1 = Conv(channels, out, 3)
         self.told = nn.Linear(width, 2 * out if config.scale_shift else out)
-        self.dropout = SampleDropout(config.dropout, layer)
-        self.conv2 = zeroed(nn.Conv2d(out, out, 3, padding=1))
-        self.shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+        self.dropout = SampleDropout(config.dropout, f"unet.{name}")
+        self.conv2 = zeroed(Conv(out, out, 3))
+        self.shortcut = Conv(channels, out, 1) if channels != out else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[B,C,H,W] to [B,out,H*scale,W*scale]; ``embedding`` [B,E] has been through SiLU."""
         h = self.conv1(self._resampled(functional.silu(self.norm1(x))))
         told = self.told(embedding)[:, :, None, None]
@@ -80,7 +82,7 @@ class ResBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + told)
-        h = self.conv2(self.dropout(functional.silu(h), keys))
+        h = self.conv2(self.dropout(functional.silu(h)))
         return self.shortcut(self._resampled(x)) + h
 
     def _resampled(self, x: Tensor) -> Tensor:
@@ -102,14 +104,14 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Linear(channels, channels))
         self.across = None if token_width is None else _Across(channels, self.heads, token_width)
 
-    def forward(self, x: Tensor, tokens: Tensor | None) -> Tensor:
-        """[B,C,H,W] to the same; ``tokens`` [B,L,D]."""
+    def forward(self, x: Tensor, told: Told) -> Tensor:
+        """[B,C,H,W] to the same."""
         h = self.qkv(self.norm(x).flatten(2).transpose(1, 2))
         q, key, value = h.chunk(3, dim=-1)
         x = x + self.out(attend(q, key, value, self.heads)).transpose(1, 2).reshape(x.shape)
         if self.across is not None:
-            assert tokens is not None, "a network with text is given tokens"
-            x = x + self.across(x, tokens)
+            assert told.tokens is not None, "a network with text is given tokens"
+            x = x + self.across(x, told.tokens, told.inside)
         return x
 
 
@@ -123,16 +125,17 @@ class _Across(nn.Module):
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(token_width, 2 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor, inside: Tensor | None) -> Tensor:
         q = self.q(self.norm(x).flatten(2).transpose(1, 2))
         key, value = self.kv(self.norm_tokens(tokens.to(self.kv.weight.dtype))).chunk(2, dim=-1)
-        return self.out(attend(q, key, value, self.heads)).transpose(1, 2).reshape(x.shape)
+        return self.out(attend(q, key, value, self.heads, inside)).transpose(1, 2).reshape(x.shape)
 
 
-def attend(q: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """[B,N,C] and twice [B,L,C] to [B,N,C]."""
+def attend(q: Tensor, key: Tensor, value: Tensor, heads: int, inside: Tensor | None = None) -> Tensor:
+    """[B,N,C] and twice [B,L,C] to [B,N,C]; ``inside`` bool[B,L] says what may be looked at."""
     q, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, key, value))
-    return functional.scaled_dot_product_attention(q, key, value).transpose(1, 2).flatten(2)
+    mask = None if inside is None else inside[:, None, None]
+    return functional.scaled_dot_product_attention(q, key, value, mask).transpose(1, 2).flatten(2)
 
 
 class Step(nn.Module):
@@ -144,8 +147,8 @@ class Step(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, given: Conditions) -> Tensor:
         """[B,C,H,W] to [B,out,H,W]."""
-        x = self.block(x, embedding, given.dropout)
-        return x if self.attention is None else self.attention(x, given.tokens)
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x, given.told)
 
 
 class Resample(nn.Module):
@@ -154,7 +157,7 @@ class Resample(nn.Module):
     def __init__(self, channels: int, up: bool) -> None:
         super().__init__()
         self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1)
+        self.conv = Conv(channels, channels, 3, stride=1 if up else 2)
 
     def forward(self, x: Tensor, embedding: Tensor, given: Conditions) -> Tensor:
         """[B,C,H,W] to [B,C,H/2,W/2] or [B,C,2H,2W]."""
@@ -189,51 +192,48 @@ class UNet(nn.Module):
         super().__init__()
         _check_sizes(config, image_size)
         self.config, self.width, self.token_width = config, 4 * config.channels, token_width
-        self.dropouts = 0
         self.embedding = Embedding(config.embedding, config.channels, self.width, classes)
-        self.conv_in = nn.Conv2d(channels, config.channels, 3, padding=1)
+        self.conv_in = Conv(channels, config.channels, 3)
         now, skips = config.channels, [config.channels]
         widths: dict[str, int] = {}
         down, middle, up = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for level, multiplier in enumerate(config.multipliers):
             for block in range(config.blocks):
                 out_now, name = multiplier * config.channels, f"down_{level}_{block}"
-                down[name] = self._step(now, out_now, image_size[0] >> level)
+                down[name] = self._step(name, now, out_now, image_size[0] >> level)
                 now = widths[name] = out_now
                 skips.append(now)
             if level < len(config.multipliers) - 1:
-                down[f"down_{level}_half"] = self._resampling(now, 0.5)
+                down[f"down_{level}_half"] = self._resampling(f"down_{level}_half", now, 0.5)
                 widths[f"down_{level}_half"] = now
                 skips.append(now)
         lowest = image_size[0] >> (len(config.multipliers) - 1)
-        middle["middle_0"] = self._step(now, now, lowest, attention=True)
-        middle["middle_1"] = self._step(now, now, None)
+        middle["middle_0"] = self._step("middle_0", now, now, lowest, attention=True)
+        middle["middle_1"] = self._step("middle_1", now, now, None)
         widths |= {"middle_0": now, "middle_1": now}
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             for block in range(config.blocks + 1):
                 out_now, name = multiplier * config.channels, f"up_{level}_{block}"
-                up[name] = self._step(now + skips.pop(), out_now, image_size[0] >> level)
+                up[name] = self._step(name, now + skips.pop(), out_now, image_size[0] >> level)
                 now = widths[name] = out_now
             if level > 0:
-                up[f"up_{level}_twice"] = self._resampling(now, 2.0)
+                up[f"up_{level}_twice"] = self._resampling(f"up_{level}_twice", now, 2.0)
                 widths[f"up_{level}_twice"] = now
         self.down, self.middle, self.up = down, middle, up
         self.taps = widths
         """Blocks, from the input on, and the channels that come out of each."""
         self.norm_out = Norm(now)
-        self.conv_out = zeroed(nn.Conv2d(now, out, 3, padding=1))
+        self.conv_out = zeroed(Conv(now, out, 3))
 
-    def _step(self, channels: int, out: int, height: int | None, attention: bool = False) -> Step:
-        block = ResBlock(channels, out, self.width, self.config, self.dropouts)
-        self.dropouts += 1
+    def _step(self, name: str, channels: int, out: int, height: int | None, attention: bool = False) -> Step:
+        block = ResBlock(channels, out, self.width, self.config, name)
         wanted = attention or height in self.config.attention
         return Step(block, Attention(out, self.config.head_dim, self.token_width) if wanted else None)
 
-    def _resampling(self, channels: int, scale: float) -> nn.Module:
+    def _resampling(self, name: str, channels: int, scale: float) -> nn.Module:
         if self.config.resample == "conv":
             return Resample(channels, up=scale > 1)
-        self.dropouts += 1
-        return Step(ResBlock(channels, channels, self.width, self.config, self.dropouts - 1, scale), None)
+        return Step(ResBlock(channels, channels, self.width, self.config, name, scale), None)
 
     def walk(self, x: Tensor, given: Conditions) -> Iterator[tuple[str, Tensor]]:
         """Each block's name and what comes out of it, [B,C,H,W]."""

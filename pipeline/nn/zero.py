@@ -6,7 +6,9 @@ from typing import TypeVar
 
 from torch import nn
 
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+from pipeline.nn.convolution import Conv
+
+Layer = TypeVar("Layer", nn.Linear, Conv)
 
 
 def zeroed(layer: Layer) -> Layer:

@@ -1,11 +1,13 @@
 """Denoising diffusion: noise images, and learn to say what they were; sampling walks the noise back.
 
 Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), https://arxiv.org/abs/2006.11239; learned
-variance and hybrid loss of Nichol and Dhariwal 2021 (2102.09672); continuous levels of Karras et al. 2022 (2206.00364).
-Shape letters: B samples, C channels, H height, W width.
+variance, hybrid loss and importance-sampled levels of Nichol and Dhariwal 2021 (2102.09672); continuous levels of
+Karras et al. 2022 (2206.00364); a learned schedule of Kingma et al. 2021 (2107.00630).
+Shape letters: B samples, C channels, H height, W width, L tokens.
 """
 
-from typing import Annotated, Literal
+from contextlib import nullcontext
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -13,15 +15,19 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
-from pipeline.nn.conditioning import Conditions
+from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, Picture, StepContext, StepOutput
+from pipeline.dist.collectives import all_gather
+from pipeline.nn.conditioning import Prompt, Text, TextConfig, TextReader, Told
 from pipeline.nn.diffusion import likelihood, samplers, targets
+from pipeline.nn.diffusion.features import DenoiserFeatures
+from pipeline.nn.diffusion.importance import Importance
 from pipeline.nn.diffusion.levels import Level, add_noise, schedule
-from pipeline.nn.diffusion.model import Denoiser, DenoiserFeatures, Generator, SamplerConfig, to_model, to_pixels
-from pipeline.nn.diffusion.process import Discrete, LogNormal, Process
+from pipeline.nn.diffusion.model import Denoiser, Generator, SamplerConfig, to_model, to_pixels
+from pipeline.nn.diffusion.process import Discrete, Learned, LogNormal, Process, Scheduled
 from pipeline.nn.diffusion.samplers import Variance
 from pipeline.nn.diffusion.targets import Target, Weight
 from pipeline.nn.dit import DiT, DiTConfig
+from pipeline.nn.dropout import dropping_for
 from pipeline.nn.images import tile
 from pipeline.nn.unet import UNet, UNetConfig
 
@@ -38,8 +44,8 @@ class Config(Strict):
 
     network: UNetConfig | DiTConfig = UNetConfig()
     """"unet" or "dit"."""
-    schedule: Literal["linear", "cosine", "sigmoid", "lognormal"] = "linear"
-    """Of a discrete process; or "lognormal", EDM's continuous one."""
+    schedule: Literal["linear", "cosine", "sigmoid", "lognormal", "learned"] = "linear"
+    """Of a discrete process; or a continuous one, "lognormal" EDM's, "learned" VDM's."""
     steps: Annotated[int, Field(ge=2)] = 1000
     """Levels of a discrete process."""
     zero_terminal_snr: bool = False
@@ -48,15 +54,20 @@ class Config(Strict):
     """Of ln(sigma), "lognormal" only."""
     sigma_std: Annotated[float, Field(gt=0)] = 1.2
     target: Target = "noise"
-    weight: Weight = "uniform"
+    weight: Weight | Literal["bound"] = "uniform"
+    """Of the squared error; "bound": the loss is the variational bound in bits per dimension instead."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    draw: Literal["uniform", "importance"] = "uniform"
+    """How levels of a discrete process are drawn; "importance": where the loss is large, at equal expectation."""
     variance: Variance = "large"
     """Of the reverse process; "learned" is trained by the bound."""
     hybrid_weight: Annotated[float, Field(gt=0)] = 0.001
     """Of the bound, summed over the levels, beside the squared error."""
-    condition: Literal["none", "class"] = "none"
+    condition: Literal["none", "class", "text"] = "none"
+    text: TextConfig = TextConfig()
+    """Of condition = "text": the encoder whose tokens the U-Net attends to."""
     drop_condition: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Part of the samples that are not told their class, so that guidance has something to start from."""
+    """Part of the samples that are not told their class or text, so that guidance has something to start from."""
     channels: Annotated[int, Field(ge=1)] = 3
     sampler: SamplerConfig = SamplerConfig()
     """Of the showcase, and of evaluations that do not say otherwise."""
@@ -67,17 +78,47 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
-        continuous = self.schedule == "lognormal"
-        if continuous and self.zero_terminal_snr:
-            raise ValueError('zero_terminal_snr rescales a discrete schedule; leave it out with "lognormal"')
-        if continuous and self.variance == "learned":
-            raise ValueError('a learned variance needs a discrete schedule; set variance = "large"')
-        if self.zero_terminal_snr and self.target == "noise":
+        if self.schedule in ("lognormal", "learned"):
+            self._fits_continuous()
+        elif self.zero_terminal_snr and self.target == "noise":
             raise ValueError(
                 "with zero_terminal_snr the last level has no signal, so the image cannot be read from the noise; "
                 'set target = "velocity"'
             )
+        if self.condition == "text" and isinstance(self.network, DiTConfig):
+            raise ValueError('condition = "text" needs attention from places to tokens; set network.name = "unet"')
         return self
+
+    def _fits_continuous(self) -> None:
+        for wrong, setting in (
+            (self.zero_terminal_snr, "zero_terminal_snr"),
+            (self.variance == "learned", 'variance = "learned"'),
+            (self.draw == "importance", 'draw = "importance"'),
+        ):
+            if wrong:
+                raise ValueError(f'{setting} needs a discrete schedule, not "{self.schedule}"; leave it out')
+        if (self.schedule == "learned") != (self.weight == "bound") or (
+            self.schedule == "learned" and self.target != "noise"
+        ):
+            raise ValueError(
+                'schedule = "learned" is trained by the bound on the noise: it goes with weight = "bound" and '
+                'target = "noise"; among continuous schedules, weight = "bound" goes with it alone'
+            )
+
+
+class Noised(NamedTuple):
+    """A batch on its way to the denoiser."""
+
+    quantile: Tensor
+    """Of the noise level, [B]."""
+    level: Level
+    x: Tensor
+    """Noised images, float32[B,C,H,W]."""
+    noise: Tensor
+    """float32[B,C,H,W]."""
+    factor: Tensor
+    """Of the loss, float64[B], for levels that were drawn more often than others."""
+    learned: Scheduled | None = None
 
 
 class DDPM(Objective):
@@ -86,28 +127,16 @@ class DDPM(Objective):
     def __init__(self, config: Config, facts: DataFacts) -> None:
         super().__init__()
         self.config = config
-        self.needs = {"image": f"uint8[B,{config.channels},H,W]"}
+        self.needs = {"image": f"uint8[B,{config.channels},H,W]"} | _fields(config, facts)
         self.image_shape = (config.channels, *facts.image_size)
-        self.classes = 0
-        if config.condition == "class":
-            if not facts.classes:
-                raise ConfigError(
-                    'objective.condition = "class": the data set has no classes; build it from a source with labels, '
-                    'or set condition = "none"'
-                )
-            self.needs["label"] = "int64[B]"
-            self.classes = len(facts.classes)
         self.process = _process(config)
         self.process.chain(config.sampler.steps, config.sampler.spacing)  # a mistake in it is found before training
-        learned = config.variance == "learned"
-        out = config.channels * (2 if learned else 1)
-        shape = {"channels": config.channels, "out": out, "classes": self.classes}
-        if isinstance(config.network, UNetConfig):
-            network = UNet(config.network, facts.image_size, **shape)
-        else:
-            network = DiT(config.network, facts.image_size, **shape)
-        self.dropouts = network.dropouts
-        self.denoiser = Denoiser(network, config.target, learned)
+        self.importance = None
+        if config.draw == "importance":
+            assert isinstance(self.process, Discrete)
+            self.importance = Importance(len(self.process.levels))
+        self._fresh: list[Tensor] = []
+        self.denoiser = _denoiser(config, facts)
         self._labels_checked = False
         self.encoders()  # a mistake in feature_block is found before training
 
@@ -117,72 +146,99 @@ class DDPM(Objective):
         A quarter's mean is taken as four times the mean of what falls into it, which is right in expectation and
         stays a mean over samples, however they are spread over ranks and micro-batches.
         """
-        image = to_model(batch["image"])
-        quantile, level, x, noise = self.noised(batch, ctx)
-        answer, part = self.denoiser(x, level, self._conditions(batch, ctx, level))
-        aim = targets.of_training(self.config.target, image, noise, x, level)
+        image, own = to_model(batch["image"]), self.noised(batch, ctx)
+        with dropping_for(batch, ctx) if ctx.training else nullcontext():
+            answer, part = self.denoiser(own.x, own.level, self._told(batch, ctx))
+        aim = targets.of_training(self.config.target, image, own.noise, own.x, own.level)
         error = (answer - aim).square().flatten(1).mean(dim=1)
-        weight = targets.weight(self.config.weight, self.config.target, level, self.config.min_snr_gamma)
-        loss = error * weight.float()
-        metrics = {"mse": error.detach().mean()}
-        if part is not None:
-            bound = self._bound(image, x, quantile, level, answer, part)
-            metrics["bound"] = bound.detach().mean()
-            loss = loss + self.config.hybrid_weight * bound
-        quarter = (quantile * 4).long()
+        metrics = {"mse": (error.detach() * own.factor).float().mean()}
+        if own.learned is not None:
+            loss = self._continuous_bound(batch, ctx, image, error, own.learned)
+        elif self.config.weight == "bound":
+            loss = self._bound(image, own, answer, part)
+        else:
+            weight = targets.weight(self.config.weight, self.config.target, own.level, self.config.min_snr_gamma)
+            loss = error * weight.float()
+            if part is not None:
+                # Only the variance learns from it: the mean is held fixed (Nichol and Dhariwal, section 3.1).
+                bound = self._bound(image, own, answer.detach(), part)
+                metrics["bound"] = (bound.detach() * own.factor).float().mean()
+                loss = loss + self.config.hybrid_weight * bound
+        if self.importance is not None and self.training:
+            level = (own.quantile * len(self.importance.seen)).long()
+            self._fresh.append(torch.stack([batch["id"].double(), level.double(), loss.detach().double()], dim=1))
+        loss = (loss * own.factor).float()
+        quarter = (own.quantile * 4).long()
         for q in range(4):
             metrics[f"loss_q{q}"] = 4 * loss.detach().where(quarter == q, 0.0).mean()
         return StepOutput(loss.mean(), metrics)
 
-    def noised(self, batch: Batch, ctx: StepContext) -> tuple[Tensor, Level, Tensor, Tensor]:
-        """Quantile [B] and noise level of each sample, its noised image and the noise, float32[B,C,H,W]."""
+    def noised(self, batch: Batch, ctx: StepContext) -> Noised:
+        """The images of a batch, each with a noise level and noise of its own."""
         quantile = ctx.random(batch, "ddpm.level").uniform(1)[:, 0]
         noise = ctx.random(batch, "ddpm.noise").normal(*batch["image"].shape[1:])
-        level = self.process.draw(quantile)
-        return quantile, level, add_noise(to_model(batch["image"]), noise, level), noise
+        factor, learned = torch.ones_like(quantile, dtype=torch.float64), None
+        if self.importance is not None:
+            quantile, factor = self.importance.draw(quantile)
+        if isinstance(self.process, Learned):
+            learned = self.process.training_levels(quantile)
+            level = learned.level
+        else:
+            level = self.process.draw(quantile)
+        return Noised(quantile, level, add_noise(to_model(batch["image"]), noise, level), noise, factor, learned)
 
-    def _conditions(self, batch: Batch, ctx: StepContext, level: Level) -> Conditions:
-        label = dropout = None
-        if self.classes:
-            if not self._labels_checked:  # once: it waits for the device
-                self._check_labels(batch["label"])
-            dropped = ctx.random(batch, "ddpm.drop").uniform(1)[:, 0] < self.config.drop_condition
-            label = batch["label"].where(~dropped, self.classes) if ctx.training else batch["label"]
-        if self.config.network.dropout > 0 and self.training:
-            dropout = ctx.random(batch, "ddpm.dropout").integers(0, 2**31, self.dropouts)
-        return Conditions(level.time, label, dropout=dropout)
+    def _told(self, batch: Batch, ctx: StepContext) -> Told:
+        """What the network is told of each sample; in training, nothing of some."""
+        if not self.denoiser.conditional:
+            return Told()
+        dropped = ctx.random(batch, "ddpm.drop").uniform(1)[:, 0] < self.config.drop_condition
+        dropped &= ctx.training
+        if self.denoiser.reader is not None:
+            return self.denoiser.reader(Text(batch["text"], batch["text_length"].where(~dropped, 0)))
+        if not self._labels_checked:  # once: it waits for the device
+            self._check_labels(batch["label"])
+        return Told(batch["label"].where(~dropped, self.denoiser.classes))
 
     def _check_labels(self, label: Tensor) -> None:
-        low, high = int(label.min()), int(label.max())
-        if low < 0 or high >= self.classes:
+        low, high, classes = int(label.min()), int(label.max()), self.denoiser.classes
+        if low < 0 or high >= classes:
             raise DataError(
-                f"labels run from {low} to {high}, but the manifest names {self.classes} classes "
-                f"(0 to {self.classes - 1}); rebuild the shards or mend the manifest's classes"
+                f"labels run from {low} to {high}, but the manifest names {classes} classes "
+                f"(0 to {classes - 1}); rebuild the shards or mend the manifest's classes"
             )
         self._labels_checked = True
 
-    def _bound(self, image: Tensor, x: Tensor, quantile: Tensor, level: Level, answer: Tensor, part: Tensor) -> Tensor:
-        """The bound in bits per dimension as one level estimates it: its term times the number of levels; [B].
-
-        Only the variance learns from it: the mean is held fixed (Nichol and Dhariwal, section 3.1).
-        """
+    def _bound(self, image: Tensor, own: Noised, answer: Tensor, part: Tensor | None) -> Tensor:
+        """The bound in bits per dimension as one level estimates it: its term times the number of levels; [B]."""
         assert isinstance(self.process, Discrete)
-        levels, index = self.process.levels, self.process.index(quantile)
-        predicted = targets.to_image(self.config.target, answer.detach(), x, level)
-        log = samplers.log_variance(levels, index, "learned", part, x)
-        return (likelihood.term(image, x, levels, index, predicted, log) * len(levels)).float()
+        levels, index = self.process.levels, self.process.index(own.quantile)
+        predicted = targets.to_image(self.config.target, answer, own.x, own.level)
+        log = samplers.log_variance(levels, index, self.config.variance, part, own.x)
+        return (likelihood.term(image, own.x, levels, index, predicted, log) * len(levels)).float()
+
+    def _continuous_bound(
+        self, batch: Batch, ctx: StepContext, image: Tensor, error: Tensor, learned: Scheduled
+    ) -> Tensor:
+        """The bound in bits per dimension in continuous time; [B]."""
+        noise = ctx.random(batch, "ddpm.decoder").normal(*image.shape[1:])
+        bound = likelihood.continuous(image, noise, error, learned.slope, learned.first, learned.last)
+        learned.loss.append(bound.detach())
+        return bound
+
+    def after_step(self, clock: Clock) -> None:
+        """The losses of all ranks decide which levels are drawn next."""
+        if self.importance is not None:
+            rows = all_gather(torch.cat(self._fresh))
+            self.importance.learn(rows[:, 0], rows[:, 1].long(), rows[:, 2])
+            self._fresh = []
 
     def generator(self) -> Generator:
         """What makes images."""
-        return Generator(
-            self.denoiser, self.process, self.image_shape, self.classes, self.config.variance, self.config.sampler
-        )
+        return Generator(self.denoiser, self.process, self.image_shape, self.config.variance, self.config.sampler)
 
     def encoders(self) -> dict[str, nn.Module]:
         """ "image" is a block's output at a little noise; "generator" makes images and measures likelihood."""
-        features = DenoiserFeatures(
-            self.denoiser, self.process, self.config.feature_block, self.config.feature_noise, self.classes
-        )
+        features = DenoiserFeatures(self.denoiser, self.process, self.config.feature_block, self.config.feature_noise)
         return {"image": features, "generator": self.generator()}
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
@@ -190,31 +246,69 @@ class DDPM(Objective):
         was_training = self.training
         self.eval()
         ids = torch.arange(4 * SHOWN, device=batch["image"].device)
-        label = ids % self.classes if self.classes else None
-        generator, seen = self.generator(), []
-        samples = to_pixels(generator.sample(ids, label, ctx.seed))
-        first = None if label is None else label[:SHOWN]
-        generator.sample(ids[:SHOWN], first, ctx.seed, watch=lambda image: seen.append(to_pixels(image)))
+        prompt, generator, seen = self._prompt(batch, ids), self.generator(), []
+        samples = generator.sample(ids, prompt, ctx.seed, watch=lambda image: seen.append(to_pixels(image[:SHOWN])))
         moments = torch.linspace(0, len(seen) - 1, MOMENTS).round().long().tolist()
         said = self.config.sampler
         pictures = {
-            "samples": Picture(tile(list(samples.split(SHOWN))), f"Samples: {said.name}, {said.steps} steps"),
+            "samples": Picture(
+                tile(list(to_pixels(samples).split(SHOWN))), f"Samples: {said.name}, {said.steps} steps"
+            ),
             "trajectory": Picture(
                 tile([seen[m] for m in moments]), "Expected image, from pure noise down to the sample"
             ),
         }
-        if self.classes:
+        if self.denoiser.conditional:
+            first = self._prompt(batch, ids[:SHOWN])
             rows = [
                 to_pixels(generator.sample(ids[:SHOWN], first, ctx.seed, said.model_copy(update={"guidance": scale})))
                 for scale in SWEEP
             ]
             scales = ", ".join(f"{scale:g}" for scale in SWEEP)
-            pictures["guidance"] = Picture(tile(rows), f"The same noise and classes with guidance {scales}")
+            pictures["guidance"] = Picture(tile(rows), f"The same noise and conditions with guidance {scales}")
         self.train(was_training)
         return pictures
+
+    def _prompt(self, batch: Batch, ids: Tensor) -> Prompt | None:
+        """Of the showcase: all classes in turn, or the texts of the batch in turn."""
+        if self.denoiser.reader is not None:
+            row = ids % len(batch["text"])
+            return Text(batch["text"][row], batch["text_length"][row])
+        return ids % self.denoiser.classes if self.denoiser.classes else None
+
+
+def _fields(config: Config, facts: DataFacts) -> dict[str, str]:
+    """What a batch must hold beside the image."""
+    if config.condition == "text":
+        return {"text": f"int64[B,{config.text.length}]", "text_length": "int64[B]"}
+    if config.condition == "none":
+        return {}
+    if not facts.classes:
+        raise ConfigError(
+            'objective.condition = "class": the data set has no classes; build it from a source with labels, '
+            'or set condition = "none"'
+        )
+    return {"label": "int64[B]"}
 
 
 def _process(config: Config) -> Process:
     if config.schedule == "lognormal":
         return LogNormal(config.sigma_mean, config.sigma_std)
+    if config.schedule == "learned":
+        return Learned()
     return Discrete(schedule(config.schedule, config.steps, zero_terminal_snr=config.zero_terminal_snr))
+
+
+def _denoiser(config: Config, facts: DataFacts) -> Denoiser:
+    """The network with its reader of texts, if there is one."""
+    learned = config.variance == "learned"
+    out = config.channels * (2 if learned else 1)
+    classes = len(facts.classes) if config.condition == "class" else 0
+    reader = TextReader(config.text) if config.condition == "text" else None
+    shape = {"channels": config.channels, "out": out, "classes": classes}
+    if isinstance(config.network, UNetConfig):
+        width = None if reader is None else config.text.width
+        network = UNet(config.network, facts.image_size, **shape, token_width=width)
+    else:
+        network = DiT(config.network, facts.image_size, **shape)
+    return Denoiser(network, config.target, learned, classes, reader)

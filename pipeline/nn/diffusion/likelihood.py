@@ -1,6 +1,7 @@
 """The variational bound on the likelihood of discretised images, in bits per dimension, term by term.
 
-Ho et al. 2020 (arXiv 2006.11239), eq. 5 and 13; Nichol and Dhariwal 2021 (2102.09672), sections 3.1 and 3.3.
+Ho et al. 2020 (arXiv 2006.11239), eq. 5 and 13; Nichol and Dhariwal 2021 (2102.09672), sections 3.1 and 3.3;
+in continuous time Kingma et al. 2021 (2107.00630), eq. 11 and 15.
 Images are integers 0 to 255 mapped to k / 127.5 - 1. Shape letters: B samples.
 """
 
@@ -11,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.nn.diffusion.levels import Levels, of
+from pipeline.nn.diffusion.levels import Level, Levels, of
 
 HALF_BIN = 1 / 255
 """Half the distance of neighbouring pixel values."""
@@ -72,3 +73,22 @@ def term(image: Tensor, x: Tensor, levels: Levels, index: Tensor, predicted: Ten
     nats = normal_kl(true, of(levels.log_small, index).view(shape), mean, log_variance)
     first = (index == 0).view(shape)
     return per_dimension(torch.where(first, -log_bin(image, mean, log_variance), nats))
+
+
+def continuous(image: Tensor, noise: Tensor, error: Tensor, slope: Tensor, first: Tensor, last: Level) -> Tensor:
+    """The bound in continuous time as one level estimates it, bits per dimension, float64[B].
+
+    Args:
+        image: clean, [B,...].
+        noise: of the cleanest level, which the decoder reads, [B,...].
+        error: mean squared error of the predicted noise at a level drawn at random, [B].
+        slope: of -log SNR by the quantile at that level, [B].
+        first: -log SNR of the cleanest level, [].
+        last: the noisiest level.
+    """
+    levels = 0.5 * slope * error.double() / math.log(2)
+    mean = image.double() + (first / 2).exp() * noise.double()
+    decoder = per_dimension(-log_bin(image, mean, first))
+    a, s, _ = last.like(image)
+    zero = torch.zeros((), dtype=torch.float64, device=image.device)
+    return levels + decoder + per_dimension(normal_kl(a * image.double(), 2 * s.log(), zero, zero))

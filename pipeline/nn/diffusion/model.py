@@ -1,8 +1,8 @@
-"""A network with what its answer means: a denoiser; with a sampler: a generator; with a tap: an encoder.
+"""A network with what its answer means: a denoiser; with a sampler: a generator.
 
 Classifier-free guidance: Ho and Salimans 2022 (arXiv 2207.12598), with scale 1 for none; in an interval of noise:
-Kynkaanniemi et al. 2024 (2404.07724); rescaled: Lin et al. 2023 (2305.08891), section 3.4. Features: Xiang et al. 2023
-(2303.09769). Shape letters: B samples, C channels, H height, W width, T levels.
+Kynkaanniemi et al. 2024 (2404.07724); rescaled: Lin et al. 2023 (2305.08891), section 3.4.
+Shape letters: B samples, C channels, H height, W width, T levels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, NonFiniteError
 from pipeline.core.random import SampleRandom
-from pipeline.nn.conditioning import Conditions
+from pipeline.nn.conditioning import Conditions, Prompt, Text, TextReader, Told
 from pipeline.nn.diffusion import likelihood, samplers
 from pipeline.nn.diffusion.levels import Level, Spacing, add_noise
 from pipeline.nn.diffusion.process import Process
@@ -63,27 +63,66 @@ class Denoiser(nn.Module):
         network: (x, conditions) to [B,C,H,W], or [B,2C,H,W] with a learned variance; with its ``taps`` and ``walk``.
         target: what it answers.
         learned_variance: its second half says where the reverse variance lies.
+        classes: that it may be told; 0: none.
+        reader: of the texts that it may be told; None: none.
     """
 
-    def __init__(self, network: nn.Module, target: Target, learned_variance: bool) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        target: Target,
+        learned_variance: bool,
+        classes: int = 0,
+        reader: TextReader | None = None,
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.reader = network, reader
         self.target: Target = target
-        self.learned_variance = learned_variance
+        self.learned_variance, self.classes = learned_variance, classes
 
-    def forward(self, x: Tensor, level: Level, given: Conditions) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, level: Level, told: Told) -> tuple[Tensor, Tensor | None]:
         """The answer to noised images, and the variance's place from 0 to 1; both at least float32[B,C,H,W]."""
-        answer = self.network(to_input(self.target, x, level).float(), given)
+        answer = self.network(to_input(self.target, x, level).float(), Conditions(level.time, told))
         if not self.learned_variance:
             return answer, None
         answer, part = answer.chunk(2, dim=1)
         return answer, (part + 1) / 2
 
-    def denoise(self, x: Tensor, level: Level, label: Tensor | None) -> Denoised:
+    def denoise(self, x: Tensor, level: Level, told: Told) -> Denoised:
         """The expected images of ``x`` [B,C,H,W], which are all at the same level or each at its own."""
         time = level.time.to(x.device).expand(len(x))
-        answer, part = self(x, level, Conditions(time, label))
+        answer, part = self(x, level._replace(time=time), told)
         return Denoised(to_image(self.target, answer.to(x.dtype), x, level), part)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it can be told anything."""
+        return self.classes > 0 or self.reader is not None
+
+    def read(self, prompt: Prompt | None, count: int, device: torch.device) -> Told:
+        """What the network is told for ``prompt``, of ``count`` images; None stands for no class and no text.
+
+        Raises:
+            ConfigError: the model was not trained for it, or knows no such class.
+        """
+        if prompt is not None and isinstance(prompt, Text) != (self.reader is not None):
+            raise ConfigError(
+                f"{'texts' if isinstance(prompt, Text) else 'classes'} are asked of a model trained without; train "
+                f'with condition = "{"text" if isinstance(prompt, Text) else "class"}"'
+            )
+        if self.reader is not None:
+            nothing = torch.zeros(count, 1, dtype=torch.int64, device=device)
+            return self.reader(prompt if isinstance(prompt, Text) else Text(nothing, nothing[:, 0]))
+        if self.classes == 0:
+            if prompt is not None:
+                raise ConfigError('classes are asked of a model trained without; train with condition = "class"')
+            return Told()
+        if not isinstance(prompt, Tensor):
+            return Told(torch.full((count,), self.classes, device=device))
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high > self.classes:
+            raise ConfigError(f"class {low if low < 0 else high} is asked for; the model knows 0 to {self.classes - 1}")
+        return Told(prompt)
 
 
 class Generator(nn.Module):
@@ -93,7 +132,6 @@ class Generator(nn.Module):
         denoiser: the network; should be in eval mode.
         process: the noise levels that it was trained on.
         image_shape: C, H, W.
-        classes: number of classes; 0: none.
         variance: of the reverse process.
         sampler: how samples are made where nothing else is said.
     """
@@ -103,19 +141,23 @@ class Generator(nn.Module):
         denoiser: Denoiser,
         process: Process,
         image_shape: tuple[int, int, int],
-        classes: int,
         variance: Variance,
         sampler: SamplerConfig,
     ) -> None:
         super().__init__()
         self.denoiser, self.process, self.image_shape = denoiser, process, image_shape
-        self.classes, self.sampler = classes, sampler
+        self.sampler = sampler
         self.variance: Variance = variance
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0: none."""
+        return self.denoiser.classes
 
     def sample(
         self,
         ids: Tensor,
-        label: Tensor | None,
+        prompt: Prompt | None,
         seed: int,
         config: SamplerConfig | None = None,
         watch: Callable[[Tensor], None] = lambda image: None,
@@ -124,7 +166,7 @@ class Generator(nn.Module):
 
         Args:
             ids: int64[B], on the device to compute on.
-            label: int64[B], the class of each; None where the generator has none, or for none.
+            prompt: class or text of each; None where the generator knows none, or for none.
             seed: of the noise.
             config: how.
             watch: is shown the expected images of each evaluation, [B,C,H,W].
@@ -133,11 +175,17 @@ class Generator(nn.Module):
             float64[B,C,H,W], about -1 to 1.
 
         Raises:
-            ConfigError: guidance without classes, labels that there are not, a sampler that does not fit the process.
+            ConfigError: guidance of a model that is told nothing, classes that there are not, a sampler that does not
+                fit the process.
             NonFiniteError: a sample is not finite.
         """
         config = config or self.sampler
-        label = self._check(config, label, len(ids), ids.device)
+        if config.guidance != 1 and not self.denoiser.conditional:
+            raise ConfigError(
+                f"guidance = {config.guidance}: this model was trained without classes and texts, so there is nothing "
+                'to guide it by; leave guidance out, or train with condition = "class" or "text"'
+            )
+        told = self.denoiser.read(prompt, len(ids), ids.device)
         random = SampleRandom(seed, "diffusion.sample", torch.zeros_like(ids), ids)
         levels = self.process.chain(config.steps, config.spacing)
 
@@ -145,7 +193,7 @@ class Generator(nn.Module):
             return random.normal(*self.image_shape).double()
 
         def denoise(x: Tensor, level: Level) -> Denoised:
-            found = self._guided(x, level, label, config)
+            found = self._guided(x, level, told, config, guided=prompt is not None)
             image = found.image.clamp(-1, 1) if config.clip else found.image
             watch(image)
             return found._replace(image=image)
@@ -163,45 +211,27 @@ class Generator(nn.Module):
             raise NonFiniteError(f"sample {bad[0]} (one of {len(bad)}) is not finite; the network has diverged")
         return x
 
-    def _check(self, config: SamplerConfig, label: Tensor | None, count: int, device: torch.device) -> Tensor | None:
-        if self.classes == 0:
-            if config.guidance != 1:
-                raise ConfigError(
-                    f"guidance = {config.guidance}: this model was trained without classes, so there is nothing to "
-                    'guide it by; leave guidance out, or train with condition = "class"'
-                )
-            if label is not None:
-                raise ConfigError('classes are asked of a model trained without; train with condition = "class"')
-            return None
-        if label is None:
-            return torch.full((count,), self.classes, device=device)
-        low, high = int(label.min()), int(label.max())
-        if low < 0 or high > self.classes:
-            raise ConfigError(f"class {low if low < 0 else high} is asked for; the model knows 0 to {self.classes - 1}")
-        return label
-
-    def _guided(self, x: Tensor, level: Level, label: Tensor | None, config: SamplerConfig) -> Denoised:
-        """Away from the image that is expected without a class; the variance is the class's."""
+    def _guided(self, x: Tensor, level: Level, told: Told, config: SamplerConfig, *, guided: bool) -> Denoised:
+        """Away from the image that is expected of nothing told; the variance is that of what is told."""
         sigma = float(level.sigma)
         inside = config.guidance_from <= sigma and (config.guidance_to is None or sigma <= config.guidance_to)
-        if label is None or config.guidance == 1 or not inside:
-            return self.denoiser.denoise(x, level, label)
-        both = torch.cat([label, torch.full_like(label, self.classes)])
-        image, part = self.denoiser.denoise(torch.cat([x, x]), level, both)
-        told, free = image.chunk(2)
-        guided = torch.lerp(free, told, config.guidance)
+        if not guided or config.guidance == 1 or not inside:
+            return self.denoiser.denoise(x, level, told)
+        image, part = self.denoiser.denoise(torch.cat([x, x]), level, told.beside_none(self.classes))
+        wanted, free = image.chunk(2)
+        image = torch.lerp(free, wanted, config.guidance)
         if config.guidance_rescale > 0:
-            ratio = _std(told) / _std(guided)
-            guided = guided * (1 + config.guidance_rescale * (ratio - 1))
-        return Denoised(guided, None if part is None else part.chunk(2)[0])
+            ratio = _std(wanted) / _std(image)
+            image = image * (1 + config.guidance_rescale * (ratio - 1))
+        return Denoised(image, None if part is None else part.chunk(2)[0])
 
-    def bits(self, image: Tensor, ids: Tensor, label: Tensor | None, seed: int, steps: int | None) -> Tensor:
+    def bits(self, image: Tensor, ids: Tensor, prompt: Prompt | None, seed: int, steps: int | None) -> Tensor:
         """The bound on each image's information, term by term; with one fresh noise per term.
 
         Args:
             image: uint8[B,C,H,W].
             ids: int64[B], numbers of the samples; they fix the noise.
-            label: int64[B], or None.
+            prompt: class or text of each, or None.
             seed: of the noise.
             steps: of a continuous process.
 
@@ -209,7 +239,7 @@ class Generator(nn.Module):
             float64[B,T+1] in bits per dimension: the decoder's, those of the levels 1 to T-1, the prior's.
         """
         levels = self.process.likelihood_chain(steps)
-        label = self._check(SamplerConfig(), label, len(ids), ids.device)
+        told = self.denoiser.read(prompt, len(ids), ids.device)
         random = SampleRandom(seed, "diffusion.bits", torch.zeros_like(ids), ids)
         clean = to_model(image)
         terms = []
@@ -217,7 +247,7 @@ class Generator(nn.Module):
             index = torch.full_like(ids, i)
             level = levels.at(index)
             x = add_noise(clean, random.normal(*self.image_shape), level)
-            found = self.denoiser.denoise(x, level, label)
+            found = self.denoiser.denoise(x, level, told)
             log = samplers.log_variance(levels, index, self.variance, found.log_variance_part, x)
             terms.append(likelihood.term(clean, x, levels, index, found.image.clamp(-1, 1), log))
         return torch.stack([*terms, likelihood.prior(clean, levels)], dim=1)
@@ -225,43 +255,3 @@ class Generator(nn.Module):
 
 def _std(image: Tensor) -> Tensor:
     return image.flatten(1).std(dim=1).view(-1, 1, 1, 1)
-
-
-class DenoiserFeatures(nn.Module):
-    """uint8[B,C,H,W] to float[B,D]: noise the images a little, and take the mean of a block's output over places.
-
-    Every image is given the same noise, so that features are a function of the image alone.
-
-    Args:
-        denoiser: shared.
-        process: the noise levels that it was trained on.
-        block: one of ``denoiser.network.taps``.
-        quantile: noise level, 0 the cleanest to 1 the noisiest.
-        classes: number of classes; it is told none of them. 0: none.
-
-    Raises:
-        ConfigError: no such block.
-    """
-
-    def __init__(self, denoiser: Denoiser, process: Process, block: str, quantile: float, classes: int) -> None:
-        super().__init__()
-        taps: dict[str, int] = denoiser.network.taps  # pyright: ignore[reportAssignmentType]
-        if block not in taps:
-            raise ConfigError(f"there is no block {block!r} to take features from; there are {', '.join(taps)}")
-        self.denoiser, self.process, self.block, self.quantile = denoiser, process, block, quantile
-        self.classes, self.dim = classes, taps[block]
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Features of a batch, at least float32."""
-        clean = to_model(image)
-        zeros = torch.zeros(1, dtype=torch.int64, device=image.device)
-        noise = SampleRandom(0, "diffusion.features", zeros, zeros).normal(*clean.shape[1:])
-        level = self.process.draw(torch.full((len(clean),), self.quantile, device=image.device))
-        x = add_noise(clean, noise, level)
-        label = zeros.new_full((len(clean),), self.classes) if self.classes else None
-        for name, h in self.denoiser.network.walk(  # pyright: ignore[reportCallIssue]
-            to_input(self.denoiser.target, x, level).float(), Conditions(level.time, label)
-        ):
-            if name == self.block:
-                return h.mean(dim=(2, 3)).to(torch.promote_types(h.dtype, torch.float32))
-        raise AssertionError(self.block)

@@ -1,19 +1,32 @@
 """Which noise levels a denoiser is trained on, and which it is sampled and measured on.
 
 Discrete, uniform over the levels of a schedule: Ho et al. 2020. Continuous, log-normal in sigma: Karras et al. 2022
-(arXiv 2206.00364), table 1. Shape letters: B samples.
+(arXiv 2206.00364), table 1. Learned: Kingma et al. 2021, "Variational Diffusion Models" (2107.00630), appendix H.
+Shape letters: B samples, K features.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.core.errors import ConfigError
-from pipeline.nn.diffusion.levels import SIGMA_MAX, SIGMA_MIN, Level, Levels, Spacing, edm_grid, from_sigma, spaced
+from pipeline.nn.diffusion.levels import (
+    SIGMA_MAX,
+    SIGMA_MIN,
+    Level,
+    Levels,
+    Spacing,
+    edm_grid,
+    from_log_snr,
+    from_sigma,
+    karras_sigmas,
+    spaced,
+)
 
 
 class Process(ABC):
@@ -92,3 +105,98 @@ class LogNormal(Process):
             raise ConfigError("a continuous process has no number of levels of its own; set steps, e.g. 1000")
         low, high = math.log(SIGMA_MIN), math.log(SIGMA_MAX)
         return Levels(*from_sigma(torch.linspace(low, high, steps, dtype=torch.float64).exp()))
+
+
+class Monotone(nn.Module):
+    """A rising function of [0, 1] onto itself, and two ends: a line and K sigmoids with positive factors.
+
+    Args:
+        ends: initial values.
+        width: K.
+    """
+
+    def __init__(self, ends: tuple[float, float], width: int = 256) -> None:
+        super().__init__()
+        self.ends = nn.Parameter(torch.tensor(ends))
+        self.line = nn.Parameter(torch.ones(1))
+        self.steepness = nn.Parameter(torch.ones(width))
+        self.centre = nn.Parameter(torch.randn(width))
+        self.height = nn.Parameter(torch.rand(width) * 0.1)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Value and slope at ``u`` float64[B], and the ends [2]; all float64."""
+        line, steepness, height = (p.double().abs() for p in (self.line, self.steepness, self.height))
+
+        def rise(at: Tensor) -> tuple[Tensor, Tensor]:
+            bend = torch.sigmoid(4 * steepness * (2 * at[:, None] - 1) + self.centre.double())
+            slope = (height * 8 * steepness * bend * (1 - bend)).mean(dim=1)
+            return line * at + (height * bend).mean(dim=1), line + slope
+
+        low, high = rise(torch.tensor([0.0, 1.0], dtype=torch.float64, device=u.device))[0]
+        value, slope = rise(u)
+        return (value - low) / (high - low), slope / (high - low), self.ends.double()
+
+
+class Scheduled(NamedTuple):
+    """Levels of a learned schedule, with gradient."""
+
+    level: Level
+    slope: Tensor
+    """Of -log SNR by the quantile, float64[B]."""
+    first: Tensor
+    """-log SNR of the cleanest level, float64[]."""
+    last: Level
+    """The noisiest, each [1]."""
+    loss: list[Tensor]
+    """To be given the loss of each sample, [B], before the backward pass."""
+
+
+class Learned(Process, nn.Module):
+    """VDM's: -log SNR is a rising function that is trained with the denoiser.
+
+    In continuous time the bound depends on its ends alone, which are trained by the bound; what lies between them
+    decides how noisy the estimate of the bound is, and is trained to make its square small.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = Monotone((-13.3, 5.0))
+
+    def training_levels(self, quantile: Tensor) -> Scheduled:
+        """Levels float64[B] for quantiles [B].
+
+        In the backward pass the gradient of a sample's loss L becomes that of L^2 for what lies between the ends, by
+        a factor of 2 L; the ends' own stays that of L.
+        """
+        part, steep, ends = self.gamma(quantile.double())
+        loss: list[Tensor] = []
+        for inside in (part, steep):
+            if inside.requires_grad:
+                inside.register_hook(lambda gradient: gradient * (2 * loss[0]))
+        low, high = ends.unbind()
+        span = high - low
+        return Scheduled(from_log_snr(-(low + span * part)), span * steep, low, from_log_snr(-high[None]), loss)
+
+    def _at(self, u: Tensor) -> Tensor:
+        part, _, (low, high) = self.gamma(u.double())
+        return (low + (high - low) * part).detach()
+
+    def draw(self, quantile: Tensor) -> Level:
+        """Without gradient."""
+        return from_log_snr(-self._at(quantile))
+
+    def chain(self, steps: int, spacing: Spacing) -> Levels:
+        """Even in the quantile, from 0, to 1 or both; or Karras' grid between the ends."""
+        device = self.gamma.ends.device
+        if spacing == "karras":
+            low, high = (self._at(torch.tensor([0.0, 1.0], device=device)) / 2).exp().tolist()
+            return Levels(*from_log_snr(-2 * karras_sigmas(steps, low, high).log()))
+        first, last = {"leading": (0, steps - 1), "trailing": (1, steps), "linspace": (0, steps)}[spacing]
+        u = torch.linspace(first, last, steps, dtype=torch.float64) / steps
+        return Levels(*from_log_snr(-self._at(u.to(device)).cpu()))
+
+    def likelihood_chain(self, steps: int | None) -> Levels:
+        """Even in the quantile between the ends."""
+        if steps is None:
+            raise ConfigError("a continuous process has no number of levels of its own; set steps, e.g. 1000")
+        return self.chain(steps, "linspace")

@@ -27,14 +27,15 @@ class Known(nn.Module):
     def forward(self, x, given):
         index = (given.time * STEPS / 1000).round().long()
         a, s = (v[index].float().view(-1, 1, 1, 1) for v in (self.levels.a, self.levels.s))
-        m = grey(given.label).float().view(-1, 1, 1, 1) if given.label is not None else 0.0
+        label = given.told.label
+        m = grey(label).float().view(-1, 1, 1, 1) if label is not None else 0.0
         return m + a * self.std**2 / (a**2 * self.std**2 + s**2) * (x - a * m)
 
 
 def generator(std=0.05, classes=CLASSES):
     process = Discrete(schedule("linear", STEPS))
     sampler = SamplerConfig(name="ddim", steps=10)
-    return Generator(Denoiser(Known(std), "image", False), process, SHAPE, classes, "small", sampler).eval()
+    return Generator(Denoiser(Known(std), "image", False, classes), process, SHAPE, "small", sampler).eval()
 
 
 class Grey(nn.Module):

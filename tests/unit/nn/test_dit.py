@@ -4,8 +4,10 @@ from pydantic import ValidationError
 from torch.nn import functional
 
 from pipeline.core.errors import ConfigError
-from pipeline.nn.conditioning import Conditions
+from pipeline.core.protocols import Clock, StepContext
+from pipeline.nn.conditioning import Conditions, Told
 from pipeline.nn.dit import DiT, DiTConfig
+from pipeline.nn.dropout import dropping_for
 
 
 def build(size=(8, 16), *, out=3, classes=0, stirred=True, **settings):
@@ -50,29 +52,30 @@ def test_a_block_is_the_papers():
     h = norm(y) * (1 + scale2[:, None]) + shift2[:, None]
     h = functional.gelu(h @ block.mlp.fc1.weight.T + block.mlp.fc1.bias, approximate="tanh")
     expected = y + gate2[:, None] * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)
-    torch.testing.assert_close(block(x, told, None), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(block(x, told), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_taps_and_that_it_listens():
     net = build(out=6, classes=3)
     x = torch.randn(2, 3, 8, 16)
-    given = Conditions(torch.tensor([3.0, 700.0]), torch.tensor([0, 3]))
+    given = Conditions(torch.tensor([3.0, 700.0]), Told(torch.tensor([0, 3])))
     first = net(x, given)
     assert first.shape == (2, 6, 8, 16)
     walked = {name: tuple(h.shape) for name, h in net.walk(x, given)}
     assert walked == {name: (2, width, 2, 4) for name, width in net.taps.items()}
-    for other in (given._replace(time=given.time + 50), given._replace(label=torch.tensor([1, 2]))):
+    for other in (given._replace(time=given.time + 50), given._replace(told=Told(torch.tensor([1, 2])))):
         assert (net(x, other) - first).abs().amax(dim=(1, 2, 3)).min() > 1e-4
-    torch.testing.assert_close(net(x[1:], Conditions(given.time[1:], given.label[1:])), first[1:])
+    torch.testing.assert_close(net(x[1:], Conditions(given.time[1:], Told(given.told.label[1:]))), first[1:])
     assert net.to(torch.bfloat16)(x, given).dtype == torch.float32
 
 
 def test_every_weight_learns_and_dropout_is_the_samples_own():
     net = build(classes=2, dropout=0.5).train()
-    x, keys = torch.randn(2, 3, 8, 16), torch.randint(0, 2**31, (2, net.dropouts))
-    given = Conditions(torch.tensor([3.0, 700.0]), torch.tensor([0, 1]), dropout=keys)
-    out = net(x, given)
-    assert torch.equal(out, net(x, given)) and not torch.allclose(out, net(x, given._replace(dropout=None)))
+    x, given = torch.randn(2, 3, 8, 16), Conditions(torch.tensor([3.0, 700.0]), Told(torch.tensor([0, 1])))
+    batch = {"id": torch.tensor([4, 9]), "epoch": torch.zeros(2, dtype=torch.int64)}
+    with dropping_for(batch, StepContext(0, Clock(0, 0, 1))):
+        out, again = net(x, given), net(x, given)
+    assert torch.equal(out, again) and not torch.allclose(out, net.eval()(x, given))
     out.square().mean().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.core.errors import ConfigError
-from pipeline.nn.conditioning import Conditions
+from pipeline.nn.conditioning import Conditions, Told
 from pipeline.nn.unet import Norm, UNet, UNetConfig, attend
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,)}
@@ -26,7 +26,7 @@ def build(size=(16, 16), *, channels=3, out=3, classes=0, token_width=None, stir
 
 
 def conditions(b, classes=0, tokens=None):
-    return Conditions(torch.linspace(0, 900, b), torch.arange(b) % classes if classes else None, tokens)
+    return Conditions(torch.linspace(0, 900, b), Told(torch.arange(b) % classes if classes else None, tokens))
 
 
 def test_the_network_of_ho_et_al_has_its_size():
@@ -58,13 +58,14 @@ def test_a_block_is_the_papers(scale_shift):
     block = net.down["down_1_0"].block
     x, embedding = torch.randn(2, 8, 8, 8), torch.randn(2, 32)
     group = lambda h, n: functional.group_norm(h, n.num_groups, n.weight, n.bias, n.eps)  # noqa: E731
-    h = functional.conv2d(functional.silu(group(x, block.norm1)), block.conv1.weight, block.conv1.bias, padding=1)
+    conv = lambda h, c: functional.conv2d(h, c.weight.permute(0, 3, 1, 2), c.bias, padding=c.weight.shape[1] // 2)  # noqa: E731
+    h = conv(functional.silu(group(x, block.norm1)), block.conv1)
     told = (embedding @ block.told.weight.T + block.told.bias)[..., None, None]
     shifted = group(h, block.norm2) * (1 + told[:, :16]) + told[:, 16:] if scale_shift else None
     h = group(h + told, block.norm2) if shifted is None else shifted
-    h = functional.conv2d(functional.silu(h), block.conv2.weight, block.conv2.bias, padding=1)
-    expected = functional.conv2d(x, block.shortcut.weight, block.shortcut.bias) + h
-    torch.testing.assert_close(block(x, embedding, None), expected, rtol=1e-5, atol=1e-5)
+    h = conv(functional.silu(h), block.conv2)
+    expected = conv(x, block.shortcut) + h
+    torch.testing.assert_close(block(x, embedding), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_is_the_papers():
@@ -107,18 +108,20 @@ def test_it_listens_to_time_class_and_text():
     first = net(x, given)
     for other in (
         given._replace(time=given.time + 7),
-        given._replace(label=torch.tensor([3, 3])),
-        given._replace(tokens=tokens.roll(1, 2)),
+        given._replace(told=given.told._replace(label=torch.tensor([3, 3]))),
+        given._replace(told=given.told._replace(tokens=tokens.roll(1, 2))),
     ):
         assert (net(x, other) - first).abs().amax(dim=(1, 2, 3)).min() > 1e-5
-    torch.testing.assert_close(net(x, given._replace(tokens=tokens.flip(1))), first)  # a set: no positions of its own
+    torch.testing.assert_close(
+        net(x, given._replace(told=given.told._replace(tokens=tokens.flip(1)))), first
+    )  # a set: no positions of its own
 
 
 def test_samples_do_not_see_each_other():
     net = build(classes=3)
     x, given = torch.randn(4, 3, 16, 16), conditions(4, 3)
     whole = net(x, given)
-    part = net(x[1:3], Conditions(given.time[1:3], given.label[1:3]))
+    part = net(x[1:3], Conditions(given.time[1:3], Told(given.told.label[1:3])))
     torch.testing.assert_close(part, whole[1:3], rtol=1e-5, atol=1e-6)
 
 

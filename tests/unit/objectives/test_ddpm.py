@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import ConfigError, DataError, NonFiniteError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
+from pipeline.nn.conditioning import Conditions, Told
 from pipeline.nn.diffusion import likelihood
 from pipeline.nn.diffusion.levels import add_noise
 from pipeline.nn.diffusion.model import SamplerConfig, to_model, to_pixels
@@ -53,7 +54,7 @@ def test_loss_is_the_plain_transcription(target, weight):
     schedule = "lognormal" if target == "edm" else "cosine"
     model = build(target=target, weight=weight, schedule=schedule).eval()
     data = batch()
-    quantile, level, x, noise = model.noised(data, CTX)
+    quantile, level, x, noise, *_ = model.noised(data, CTX)
     a, s = (v.double().view(-1, 1, 1, 1) for v in (level.a, level.s))
     image = data["image"].double() / 127.5 - 1
     torch.testing.assert_close(x.double(), a * image + s * noise, rtol=1e-5, atol=1e-5)
@@ -63,7 +64,7 @@ def test_loss_is_the_plain_transcription(target, weight):
     sigma = s / a
     skip, out, scale = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25).sqrt(), (sigma**2 + 0.25).rsqrt()
     seen = x / a * scale if target == "edm" else x
-    answer = model.denoiser.network(seen.float(), model._conditions(data, CTX, level)).double()
+    answer = model.denoiser.network(seen.float(), Conditions(level.time, model._told(data, CTX))).double()
     of_image = {
         "noise": lambda: (x - s * answer) / a,
         "image": lambda: answer,
@@ -102,7 +103,7 @@ def test_hybrid_loss_has_the_papers_scale():
             index, level = torch.full((64,), i), levels.at(torch.full((64,), i))
             image = to_model(data["image"])
             x = add_noise(image, torch.randn(image.shape, generator=torch.Generator().manual_seed(i)), level)
-            found = model.denoiser.denoise(x, level, None)
+            found = model.denoiser.denoise(x, level, Told())
             log = log_variance(levels, index, "learned", found.log_variance_part, x)
             total += float(likelihood.term(image, x, levels, index, found.image, log).mean())
     estimates = [float(model(data | {"epoch": data["epoch"] + e}, CTX).metrics["bound"]) for e in range(6)]
@@ -131,7 +132,7 @@ def test_bf16_draws_exactly_the_levels_of_the_schedule():
 def test_levels_and_noise_belong_to_the_sample():
     model, data = build(condition="class", network={"dropout": 0.3}), batch()
     back = {name: value.flip(0) for name, value in data.items()}
-    for one, other in zip(model.noised(data, CTX)[2:], model.noised(back, CTX)[2:], strict=True):
+    for one, other in zip(model.noised(data, CTX)[2:4], model.noised(back, CTX)[2:4], strict=True):
         assert torch.equal(one, other.flip(0))
     assert not torch.equal(model.noised(data | {"epoch": data["epoch"] + 1}, CTX)[2], model.noised(data, CTX)[2])
 
@@ -139,13 +140,12 @@ def test_levels_and_noise_belong_to_the_sample():
 def test_classes_are_dropped_at_the_rate_per_sample_and_only_in_training():
     model = build(condition="class", drop_condition=0.25)
     data = batch(samples=4000)
-    level = model.process.draw(torch.zeros(4000))
-    label = model._conditions(data, CTX, level).label
+    label = model._told(data, CTX).label
     dropped = label == 5
     assert abs(float(dropped.double().mean()) - 0.25) < 5 * (0.25 * 0.75 / 4000) ** 0.5
     assert torch.equal(label[~dropped], data["label"][~dropped])
     still = StepContext(1, CTX.clock, training=False)
-    assert torch.equal(model._conditions(data, still, level).label, data["label"])
+    assert torch.equal(model._told(data, still).label, data["label"])
 
 
 def test_dropout_is_off_in_eval_and_the_samples_own_in_training():

@@ -1,0 +1,58 @@
+"""A denoiser as an encoder: what a block says of an image with a little noise on it.
+
+Xiang et al., "Denoising Diffusion Autoencoders are Unified Self-supervised Learners" (ICCV 2023, arXiv 2303.09769).
+Shape letters: B samples, C channels, H height, W width, D channels of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.random import SampleRandom
+from pipeline.nn.conditioning import Conditions
+from pipeline.nn.diffusion.levels import add_noise
+from pipeline.nn.diffusion.model import Denoiser, to_model
+from pipeline.nn.diffusion.process import Process
+from pipeline.nn.diffusion.targets import to_input
+
+
+class DenoiserFeatures(nn.Module):
+    """uint8[B,C,H,W] to float[B,D]: noise the images a little, and take the mean of a block's output over places.
+
+    Every image is given the same noise, so that features are a function of the image alone; the network is told neither
+    class nor text.
+
+    Args:
+        denoiser: shared.
+        process: the noise levels that it was trained on.
+        block: one of ``denoiser.network.taps``.
+        quantile: noise level, 0 the cleanest to 1 the noisiest.
+
+    Raises:
+        ConfigError: no such block.
+    """
+
+    def __init__(self, denoiser: Denoiser, process: Process, block: str, quantile: float) -> None:
+        super().__init__()
+        taps: dict[str, int] = denoiser.network.taps  # pyright: ignore[reportAssignmentType]
+        if block not in taps:
+            raise ConfigError(f"there is no block {block!r} to take features from; there are {', '.join(taps)}")
+        self.denoiser, self.process, self.block, self.quantile = denoiser, process, block, quantile
+        self.dim = taps[block]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Features of a batch, at least float32."""
+        clean = to_model(image)
+        zeros = torch.zeros(1, dtype=torch.int64, device=image.device)
+        noise = SampleRandom(0, "diffusion.features", zeros, zeros).normal(*clean.shape[1:])
+        level = self.process.draw(torch.full((len(clean),), self.quantile, device=image.device))
+        x = add_noise(clean, noise, level)
+        told = self.denoiser.read(None, len(clean), image.device)
+        for name, h in self.denoiser.network.walk(  # pyright: ignore[reportCallIssue]
+            to_input(self.denoiser.target, x, level).float(), Conditions(level.time, told)
+        ):
+            if name == self.block:
+                return h.mean(dim=(2, 3)).to(torch.promote_types(h.dtype, torch.float32))
+        raise AssertionError(self.block)
