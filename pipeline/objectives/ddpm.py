@@ -6,6 +6,7 @@ Karras et al. 2022 (2206.00364); a learned schedule of Kingma et al. 2021 (2107.
 Shape letters: B samples, C channels, H height, W width, L tokens.
 """
 
+import json
 from contextlib import nullcontext
 from typing import Annotated, Literal, NamedTuple
 
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, Picture, StepContext, StepOutput
+from pipeline.core.protocols import Batch, Clock, DataFacts, Export, Objective, Picture, StepContext, StepOutput
 from pipeline.dist.collectives import all_gather
 from pipeline.nn.conditioning import Prompt, Text, TextConfig, TextReader, Told
-from pipeline.nn.diffusion import likelihood, samplers, targets
+from pipeline.nn.diffusion import exchange, likelihood, samplers, targets
 from pipeline.nn.diffusion.features import DenoiserFeatures
 from pipeline.nn.diffusion.importance import Importance
 from pipeline.nn.diffusion.levels import Level, add_noise, schedule
@@ -238,8 +239,27 @@ class DDPM(Objective):
 
     def encoders(self) -> dict[str, nn.Module]:
         """ "image" is a block's output at a little noise; "generator" makes images and measures likelihood."""
-        features = DenoiserFeatures(self.denoiser, self.process, self.config.feature_block, self.config.feature_noise)
+        features = DenoiserFeatures(
+            self.denoiser, self.process, (self.config.feature_block,), self.config.feature_noise
+        )
         return {"image": features, "generator": self.generator()}
+
+    def exports(self) -> dict[str, Export]:
+        """The model for diffusers, which reads a folder of weights and configuration."""
+        weights = "diffusers/unet/diffusion_pytorch_model.safetensors"
+        try:
+            net, process = exchange.check(self.denoiser, self.process)
+        except ConfigError as error:
+            return {weights: Export(None, f"not written: {error}")}
+        unet = exchange.unet_settings(net, self.image_shape[1:], self.config.channels)
+        scheduler = exchange.scheduler_settings(self.denoiser, process, self.config.variance)
+        return {
+            weights: Export(exchange.unet_weights(net), "diffusers.UNet2DModel.from_pretrained('FOLDER/unet')"),
+            "diffusers/unet/config.json": Export(json.dumps(unet, indent=2), "its configuration"),
+            "diffusers/scheduler/scheduler_config.json": Export(
+                json.dumps(scheduler), "diffusers.DDPMScheduler.from_pretrained('FOLDER/scheduler')"
+            ),
+        }
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """Samples from the same noise every time, how one row of them came about, and what guidance does."""

@@ -6,9 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.core.protocols import DataFacts
+from pipeline.nn.conditioning import Conditions, Told
 from pipeline.nn.diffusion import levels as lv
 from pipeline.nn.diffusion import samplers, targets
 from pipeline.nn.diffusion.samplers import Denoised
+from pipeline.objectives.ddpm import DDPM, Config
+from pipeline.run.export import write
 
 diffusers = pytest.importorskip("diffusers", reason="make parity installs it")
 
@@ -95,3 +99,29 @@ def test_dpm_solver(spacing, start):
 def _visited(scheduler):
     """Its "leading" divides by one step more than there are; visit what it visits."""
     return LINEAR.subset(scheduler.timesteps.flip(0).long())
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("head_dim", [None, 8])
+def test_exported_weights_are_loaded_strictly_and_answer_alike(scale_shift, head_dim, tmp_path):
+    torch.manual_seed(0)
+    network = {"channels": 16, "multipliers": [1, 2, 2], "blocks": 1, "attention": [8], "scale_shift": scale_shift}
+    config = Config(
+        network=network | {"head_dim": head_dim, "multipliers": [1, 1, 1]}, variance="learned", condition="class",
+        schedule="cosine",
+    )  # fmt: skip
+    model = DDPM(config, DataFacts((16, 16), ("a", "b"))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    for name, offered in model.exports().items():
+        write(tmp_path / name, offered)
+    other, report = diffusers.UNet2DModel.from_pretrained(tmp_path / "diffusers" / "unet", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    x, index = torch.randn(3, 3, 16, 16), torch.tensor([0, 400, 999])
+    label, level = torch.tensor([0, 1, 2]), model.process.levels.at(index)
+    with torch.no_grad():
+        answer = model.denoiser.network(x, Conditions(level.time, Told(label)))
+        torch.testing.assert_close(other(x, index, label).sample, answer, rtol=1e-4, atol=1e-4)
+    steps = diffusers.DDPMScheduler.from_pretrained(tmp_path / "diffusers" / "scheduler")
+    torch.testing.assert_close(steps.alphas_cumprod.double(), model.process.levels.a**2, rtol=1e-4, atol=1e-6)

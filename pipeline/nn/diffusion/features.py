@@ -1,10 +1,12 @@
-"""A denoiser as an encoder: what a block says of an image with a little noise on it.
+"""A denoiser as an encoder: what its blocks say of an image with a little noise on it.
 
 Xiang et al., "Denoising Diffusion Autoencoders are Unified Self-supervised Learners" (ICCV 2023, arXiv 2303.09769).
-Shape letters: B samples, C channels, H height, W width, D channels of a block.
+Shape letters: B samples, C channels, H height, W width, D channels of blocks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from pipeline.nn.diffusion.targets import to_input
 
 
 class DenoiserFeatures(nn.Module):
-    """uint8[B,C,H,W] to float[B,D]: noise the images a little, and take the mean of a block's output over places.
+    """uint8[B,C,H,W] to float[B,D]: noise the images a little, and take the mean over places of what blocks give.
 
     Every image is given the same noise, so that features are a function of the image alone; the network is told neither
     class nor text.
@@ -27,20 +29,21 @@ class DenoiserFeatures(nn.Module):
     Args:
         denoiser: shared.
         process: the noise levels that it was trained on.
-        block: one of ``denoiser.network.taps``.
+        blocks: of ``denoiser.network.taps``, whose features are joined in this order.
         quantile: noise level, 0 the cleanest to 1 the noisiest.
 
     Raises:
         ConfigError: no such block.
     """
 
-    def __init__(self, denoiser: Denoiser, process: Process, block: str, quantile: float) -> None:
+    def __init__(self, denoiser: Denoiser, process: Process, blocks: Sequence[str], quantile: float) -> None:
         super().__init__()
         taps: dict[str, int] = denoiser.network.taps  # pyright: ignore[reportAssignmentType]
-        if block not in taps:
-            raise ConfigError(f"there is no block {block!r} to take features from; there are {', '.join(taps)}")
-        self.denoiser, self.process, self.block, self.quantile = denoiser, process, block, quantile
-        self.dim = taps[block]
+        for block in blocks:
+            if block not in taps:
+                raise ConfigError(f"there is no block {block!r} to take features from; there are {', '.join(taps)}")
+        self.denoiser, self.process, self.blocks, self.quantile = denoiser, process, tuple(blocks), quantile
+        self.dim = sum(taps[block] for block in blocks)
 
     def forward(self, image: Tensor) -> Tensor:
         """Features of a batch, at least float32."""
@@ -50,9 +53,12 @@ class DenoiserFeatures(nn.Module):
         level = self.process.draw(torch.full((len(clean),), self.quantile, device=image.device))
         x = add_noise(clean, noise, level)
         told = self.denoiser.read(None, len(clean), image.device)
+        found: dict[str, Tensor] = {}
         for name, h in self.denoiser.network.walk(  # pyright: ignore[reportCallIssue]
             to_input(self.denoiser.target, x, level).float(), Conditions(level.time, told)
         ):
-            if name == self.block:
-                return h.mean(dim=(2, 3)).to(torch.promote_types(h.dtype, torch.float32))
-        raise AssertionError(self.block)
+            if name in self.blocks:
+                found[name] = h.mean(dim=(2, 3)).to(torch.promote_types(h.dtype, torch.float32))
+            if len(found) == len(set(self.blocks)):
+                break
+        return torch.cat([found[block] for block in self.blocks], dim=1)

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import NonFiniteError
 from pipeline.dist.group import process_group
+from pipeline.evals._samples import make
 from pipeline.evals.agreement import Agreement
 from pipeline.evals.agreement import Config as AgreementConfig
 from pipeline.evals.frechet import Config as FrechetConfig
@@ -27,6 +29,8 @@ def on_ranks(folder):
             Likelihood(LikelihoodConfig(samples=9)),
         ):
             found |= {name: r.value for name, r in run(evaluation, encoders(), streams).items()}
+        made = make(encoders()["generator"], AgreementConfig(samples=21, batch=4), {})
+        torch.save(torch.cat([part.image for part in made]), folder / f"{world}-{rank}.pt")
         (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
         broken = encoders()
         if rank == world - 1:
@@ -55,3 +59,10 @@ def test_every_rank_of_every_world_reports_the_same(folder):
     assert others[0] == others[1]
     for name, value in one.items():
         assert others[0][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+def test_images_are_the_same_whoever_makes_them(folder):
+    """O13: bit for bit, in batches of other sizes."""
+    one, *two = (torch.load(folder / f"{part}.pt") for part in ("1-0", "2-0", "2-1"))
+    assert len(one) == 21 and len(two[0]) == 11
+    assert torch.equal(one[0::2], two[0]) and torch.equal(one[1::2], two[1])

@@ -149,3 +149,22 @@ def test_steps_that_the_process_has_not_are_refused():
             lv.spaced(levels, steps, "leading")
     with pytest.raises(ConfigError, match="trailing"):
         lv.spaced(lv.schedule("linear", 100, zero_terminal_snr=True), 10, "karras")
+
+
+def test_marginal_and_the_best_error():
+    """O1: of data N(m, s^2), x is N(a m, v) with v = a^2 s^2 + sd^2, and E|image - E[image | x]|^2 = s^2 sd^2 / v."""
+    m, s = 0.3, 0.5
+    nodes, weights = np.polynomial.hermite_e.hermegauss(12)
+    image, noise = (torch.from_numpy(g).reshape(-1, 1) for g in np.meshgrid(m + s * nodes, nodes, indexing="ij"))
+    p = torch.from_numpy(np.outer(weights, weights) / weights.sum() ** 2).flatten()
+    levels = lv.schedule("cosine", 1000)
+    for i in (0, 100, 500, 900, 999):
+        level = levels.at(torch.tensor(i))
+        x = lv.add_noise(image, noise, level)[:, 0]
+        a, sd = float(level.a), float(level.s)
+        v = a**2 * s**2 + sd**2
+        mean = float(p @ x)
+        assert mean == pytest.approx(a * m, abs=1e-12)
+        assert float(p @ (x - mean) ** 2) == pytest.approx(v, rel=1e-10)
+        best = m + a * s**2 / v * (x - a * m)
+        assert float(p @ (image[:, 0] - best) ** 2) == pytest.approx(s**2 * sd**2 / v, rel=1e-10)

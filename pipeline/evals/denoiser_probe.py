@@ -1,0 +1,90 @@
+"""Where a denoiser keeps what it knows of classes: linear probes of its blocks at several noise levels.
+
+Xiang et al., "Denoising Diffusion Autoencoders are Unified Self-supervised Learners" (ICCV 2023, arXiv 2303.09769): the
+best block is one of the decoder's at little noise, and which one it is, is chosen on images that are not tested on.
+Shape letters: N samples, D channels of all blocks together.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import nn
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import EvalStream, Evaluation, Result
+from pipeline.core.registry import suggest
+from pipeline.dist.group import from_first
+from pipeline.evals._features import Features, extract, named_stream
+from pipeline.evals._samples import generator_of
+from pipeline.evals.linear_probe import HELD_OUT, LinearProbe
+from pipeline.evals.linear_probe import Config as ProbeConfig
+from pipeline.nn.diffusion.features import DenoiserFeatures
+
+
+class Config(ProbeConfig):
+    """Settings of the search; those of the probe are :mod:`pipeline.evals.linear_probe`'s."""
+
+    noise: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.01, 0.05, 0.1, 0.2)
+    """Quantiles of the noise levels."""
+    blocks: tuple[str, ...] | None = None
+    """Blocks by their names; left out: all."""
+
+
+class DenoiserProbe(Evaluation):
+    """Reports "denoiser_probe/BLOCK@NOISE", the accuracy on a held-out tenth of the training stream, for the grid;
+    and for the best of it "denoiser_probe/top1" on the test stream, its "_noise", and what the linear probe reports.
+    """
+
+    needs = ("generator",)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+        """Extract all blocks on all ranks, a noise level at a time; fit on the first, tell all.
+
+        Raises:
+            ConfigError: no such block or stream.
+        """
+        generator = generator_of(encoders)
+        taps: dict[str, int] = generator.denoiser.network.taps  # pyright: ignore[reportAssignmentType]
+        wanted = self.config.blocks or tuple(taps)
+        if unknown := [block for block in wanted if block not in taps]:
+            raise ConfigError(f"denoiser_probe.blocks: there is no {unknown[0]!r}; {suggest(unknown[0], list(taps))}")
+        streamed = [
+            named_stream(streams, name, f"denoiser_probe.{setting}")
+            for setting, name in (("train", self.config.train), ("test", self.config.test))
+        ]
+        found: dict[tuple[str, float], Sequence[Features]] = {}
+        for noise in self.config.noise:
+            encoder = DenoiserFeatures(generator.denoiser, generator.process, wanted, noise)
+            train, test = (extract(encoder, stream) for stream in streamed)
+            for block, *parts in zip(
+                wanted, *(_split(f, [taps[b] for b in wanted]) for f in (train, test)), strict=True
+            ):
+                found[block, noise] = parts
+        yield from from_first(self._search(found) if dist.get_rank() == 0 else [])
+
+    def _search(self, found: Mapping[tuple[str, float], Sequence[Features]]) -> list[Result]:
+        probe = LinearProbe(self.config)
+        results, best, chosen = [], -1.0, next(iter(found))
+        for (block, noise), (train, _) in found.items():
+            held = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(1))
+            cut = len(train.x) // HELD_OUT
+            parts = [Features(train.x[rows], train.label[rows], train.classes) for rows in (held[cut:], held[:cut])]
+            top1 = next(r for r in probe.probe(*parts) if r.name == "linear_probe/top1")
+            name = f"denoiser_probe/{block}@{noise:g}"
+            results.append(top1._replace(name=name, split=self.config.train, better=None))
+            if top1.value > best:
+                best, chosen = top1.value, (block, noise)
+        final = probe.probe(*found[chosen])
+        results += [r._replace(name=r.name.replace("linear_probe", "denoiser_probe")) for r in final]
+        n = len(found[chosen][0].x)
+        return [*results, Result("denoiser_probe/noise", chosen[1], n, self.config.train, better=None)]
+
+
+def _split(features: Features, widths: list[int]) -> list[Features]:
+    return [Features(x, features.label, features.classes) for x in features.x.split(widths, dim=1)]

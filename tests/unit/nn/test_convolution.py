@@ -1,0 +1,40 @@
+import pytest
+import torch
+from torch import nn
+
+from pipeline.nn.convolution import Conv
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_it_is_torchs_in_value_and_gradient(kernel, stride):
+    torch.manual_seed(0)
+    own, other = Conv(5, 7, kernel, stride), nn.Conv2d(5, 7, kernel, stride, padding=kernel // 2)
+    with torch.no_grad():
+        own.weight.copy_(other.weight.permute(0, 2, 3, 1))
+        own.bias.copy_(other.bias)
+    x = torch.randn(2, 5, 8, 6)
+    one, two = x.clone().contiguous(memory_format=torch.channels_last).requires_grad_(), x.clone().requires_grad_()
+    out, expected = own(one), other(two)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(own.weight.grad.permute(0, 3, 1, 2), other.weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(own.bias.grad, other.bias.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_it_begins_as_torchs():
+    torch.manual_seed(0)
+    own, other = Conv(30, 40, 3), nn.Conv2d(30, 40, 3)
+    for one, two in ((own.weight, other.weight), (own.bias, other.bias)):
+        assert one.abs().max() == pytest.approx(two.abs().max(), rel=0.1)
+        assert one.std() == pytest.approx(two.std(), rel=0.2)
+
+
+def test_nothing_is_converted():
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    conv = Conv(16, 16, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        conv(x).sum().backward()
+    assert conv.weight.grad.is_contiguous()
+    assert "aten::clone" not in {event.key for event in seen.key_averages()}
