@@ -101,15 +101,13 @@ def _visited(scheduler):
     return LINEAR.subset(scheduler.timesteps.flip(0).long())
 
 
-@pytest.mark.parametrize("scale_shift", [False, True])
-@pytest.mark.parametrize("head_dim", [None, 8])
+@pytest.mark.parametrize(("scale_shift", "head_dim"), [(False, None), (True, 32)])
 def test_exported_weights_are_loaded_strictly_and_answer_alike(scale_shift, head_dim, tmp_path):
     torch.manual_seed(0)
-    network = {"channels": 16, "multipliers": [1, 2, 2], "blocks": 1, "attention": [8], "scale_shift": scale_shift}
+    network = {"channels": 128, "multipliers": [1, 1], "blocks": 1, "attention": [8], "scale_shift": scale_shift}
     config = Config(
-        network=network | {"head_dim": head_dim, "multipliers": [1, 1, 1]}, variance="learned", condition="class",
-        schedule="cosine",
-    )  # fmt: skip
+        network=network | {"head_dim": head_dim}, variance="learned", condition="class", schedule="cosine"
+    )
     model = DDPM(config, DataFacts((16, 16), ("a", "b"))).eval()
     with torch.no_grad():
         for p in model.parameters():
