@@ -67,6 +67,7 @@ def unet_settings(net: UNet, image_size: tuple[int, int], channels: int) -> dict
         "up_block_types": [f"{a}UpBlock2D" for a in reversed(attends)],
         "attention_head_dim": config.head_dim,
         "norm_num_groups": net.norm_out.num_groups,
+        "attn_norm_num_groups": net.norm_out.num_groups,
         "norm_eps": net.norm_out.eps,
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
         "flip_sin_to_cos": True,
