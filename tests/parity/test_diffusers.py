@@ -105,9 +105,7 @@ def _visited(scheduler):
 def test_exported_weights_are_loaded_strictly_and_answer_alike(scale_shift, head_dim, tmp_path):
     torch.manual_seed(0)
     network = {"channels": 128, "multipliers": [1, 1], "blocks": 1, "attention": [8], "scale_shift": scale_shift}
-    config = Config(
-        network=network | {"head_dim": head_dim}, variance="learned", condition="class", schedule="cosine"
-    )
+    config = Config(network=network | {"head_dim": head_dim}, variance="learned", condition="class", schedule="cosine")
     model = DDPM(config, DataFacts((16, 16), ("a", "b"))).eval()
     with torch.no_grad():
         for p in model.parameters():
