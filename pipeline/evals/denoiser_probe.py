@@ -18,14 +18,13 @@ from pipeline.core.protocols import EvalStream, Evaluation, Result
 from pipeline.core.registry import suggest
 from pipeline.dist.group import from_first
 from pipeline.evals._features import Features, extract, named_stream
+from pipeline.evals._probe import HELD_OUT, Probe, ProbeConfig, check_size
 from pipeline.evals._samples import generator_of
-from pipeline.evals.linear_probe import HELD_OUT, LinearProbe
-from pipeline.evals.linear_probe import Config as ProbeConfig
 from pipeline.nn.diffusion.features import DenoiserFeatures
 
 
 class Config(ProbeConfig):
-    """Settings of the search; those of the probe are :mod:`pipeline.evals.linear_probe`'s."""
+    """Settings of the search; those of the probe are those of "linear_probe"."""
 
     noise: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.01, 0.05, 0.1, 0.2)
     """Quantiles of the noise levels."""
@@ -62,6 +61,7 @@ class DenoiserProbe(Evaluation):
         for noise in self.config.noise:
             encoder = DenoiserFeatures(generator.denoiser, generator.process, wanted, noise)
             train, test = (extract(encoder, stream) for stream in streamed)
+            check_size(train, self.config.train)
             for block, *parts in zip(
                 wanted, *(_split(f, [taps[b] for b in wanted]) for f in (train, test)), strict=True
             ):
@@ -69,19 +69,18 @@ class DenoiserProbe(Evaluation):
         yield from from_first(self._search(found) if dist.get_rank() == 0 else [])
 
     def _search(self, found: Mapping[tuple[str, float], Sequence[Features]]) -> list[Result]:
-        probe = LinearProbe(self.config)
+        probe = Probe(self.config, "denoiser_probe")
         results, best, chosen = [], -1.0, next(iter(found))
         for (block, noise), (train, _) in found.items():
             held = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(1))
             cut = len(train.x) // HELD_OUT
             parts = [Features(train.x[rows], train.label[rows], train.classes) for rows in (held[cut:], held[:cut])]
-            top1 = next(r for r in probe.probe(*parts) if r.name == "linear_probe/top1")
+            top1 = next(r for r in probe.probe(*parts) if r.name == "denoiser_probe/top1")
             name = f"denoiser_probe/{block}@{noise:g}"
             results.append(top1._replace(name=name, split=self.config.train, better=None))
             if top1.value > best:
                 best, chosen = top1.value, (block, noise)
-        final = probe.probe(*found[chosen])
-        results += [r._replace(name=r.name.replace("linear_probe", "denoiser_probe")) for r in final]
+        results += probe.probe(*found[chosen])
         n = len(found[chosen][0].x)
         return [*results, Result("denoiser_probe/noise", chosen[1], n, self.config.train, better=None)]
 
