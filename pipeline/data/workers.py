@@ -34,6 +34,8 @@ from pipeline.data.device import Receive, copied
 
 _BUFFERS = 2
 _ALIGN = 64
+_PATIENCE = 60.0
+"""Seconds for the nursery to say how a worker ended; it is at once, but for a machine that is out of breath."""
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -274,9 +276,9 @@ class Workers:
     def _death(self, worker: int) -> DataError:
         """Why a worker's pipe has closed."""
         try:
-            if self._control.poll(10):
+            if self._control.poll(_PATIENCE):
                 dead, exitcode = self._control.recv()
                 return DataError(f"loader process {dead} {_describe(exitcode)}")
         except (EOFError, OSError):
-            return DataError(f"the parent of the loader processes {_describe(self._process.wait(10))}")
+            return DataError(f"the parent of the loader processes {_describe(self._process.wait(_PATIENCE))}")
         return DataError(f"loader process {worker} does not answer")
