@@ -137,7 +137,7 @@ def test_nothing_outlives_the_rank(data, end, number):
     assert len(pids) == 3
     if number is not None:
         os.kill(rank.pid, number)
-    rank.wait(20)
+    rank.wait(60)
     rank.stdout.close()
     wait_until_gone(pids)
 
