@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FOLDER = "beats"
@@ -84,8 +84,7 @@ class Pulse:
         os.pwrite(self._file, _line({"alive": time.time()}), WIDTH)
 
     def _write(self) -> None:
-        facts = asdict(self.last)
-        del facts["alive"]
+        facts = {name: value for name, value in vars(self.last).items() if name != "alive"}
         os.pwrite(self._file, _line(facts), 0)
 
     def close(self) -> None:

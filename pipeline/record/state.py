@@ -53,8 +53,10 @@ def write_state(folder: Path, state: State) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # That the disk is full must be said nevertheless; the old entry's block takes the new one.
-        (folder / FILE).write_bytes(data)
+        # That the disk is full must be said nevertheless: the old entry's block takes the new one.
+        with open(folder / FILE, "r+b") as file:
+            file.write(data)
+            file.truncate()
 
 
 def close_state(folder: Path, outcome: Outcome, exit_code: int, **facts: Any) -> None:

@@ -111,7 +111,7 @@ def lose_shards_at(shards: Path, folder: Path, step: int) -> None:
 def test_a_lost_shard(glyphs, whole, tmp_path, fault_row):
     shards, folder = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(glyphs / "train", shards)
-    length = ["run.length=60ba", "data.read_mb=1"]
+    length = ["run.length=30ba", "data.read_mb=1"]
     undisturbed = overrides(tmp_path / "undisturbed", glyphs / "train", *OWN, *length)
     assert codes(run(2, "supervised", undisturbed)) == [0, 0]
     settings = overrides(folder, shards, *OWN, *length)

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -33,6 +34,20 @@ def test_the_first_rank_to_say_how_it_ended_is_believed(tmp_path):
         1,
         "loss is nan",
     )
+
+
+def test_on_a_full_disk_it_is_written_over_the_last_one(tmp_path, monkeypatch):
+    write_state(tmp_path, State("running", None, 7, 1, error="x" * 200))
+    inode = (tmp_path / "state.json").stat().st_ino
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.record.state.replace_file", full)
+    close_state(tmp_path, "failed", 2, error="full", rank=1, fault=8)
+    state = read_state(tmp_path)
+    assert state is not None and (state.exit_code, state.error, state.rank, state.fault) == (2, "full", 1, 8)
+    assert (tmp_path / "state.json").stat().st_ino == inode
 
 
 def test_the_end_names_its_step(tmp_path):
