@@ -39,9 +39,10 @@ def limit(pulse: Pulse, floor: float) -> float:
     """Seconds that the present phase may last."""
     phase = pulse.last.phase
     if phase in ("data", "step"):
-        if len(pulse.steps) < KNOWN_STEPS:
+        steps = list(pulse.steps)  # at once: the main thread goes on appending
+        if len(steps) < KNOWN_STEPS:
             return PATIENCE * floor
-        return max(floor, FACTOR * statistics.median(pulse.steps))
+        return max(floor, FACTOR * statistics.median(steps))
     return max(PATIENCE * floor, FACTOR * pulse.longest.get(phase, 0.0))
 
 

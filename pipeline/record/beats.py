@@ -82,6 +82,7 @@ class Pulse:
     def live(self) -> None:
         """Say that the process runs, though the phase lasts. From another thread: it writes bytes of its own."""
         os.pwrite(self._file, _line({"alive": time.time()}), WIDTH)
+        os.fsync(self._file)  # over NFS, other machines see it only then
 
     def _write(self) -> None:
         facts = {name: value for name, value in vars(self.last).items() if name != "alive"}

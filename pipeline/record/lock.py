@@ -104,6 +104,7 @@ class RunLock:
         assert self._file is not None
         text = json.dumps(self._me | {"time": time.time()}).encode().ljust(WIDTH - 1) + b"\n"
         os.pwrite(self._file, text, 0)
+        os.fsync(self._file)  # over NFS, other machines see it only then
 
     def release(self) -> None:
         """Give the lock back."""
