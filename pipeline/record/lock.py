@@ -26,6 +26,8 @@ RENEWED = 5.0
 """Seconds between two signs of life of the holder."""
 STALE = 4 * RENEWED
 """A lock of another machine that has not moved for so long is of a job that is dead."""
+LEFT_BEHIND = 300.0
+"""How long processes of the same SLURM job, on nodes that the scheduler gave up, may take to die."""
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -45,11 +47,23 @@ class RunLock:
         }
 
     def take(self) -> None:
-        """Take the lock.
+        """Take the lock. A holder of the same SLURM job is what a requeue has left behind, and is waited for.
 
         Raises:
             LaunchError: another job, which is alive, has it.
         """
+        deadline = time.monotonic() + LEFT_BEHIND
+        while True:
+            try:
+                return self._take()
+            except LaunchError:
+                holder = read_lock(self.path)
+                ours = holder is not None and holder["job"] is not None and holder["job"] == self._me["job"]
+                if not ours or time.monotonic() > deadline:
+                    raise
+                time.sleep(RENEWED)
+
+    def _take(self) -> None:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._file = file

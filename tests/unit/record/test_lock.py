@@ -127,6 +127,21 @@ def test_who_was_taken_over_notices_and_does_not_free_the_lock_of_the_other(tmp_
     assert found is not None and found["token"] == "the other's"
 
 
+def test_what_a_requeue_left_behind_is_waited_for(tmp_path, other, quick, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    threading.Timer(1.0, other.kill).start()
+    held = RunLock(tmp_path)
+    held.take()
+    assert held.mine()
+
+
+def test_it_is_not_waited_for_for_ever(tmp_path, other, quick, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr(lock, "LEFT_BEHIND", 0.3)
+    with pytest.raises(LaunchError, match="in use"):
+        RunLock(tmp_path).take()
+
+
 def test_a_torn_lock_is_free(tmp_path):
     (tmp_path / FILE).write_bytes(b'{"host": "node7"')
     held = RunLock(tmp_path)
