@@ -44,7 +44,7 @@ def step_of(net: nn.Module, call: Callable[..., torch.Tensor], batch: int, fused
     return step
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     """Of one call, the device idle before and after."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -63,12 +63,13 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mine = UNet(UNetConfig(), (32, 32), channels=3, out=3).to(device)
-    other = UNet2DModel(
+    other: nn.Module = UNet2DModel(
         sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2, attention_head_dim=None,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
-    ).to(device)  # fmt: skip
+    )  # fmt: skip
+    other.to(device)
     sizes = [sum(p.numel() for p in net.parameters()) for net in (mine, other)]
     print(f"parameters: ours {sizes[0]:,}, theirs {sizes[1]:,}; {device}, {torch.get_num_threads()} threads")
     ours = step_of(mine, lambda x, t: mine(x, Conditions(t)), args.batch, fused=True)
