@@ -20,7 +20,7 @@ RECIPES = {
     "pretrain/adm_imagenet64": (296, 1000, 540_000, 2048),
     "pretrain/edm_cifar10": (57.4, 10, 200_000_000 // 512 + 1, 512),
     "pretrain/dit_imagenet64": (130, 1000, 400_000, 256),
-    "demo/ddpm_glyphs": (1.19, 12, 1563, 64),
+    "demo/ddpm_glyphs": (1.19, 12, 1500, 32),
 }
 
 
