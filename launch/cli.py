@@ -52,28 +52,39 @@ def check(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
 
 @app.command("plan")
 def plan(
-    data: Annotated[str, typer.Argument(help="Folder or URL of a data set.")],
-    global_batch: Annotated[int, typer.Option(min=1, help="Samples per step, over all ranks.")],
+    what: Annotated[str, typer.Argument(metavar="CONFIG|DATA", help="A run (TOML); or a data set: folder or URL.")],
+    overrides: Overrides,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the run.")] = 1,
-    procs: Annotated[int, typer.Option(min=1, help="Ranks per node.")] = 8,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Samples per rank; left out: no accumulation.")] = None,
-    lanes: Annotated[int | None, typer.Option(min=1, help="As data.lanes; left out: as a run chooses them.")] = None,
-    window: Annotated[int, typer.Option(min=1, help="As data.window.")] = 4,
-    images_per_second: Annotated[float, typer.Option(min=0, help="That all ranks together take.")] = 1000.0,
+    procs: Annotated[int, typer.Option("--gpus-per-node", "--procs", min=1, help="Ranks per node.")] = 8,
+    images_per_second: Annotated[float, typer.Option(min=1, help="That all ranks together take.")] = 1000.0,
+    global_batch: Annotated[int | None, typer.Option(min=1, help="Of a data set: samples per step.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Of a data set: samples per rank; left out: no accumulation.")
+    ] = None,
+    lanes: Annotated[int | None, typer.Option(min=1, help="Of a data set: as data.lanes.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Of a data set: as data.window.")] = 4,
 ) -> None:
-    """Show what a run of this shape would read: steps, shards per node, open shards, bytes per second."""
+    """Show what a run of this shape needs: memory, traffic, time, disk, shards. Of a data set: what it would read."""
     from launch import plan as module
+    from pipeline.core.errors import ConfigError
 
-    text = module.plan(
-        data,
-        nodes=nodes,
-        procs=procs,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        lanes=lanes,
-        window=window,
-        images_per_second=images_per_second,
-    )
+    if what.endswith(".toml"):
+        if global_batch or micro_batch or lanes:
+            raise ConfigError("a configuration says its own batch and lanes; change them by --set")
+        text = module.plan_run(Path(what), overrides, nodes=nodes, procs=procs, images_per_second=images_per_second)
+    elif overrides or global_batch is None:
+        raise ConfigError("of a data set: --global-batch, and no --set; of a run, name its .toml file")
+    else:
+        text = module.plan_data(
+            what,
+            nodes=nodes,
+            procs=procs,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            lanes=lanes,
+            window=window,
+            images_per_second=images_per_second,
+        )
     typer.echo(text)
 
 

@@ -33,6 +33,11 @@ def main(argv: Sequence[str]) -> int:
         sizes = (args.image_size and tuple(args.image_size), args.patch_size and tuple(args.patch_size))
         return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes, args.weights))
 
+    if args.command == "plan":
+        from pipeline.run.cost import cost
+
+        return guarded(lambda: cost(args.config, args.overrides, args.ranks))
+
     from pipeline.record.report import write_report
     from pipeline.record.results import read_together, table
 
@@ -52,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train")
     train.add_argument("--config", required=True)
     train.add_argument("--set", action="append", default=[], dest="overrides")
+    plan = commands.add_parser("plan")
+    plan.add_argument("--config", required=True)
+    plan.add_argument("--set", action="append", default=[], dest="overrides")
+    plan.add_argument("--ranks", type=int, required=True)
     evaluate = commands.add_parser("eval")
     evaluate.add_argument("--run", required=True)
     evaluate.add_argument("--suite", required=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from launch.plan import plan
+from launch.plan import plan_data as plan
 from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import Manifest, Shard
 from pipeline.data.forecast import covered, forecast

@@ -1,0 +1,130 @@
+"""What a run would hold, send and save: the part of `sluice plan` that needs the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import load
+from pipeline.config.exitcodes import FINISHED
+from pipeline.config.resolve import resolve
+from pipeline.config.schema import RunConfig
+from pipeline.core import manifest as manifests
+from pipeline.core.manifest import Manifest
+from pipeline.core.protocols import Batch, Clock, Objective, StepContext
+from pipeline.data.stream import facts, open_stream
+from pipeline.dist.group import process_group
+from pipeline.engine.footprint import Sizes, checkpoint_bytes, gathered, held, sent
+from pipeline.engine.fragments import named_tensors
+from pipeline.run.build import build_objective
+
+_HALVED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Of these alone, not of classes made from them, does DeepSpeed's autocast send gradients in bf16."""
+PROBED = (2, 4)
+"""Samples of the two forwards from which the activations of any micro-batch follow."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes, unless another unit is named."""
+
+    trained: int
+    """Parameters."""
+    frozen: int
+    """Parameters."""
+    weights: int
+    gradients: int
+    optimizer: int
+    master: int
+    ema: int
+    activations: int
+    """Kept by autograd for the backward of one micro-batch; an estimate, from forwards on this machine."""
+    gathered: int
+    """ZeRO 3: parameters that are whole only while they are used, at most; an upper bound."""
+    sent: int | None
+    """By each rank in a step, for gradients and parameters; None under ZeRO 3."""
+    checkpoint: int
+
+
+def sizes_of(objective: nn.Module) -> Sizes:
+    """Of a model."""
+    tensors = named_tensors(objective).values()
+    parameters = list(objective.parameters())
+    known = {id(p) for p in parameters}
+    layers = [m for m in objective.modules() if type(m) in _HALVED]
+    return Sizes(
+        trained=[p.numel() for p in parameters if p.requires_grad],
+        frozen=[p.numel() for p in parameters if not p.requires_grad],
+        halved=sum(p.numel() for m in layers for p in m.parameters(recurse=False) if p.requires_grad),
+        buffers=sum(t.numel() * t.element_size() for t in tensors if id(t) not in known),
+    )
+
+
+def kept_for_backward(objective: Objective, batch: Batch, precision: str) -> int:
+    """Bytes that autograd keeps of a forward, without parameters and buffers; each storage counts once."""
+    own = {t.untyped_storage().data_ptr() for t in (*objective.parameters(), *objective.buffers(), *batch.values())}
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage's address is used a second time
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    context = StepContext(0, Clock(0, 0, 1))
+    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), bf16:
+        objective(batch, context)
+    return sum(found.values())
+
+
+def activations(config: RunConfig, objective: Objective, manifest: Manifest) -> int:
+    """Of one micro-batch: what two small forwards keep, continued in a straight line."""
+    few, more = (
+        kept_for_backward(objective, _batch(config, manifest, samples), config.engine.precision) for samples in PROBED
+    )
+    per_sample = (more - few) / (PROBED[1] - PROBED[0])
+    return round(few + per_sample * (config.engine.micro_batch - PROBED[0]))
+
+
+def _batch(config: RunConfig, manifest: Manifest, samples: int) -> Batch:
+    data = config.data.model_copy(update={"workers": 0, "lanes": None})
+    stream = open_stream(
+        data, manifest, seed=config.run.seed, global_batch=samples, micro_batch=samples, rank=0, world=1
+    )
+    with closing(stream):
+        return next(stream.batches(0))[0]
+
+
+def cost(path: str, overrides: Sequence[str], world_size: int) -> int:
+    """Print the cost of a run on ``world_size`` ranks, as JSON. Returns the exit code.
+
+    Raises:
+        ConfigError, DataError: the run could not begin.
+    """
+    config = load.load_run(path, overrides)
+    manifest = manifests.load(config.data.train)
+    plan = resolve(config, manifest.samples, world_size, path)
+    with process_group(config.engine.timeout_minutes):
+        objective = build_objective(config, facts(manifest, config.data.image), path)
+        kept = activations(config, objective, manifest)
+    sizes = sizes_of(objective)
+    state = held(sizes, config.engine, config.optimizer, config.ema, world_size)
+    found = Cost(
+        trained=sum(sizes.trained),
+        frozen=sum(sizes.frozen),
+        **asdict(state),
+        activations=kept,
+        gathered=gathered(sizes, config.engine),
+        sent=sent(sizes, config.engine, plan.accumulation, world_size),
+        checkpoint=checkpoint_bytes(sizes, config.optimizer, config.ema),
+    )
+    print(json.dumps(asdict(found)))
+    return FINISHED
