@@ -116,16 +116,6 @@ def test_the_learned_schedule_is_trained_and_sampled():
     assert made.isfinite().all() and bits.sum(dim=1).min() > 8
 
 
-def test_in_continuous_time_the_bound_is_the_sum_over_many_levels():
-    model = build((8, 8), **LEARNED, network={"attention": ()}).eval()
-    data = batch((8, 8), samples=2)
-    with torch.no_grad():
-        found = [float(model(data | {"epoch": data["epoch"] + e}, CTX).loss) for e in range(300)]
-        fine = float(model.generator().bits(data["image"], data["id"], None, 0, 1500).sum(dim=1).mean())
-    spread = torch.tensor(found).std() / 300**0.5
-    assert torch.tensor(found).mean() == pytest.approx(fine, abs=float(4 * spread) + 0.05 * fine)
-
-
 def test_options_that_do_not_go_together_are_named():
     for settings, message in (
         ({"schedule": "learned"}, 'weight = "bound"'),
