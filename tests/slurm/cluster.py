@@ -164,12 +164,14 @@ class Cluster:
         return "\n".join(f"== {f.name}\n" + "\n".join(f.read_text().splitlines()[-20:]) for f in files)
 
     def processes(self, variable: str = "SLURM_CONF", value: str | None = None) -> list[int]:
-        """Processes of this cluster: those that have this value of a variable in their environment."""
-        wanted = f"{variable}={value if value is not None else self.conf}".encode()
+        """Processes of this cluster; if asked for, those that have this value of a variable in their environment."""
+        wanted = {f"SLURM_CONF={self.conf}".encode()}
+        if value is not None:
+            wanted.add(f"{variable}={value}".encode())
         found: list[int] = []
         for entry in Path("/proc").iterdir():
             with suppress(OSError):
-                if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                if entry.name.isdigit() and wanted <= set((entry / "environ").read_bytes().split(b"\0")):
                     found.append(int(entry.name))
         return [p for p in found if p != os.getpid()]
 

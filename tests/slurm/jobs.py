@@ -21,7 +21,7 @@ from tests.integration.runs import SMOKE, metrics, overrides
 from tests.slurm.cluster import Cluster, wait_for
 
 OWN = ("engine.name=accelerate", "engine.precision=fp32")
-START_SECONDS = 240.0
+START_SECONDS = 400.0
 """How long ranks may take to start on a machine that has other things to do."""
 
 

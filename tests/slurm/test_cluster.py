@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_a_cancelled_job_leaves_nothing(cluster: Cluster):
     wait_for(lambda: not cluster.processes("SLURM_JOB_ID", job), 20, "nothing")
 
 
-def test_tests_that_are_killed_leave_nothing(cluster: Cluster, tmp_path):
+def test_tests_that_are_killed_leave_nothing(cluster: Cluster):
     code = (
         "import os\n"
         "from tests.slurm.cluster import Cluster\n"
@@ -43,4 +44,13 @@ def test_tests_that_are_killed_leave_nothing(cluster: Cluster, tmp_path):
     folder = Path(killed.stdout.strip())
     assert killed.returncode == -9 and folder.name.startswith("sluice-slurm-"), killed.stderr
     wait_for(lambda: not folder.exists(), 30, "the folder gone")
-    assert not cluster.processes("SLURM_CONF", f"{folder}/slurm.conf")
+    wanted = f"SLURM_CONF={folder}/slurm.conf".encode()
+    environments = [p for p in Path("/proc").glob("[0-9]*/environ") if os.access(p, os.R_OK)]
+    assert not [p for p in environments if wanted in _read(p)]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # gone meanwhile
