@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch import history, hosts, slurm
-from launch.decide import Decision, Ended, decide
+from launch.decide import Decision, Ended, Queue, decide
 from launch.history import Attempt
 from launch.job import MASTER, TASK, Job
 from launch.local import child_environment
@@ -81,7 +81,7 @@ class Agent:
         code = outcome(self.run_folder, stamp_before, status) if self.job.kind == "pretrain" else status
         attempt, step = self._newest_beat()
         bad = {n: why for n, why in history.bad_nodes(self.run_folder).items() if n not in known_bad}
-        queue = slurm.queue_of(slurm.facts(self.id), self.restart)
+        queue = self._queue()
         if code not in (FINISHED, CONFIG, NONFINITE, REQUEUE) and not bad:
             bad = self._check_nodes(alive=queue == "ours")
         ended = Ended(code, step if attempt != attempt_before else None, bad, queue)
@@ -102,6 +102,10 @@ class Agent:
         history.append(self.run_folder, entry)
         return decision, code
 
+    def _queue(self) -> Queue:
+        """What SLURM does with the job."""
+        return slurm.queue_of(slurm.patiently(lambda: slurm.facts(self.id)), self.restart)
+
     def _newest_beat(self) -> tuple[int | None, int | None]:
         """Number of the newest attempt of which a rank has said something, and the furthest step it was at."""
         beats = read_beats(self.run_folder)
@@ -109,7 +113,7 @@ class Agent:
 
     def _check_nodes(self, alive: bool) -> dict[str, str]:
         """Nodes of the allocation that are lost; remembered. Only while the job is ``alive`` can they be tried out."""
-        bad = slurm.unsound(self.nodes, self.job.srun if alive else None)
+        bad = slurm.unsound(self.nodes, alive=alive)
         if bad:
             history.add_bad_nodes(self.run_folder, bad)
         return bad
@@ -168,8 +172,8 @@ class Agent:
         """Back into the queue, for a start without SLURM's two minutes of waiting where it allows that."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # what ends this job now must not end this as well; inherited
-        if slurm.queue_of(slurm.facts(self.id), self.restart) != "requeueing":
-            slurm.requeue(self.id)
+        if self._queue() != "requeueing":
+            slurm.patiently(lambda: slurm.requeue(self.id))
         own = (a for a in history.attempts(self.run_folder) if a.job == self.id)
         try:
             slurm.soon(self.id, sorted({node for attempt in own for node in attempt.excluded}))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from launch.decide import Queue
 from pipeline.core.errors import LaunchError
 
+T = TypeVar("T")
 COMMAND_SECONDS = 60.0
 """A controller that does not answer for so long is not waited for."""
 ROLL_CALL_SECONDS = 20.0
@@ -22,6 +23,8 @@ ROLL_CALL_SECONDS = 20.0
 REQUEUE_SECONDS = 10
 """From queueing a job again to its next start at the earliest: long enough for its processes to go. SLURM itself holds
 a job for two minutes, unless its start has been set to a time that is still to come when it has ended."""
+RETRY_SECONDS = (1.0, 5.0, 20.0, 60.0, 120.0)
+"""Between two times of asking a controller that is away."""
 _UNSOUND = ("down", "drain", "drng", "fail", "unk", "error", "reboot", "power")
 
 
@@ -50,6 +53,20 @@ def call(*command: str, environment: Mapping[str, str] | None = None, seconds: f
     if done.returncode:
         raise LaunchError(f"{command[0]} refused: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip()
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What ``ask`` returns, also when the controller is away for some minutes, as while it is started anew.
+
+    Raises:
+        LaunchError: the last one of ``ask``.
+    """
+    for wait in RETRY_SECONDS:
+        try:
+            return ask()
+        except LaunchError:
+            time.sleep(wait)
+    return ask()
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
@@ -94,12 +111,14 @@ def node_names(nodes: str) -> list[str]:
     return call("scontrol", "show", "hostnames", nodes).split()
 
 
-def unsound(nodes: Sequence[str], srun: Sequence[str] | None) -> dict[str, str]:
+def unsound(nodes: Sequence[str], *, alive: bool) -> dict[str, str]:
     """Those of an allocation's nodes that are down, drained or start no process, with the reason.
+
+    If none starts a process it is not the nodes' fault.
 
     Args:
         nodes: names.
-        srun: options that each step of this job needs; None: no processes are started.
+        alive: whether processes can be started; in a job that SLURM is ending they cannot.
     """
     lines = call("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T").splitlines()
     bad: dict[str, str] = {}
@@ -108,19 +127,20 @@ def unsound(nodes: Sequence[str], srun: Sequence[str] | None) -> dict[str, str]:
         if state.endswith("*") or state.startswith(_UNSOUND):
             bad[node] = f"is {state}"
     left: list[str] = [n for n in nodes if n not in bad]
-    if left and srun is not None and (bad or not _answers(left, srun)):
+    if left and alive and (bad or not _answers(left)):
         with ThreadPoolExecutor(32) as pool:
-            answers = pool.map(_answers, ([node] for node in left), repeat(srun))
-        bad |= {node: "does not start processes" for node, sound in zip(left, answers, strict=True) if not sound}
+            answers = list(pool.map(_answers, ([node] for node in left)))
+        if any(answers):
+            bad |= {node: "does not start processes" for node, sound in zip(left, answers, strict=True) if not sound}
     return bad
 
 
-def _answers(nodes: Sequence[str], srun: Sequence[str]) -> bool:
+def _answers(nodes: Sequence[str]) -> bool:
     """Whether a process can be started on each of the nodes."""
     count = str(len(nodes))
     shape = ("--nodes", count, "--ntasks", count, "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}")
     try:
-        call("srun", "--kill-on-bad-exit=1", *srun, *shape, "true", seconds=ROLL_CALL_SECONDS)
+        call("srun", "--kill-on-bad-exit=1", *shape, "true", seconds=ROLL_CALL_SECONDS)
     except LaunchError:
         return False
     return True
