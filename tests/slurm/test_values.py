@@ -28,7 +28,7 @@ NASTY = [
     f'"; touch {CANARY}; "',
     f"a\ntouch {CANARY}\n",
     f"| touch {CANARY} & #",
-    "a b\t'c' \"d\" \\e $HOME ${PATH} ~ * ? [a] {1..3} !! %j %% é 漢",
+    "a b\t'c' \"d\" \\e $HOME ${PATH} ~ * ? [a] {1..3} !! %j %% \u00e9 \u6f22",
     "a,b=c,--export=NONE",
     "-",
     "--wrap=touch",
