@@ -118,6 +118,15 @@ def test_center_is_torchvisions(size, target, resized):
         assert np.abs(np.asarray(expected).astype(int) - found.permute(1, 2, 0).numpy()).max() <= 1
 
 
+def test_a_decoder_cuts_the_fraction_that_is_set():
+    decoder = ImageDecoder(Image(size=28, crop="center", crop_fraction=0.875), 0)
+    ((view,),) = decoder.geometry(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    image = photo(40, 100)
+    (found,) = decoder.decode(file(image, "PNG"), [view])
+    expected = transforms.CenterCrop(28)(transforms.Resize(32, BICUBIC)(image))
+    assert np.abs(np.asarray(expected).astype(int) - found.permute(1, 2, 0).numpy()).max() <= 1
+
+
 def test_boxes_have_torchvisions_distribution():
     settings = Image(scale=(0.1, 0.9), ratio=(0.5, 2.0))
     ours = [random_box((60, 90), settings, u) for u in torch.rand(3000, 22, generator=torch.Generator().manual_seed(1))]
