@@ -263,7 +263,8 @@ def ask_hosts(order: Order, run: Path, environment: Mapping[str, str]) -> int:
         )
         for host in order.hosts
     }
-    ports, problems = [], []
+    ports: list[int] = []
+    problems: list[str] = []
     for host, process in asked.items():
         out, err = process.communicate()
         if process.returncode == 0:
