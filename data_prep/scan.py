@@ -175,7 +175,7 @@ def _columns(members: _Members, whole: bool) -> Table | None:
 
 def _without_last(extensions: list[str], rows: ShardIndex) -> Table:
     offset, size, crc32 = (a[:-1] for a in (rows.offset, rows.size, rows.crc32) if a is not None)
-    held = [bool(there) for there in (offset >= 0).any(0)]
+    held: list[bool] = np.atleast_1d((offset >= 0).any(axis=0)).tolist()
     left = [e for e, there in zip(extensions, held, strict=True) if there]
     return left, ShardIndex(rows.keys[:-1], offset[:, held], size[:, held], crc32[:, held])
 
