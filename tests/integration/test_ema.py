@@ -33,6 +33,7 @@ def settings(folder: Path, shards: Path, engine: str, *more: str) -> list[str]:
         "every.checkpoint=1ba",
         "run.keep=100",
         "optimizer.lr=1e-2",
+        "schedule.name=constant",  # so that the weights still move in the last update
         f"ema.decay={DECAY}",
         f"ema.power={list(WIDTHS)}",
         "data.image={size=8, crop='resize'}",
