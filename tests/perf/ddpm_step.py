@@ -69,7 +69,7 @@ def main() -> None:
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
     )  # fmt: skip
-    other.to(device)
+    nn.Module.to(other, device)
     sizes = [sum(p.numel() for p in net.parameters()) for net in (mine, other)]
     print(f"parameters: ours {sizes[0]:,}, theirs {sizes[1]:,}; {device}, {torch.get_num_threads()} threads")
     ours = step_of(mine, lambda x, t: mine(x, Conditions(t)), args.batch, fused=True)
