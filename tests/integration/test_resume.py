@@ -18,13 +18,13 @@ ENGINES = {
 LENGTH, EVERY = 12, 3
 
 
-def same_course(found: Path, expected: Path) -> None:
-    """The batches are the same, and losses and gradients but for the order of sums."""
+def same_course(found: Path, expected: Path, slack: float = 1.0) -> None:
+    """The batches are the same, and losses and gradients but for the order of sums; with ``slack`` times the tolerance."""
     lines = metrics(found)
     for number, line in metrics(expected).items():
         assert lines[number]["data_digest"] == line["data_digest"], number
-        assert lines[number]["loss"] == pytest.approx(line["loss"], rel=1e-5), number
-        assert lines[number]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4), number
+        assert lines[number]["loss"] == pytest.approx(line["loss"], rel=1e-5 * slack), number
+        assert lines[number]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4 * slack), number
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,8 @@ def test_it_resumes_bit_for_bit_and_at_another_world_size(name, captioned, tmp_p
     assert hashes(killed) == hashes(straight)  # weights, momentum copies, queue, pointer, optimizer: every bit
 
     assert codes(run(other_world, objective, settings(elsewhere, other_world))) == [0] * other_world
-    same_course(elsewhere, straight)
+    # The last bit decides on which side of zero some unit of a rectifier is: from there on the runs part, slowly.
+    same_course(elsewhere, straight, slack=300)
     found = weights(elsewhere)
     for key, expected in weights(straight).items():
         torch.testing.assert_close(found[key], expected, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")

@@ -62,9 +62,13 @@ NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=
 ADDRESS = "127.0.0.1"
 GUARD = """
 read -r over && exit
-for process in /proc/[0-9]*; do
-  grep -qzxF "SLURM_CONF=$1/slurm.conf" "$process/environ" && kill -s KILL "${process#/proc/}"
-done 2>/dev/null
+found=yes
+while [ "$found" ]; do  # what they start meanwhile is not in the list yet
+  found=
+  for process in /proc/[0-9]*; do
+    grep -qzxF "SLURM_CONF=$1/slurm.conf" "$process/environ" && kill -s KILL "${process#/proc/}" && found=yes
+  done 2>/dev/null
+done
 rm -rf "$1"
 """
 """Should the tests themselves be killed, it kills what belongs to the cluster in the folder $1."""
