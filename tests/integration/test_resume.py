@@ -19,7 +19,7 @@ LENGTH, EVERY = 12, 3
 
 
 def same_course(found: Path, expected: Path, slack: float = 1.0) -> None:
-    """The batches are the same, and losses and gradients but for the order of sums; with ``slack`` times the tolerance."""
+    """The batches are the same, and losses and gradients but for the order of sums: ``slack`` times the tolerance."""
     lines = metrics(found)
     for number, line in metrics(expected).items():
         assert lines[number]["data_digest"] == line["data_digest"], number
