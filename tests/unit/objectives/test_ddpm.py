@@ -47,6 +47,21 @@ def test_at_first_the_loss_is_the_variance_of_the_noise():
     assert abs(float(loss) - 1) < 5 * (2 / (64 * 3 * 256)) ** 0.5
 
 
+def test_at_first_a_learned_variance_is_half_way():
+    """O10: the geometric mean of the least and the largest variance, at every level."""
+    model = build(stirred=False, schedule="cosine", variance="learned")
+    data = batch()
+    _, level, x, *_ = model.noised(data, CTX)
+    _, part = model.denoiser(x, level, model._told(data, CTX))
+    torch.testing.assert_close(part, torch.full_like(part, 0.5), rtol=0, atol=0)
+    levels = model.process.levels
+    index = torch.tensor([1, 500, 999])
+    found = log_variance(levels, index, "learned", part[:3], x[:3])[:, 0, 0, 0].exp()
+    a = levels.a.double()[torch.stack([index - 1, index])] ** 2
+    beta = 1 - a[1] / a[0]
+    torch.testing.assert_close(found, (beta * beta * (1 - a[0]) / (1 - a[1])).sqrt(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("target", "weight"), [("noise", "uniform"), ("image", "min_snr"), ("velocity", "min_snr"), ("edm", "edm")]
 )

@@ -192,3 +192,14 @@ def test_mixture_data_gets_its_proportions():
     assert float((out > 0).double().mean()) == pytest.approx(0.7, abs=0.02)
     assert float(out[out > 0].mean()) == pytest.approx(0.6, abs=0.01)
     assert float(out[out < 0].std()) == pytest.approx(width, rel=0.1)
+    # and the Frechet distance to the data falls as samples grow in number, towards what the sampler leaves
+    mean = float((share * centres).sum())
+    spread = (width**2 + float((share * (centres - mean) ** 2).sum())) ** 0.5
+    shuffled = out[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+
+    def distance(count):
+        parts = shuffled[: n // count * count].view(-1, count)
+        return float(((parts.mean(1) - mean) ** 2 + (parts.std(1, correction=0) - spread) ** 2).mean())
+
+    few, more, most = distance(10), distance(100), distance(1000)
+    assert few > 5 * more > 20 * most and most < 2e-3 * spread**2
