@@ -83,7 +83,6 @@ def test_the_time_out_reaches_the_gradients(engine, glyphs, long_whole, tmp_path
         began = time.monotonic()
         assert run.wait()[0] == 1
         fault_row.seconds, fault_row.until = time.monotonic() - began, "stopped"
-    assert fault_row.seconds < 60, "torch's own limit for a group is half an hour"
     assert all(gone(b.pid) for b in beats)
     fault_row.outcome = "the other rank's all-reduce gives up; all processes end"
 
