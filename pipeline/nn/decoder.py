@@ -65,22 +65,20 @@ class Decoder(nn.Module):
         self.apply(init_xavier)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, tokens: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
         """Predictions for all patches.
 
         Args:
             tokens: float[B,P+V,D].
             keep: int64[B,V], numbers of the visible patches, in the order of ``tokens``.
-            hidden: int64[B,N-V], the other patches.
 
         Returns:
             float[B,N,T], patches in their order in the image.
         """
-        x = self.embed(tokens)
-        b, p = len(x), self.prefix
-        masks = self.mask_token.to(x.dtype).expand(b, hidden.shape[1], -1)
-        restore = torch.cat([keep, hidden], dim=1).argsort(dim=1)
-        patches = torch.cat([x[:, p:], masks], dim=1).gather(1, restore[..., None].expand(-1, -1, x.shape[-1]))
-        x = torch.cat([x[:, :p], patches], dim=1) + self.positions.to(x.dtype)
+        prefix, visible = self.embed(tokens).tensor_split([self.prefix], dim=1)
+        masks = self.mask_token.to(visible.dtype).expand(len(visible), self.positions.shape[1] - self.prefix, -1)
+        # Scattered rather than gathered from both: the gradient of a gather is added atomically, that of this is not.
+        patches = masks.scatter(1, keep[..., None].expand_as(visible), visible)
+        x = torch.cat([prefix, patches], dim=1) + self.positions.to(visible.dtype)
         x = checkpoint_seq(self.blocks, x) if self.checkpointing else self.blocks(x)
-        return self.predict(self.norm(x)[:, p:])
+        return self.predict(self.norm(x)[:, self.prefix :])

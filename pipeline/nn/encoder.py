@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import timm
 from pydantic import Field, model_validator
+from timm.layers import PatchEmbed
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
 from pipeline.core.registry import suggest
+from pipeline.nn.convolution import PatchProjection
 from pipeline.nn.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
 Backbone: TypeAlias = Any
@@ -75,6 +77,8 @@ def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed:
             f"timm cannot build {name!r} for {image_size[0]}x{image_size[1]} images with encoder_args {args}: "
             f"{error or repr(error)}"
         ) from error
+    if type(getattr(backbone, "patch_embed", None)) is PatchEmbed:
+        backbone.patch_embed.proj = PatchProjection.of(backbone.patch_embed.proj)
     if config.compile:
         compile_blocks(backbone)
     return backbone

@@ -97,7 +97,7 @@ class MAE(Objective):
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Mean squared error over the hidden patches, or all; "loss_visible" is the same over the visible ones."""
         keep, hidden = self.masks(batch, ctx)
-        error = (self.reconstruct(self.view(batch, ctx), keep, hidden) - self.targets(batch)).square().mean(dim=-1)
+        error = (self.reconstruct(self.view(batch, ctx), keep) - self.targets(batch)).square().mean(dim=-1)
         loss = error.mean() if self.config.loss_on == "all" else error.gather(1, hidden).mean()
         return StepOutput(loss, {"loss_visible": error.detach().gather(1, keep).mean()})
 
@@ -112,10 +112,10 @@ class MAE(Objective):
             return x
         return corrupt(x, ctx.random(batch, "mae.corruption"), self.config.corruption)
 
-    def reconstruct(self, x: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
-        """What the encoder is given to the prediction for every patch, float32[B,N,T]."""
+    def reconstruct(self, x: Tensor, keep: Tensor) -> Tensor:
+        """What the encoder is given, and the patches that it sees, to a prediction for every patch: float32[B,N,T]."""
         tokens = encode_visible(self.encoder, to_weights(x, self.encoder), keep)
-        return self.decoder(tokens, keep, hidden).float()
+        return self.decoder(tokens, keep).float()
 
     def targets(self, batch: Batch) -> Tensor:
         """What is to be predicted, float32[B,N,T]."""
@@ -138,7 +138,7 @@ class MAE(Objective):
         batch = {name: value[:SHOWN] for name, value in batch.items()}
         keep, hidden = self.masks(batch, ctx)
         view, patch = self.view(batch, ctx), self.geometry.patch
-        predicted, given = self.reconstruct(view, keep, hidden), patchify(view, patch)
+        predicted, given = self.reconstruct(view, keep), patchify(view, patch)
         seen = torch.zeros_like(given[..., :1]).scatter(1, keep[..., None], 1.0).bool()
         original = patchify(self.normalize(batch["image"]), patch)
         rows = [self._picture(original), self._picture(given.where(seen, 0.0))]

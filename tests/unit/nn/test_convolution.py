@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.nn.convolution import Conv
+from pipeline.nn.convolution import Conv, PatchProjection
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
@@ -38,3 +38,21 @@ def test_nothing_is_converted():
         conv(x.requires_grad_()).backward(upstream)
     assert conv.weight.grad.is_contiguous() and x.grad.is_contiguous(memory_format=torch.channels_last)
     assert "aten::clone" not in {event.key for event in seen.key_averages()}
+
+
+@pytest.mark.parametrize(("patch", "size", "bias"), [((4, 4), (12, 8), True), ((4, 2), (14, 9), False)])
+def test_patches_are_projected_as_by_torchs_convolution(patch, size, bias):
+    torch.manual_seed(0)
+    other = nn.Conv2d(3, 7, patch, patch, bias=bias)
+    names = list(other.state_dict())
+    own = PatchProjection.of(other)
+    assert list(own.state_dict()) == names and own.weight is other.weight
+    x = torch.randn(2, 3, *size)
+    gradients = []
+    for layer in (own, other):
+        out = layer(x)
+        out.square().sum().backward()
+        gradients.append((out.detach(), *(p.grad for p in layer.parameters())))
+        layer.zero_grad()
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)

@@ -118,7 +118,7 @@ def test_initial_weights_are_those_of_the_paper():
 
 def test_a_perfect_decoder_is_shown_as_the_original():
     model, data = build(), batch()
-    model.reconstruct = lambda x, keep, hidden: model.targets(data)
+    model.reconstruct = lambda x, keep: model.targets(data)
     picture = model.showcase(data, CTX)["reconstruction"].image
     original, seen, rebuilt, pasted = (picture[r * 34 : r * 34 + 32, :32] for r in range(4))
     grey = np.round(np.array(model.config.mean) * 255)
@@ -159,7 +159,7 @@ def test_loss_on_all_patches_is_the_mean_over_hidden_and_visible(ratio):
     model, data = build(mask_ratio=ratio, loss_on="all"), batch()
     out = model(data, CTX)
     keep, hidden = model.masks(data, CTX)
-    error = (model.reconstruct(model.normalize(data["image"]), keep, hidden) - model.targets(data)).square()
+    error = (model.reconstruct(model.normalize(data["image"]), keep) - model.targets(data)).square()
     torch.testing.assert_close(out.loss, error.mean())
     assert hidden.shape[1] == 16 * ratio
     out.loss.backward()
