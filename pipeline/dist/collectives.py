@@ -16,6 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+"""The same two collectives under the names that torch gives them from 2.14 on, and before."""
+
+
+def gather_into(out: Tensor, rows: Tensor) -> None:
+    """Every rank's contiguous ``rows`` into ``out``, rank 0's first."""
+    getattr(dist, GATHER)(out, rows)
+
+
 def rank_and_world() -> tuple[int, int]:
     """This rank and the number of ranks; one rank where no group was started."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -27,7 +37,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if world == 1:
         return rows.detach()
     out = rows.new_empty(world * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(out, rows.detach().contiguous())
+    gather_into(out, rows.detach().contiguous())
     return out
 
 
@@ -38,7 +48,7 @@ def reduce_scatter(rows: Tensor) -> Tensor:
         return rows
     rows = rows.contiguous()
     out = rows.new_empty(len(rows) // world, *rows.shape[1:])
-    dist.reduce_scatter_tensor(out, rows)
+    getattr(dist, SCATTER)(out, rows)
     return out
 
 

@@ -1,9 +1,9 @@
 """Gathering rows of which every rank has a different number, for evaluation."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.dist.collectives import gather_into
 from pipeline.dist.group import gather_rows
 
 CHUNK_BYTES = 64 * 2**20
@@ -29,7 +29,7 @@ def gather_ragged(rows: Tensor) -> Tensor:
         mine = rows[first : first + size]
         padded = torch.cat([mine, mine.new_zeros(size - len(mine), *shape)])
         parts = padded.new_empty(len(counts) * size, *shape)
-        dist.all_gather_into_tensor(parts, padded)
+        gather_into(parts, padded)
         for rank, part in enumerate(parts.view(len(counts), size, *shape)):
             valid = max(0, min(size, counts[rank] - first))
             out[starts[rank] + first : starts[rank] + first + valid] = part[:valid]

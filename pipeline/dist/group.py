@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.core.errors import LaunchError, SluiceError
+from pipeline.dist.collectives import gather_into
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ def gather_rows(row: Tensor) -> Tensor:
     if world == 1:
         return row[None].clone()
     rows = row.new_empty(world * row.numel())
-    dist.all_gather_into_tensor(rows, row.contiguous())
+    gather_into(rows, row.contiguous())
     return rows.view(world, -1)
 
 

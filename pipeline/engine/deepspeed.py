@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -54,6 +55,9 @@ def _import(timeout: timedelta) -> Any:
     # On CPU its start would compile a shared-memory all-reduce (half a minute, needs ninja and a compiler) that
     # training never calls, and that leaves files in /dev/shm when a rank is killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls two collectives by the names that torch has replaced.
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
     # It would make a clone of the world with torch's default time-out, so that ours never reached the gradients.
     groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
     return deepspeed

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.dist import collectives
 from pipeline.dist.group import process_group
 from pipeline.nn import contrastive
 from tests.ranks import start_ranks
@@ -165,8 +166,8 @@ class Counted:
     def __init__(self, monkeypatch: Any) -> None:
         self.bytes = 0.0
         for name, cost in (
-            ("all_gather_into_tensor", lambda w, out, x: (w - 1) * x.nbytes),
-            ("reduce_scatter_tensor", lambda w, out, x: (w - 1) * out.nbytes),
+            (collectives.GATHER, lambda w, out, x: (w - 1) * x.nbytes),
+            (collectives.SCATTER, lambda w, out, x: (w - 1) * out.nbytes),
             ("all_reduce", lambda w, x, *op: 2 * (w - 1) / w * x.nbytes),
         ):
             monkeypatch.setattr(dist, name, self.wrap(getattr(dist, name), cost))
