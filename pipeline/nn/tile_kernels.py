@@ -65,7 +65,8 @@ PLAIN = Kernels(add_exp, softplus_sum, softmax_gradient, sigmoid_gradient)
 @functools.cache
 def compiled() -> Kernels:
     """Compiled for tiles of any size; each is compiled when it is first called."""
-    return Kernels(*(torch.compile(kernel, dynamic=True, fullgraph=True) for kernel in PLAIN))
+    build = functools.partial(torch.compile, dynamic=True, fullgraph=True)
+    return Kernels(build(add_exp), build(softplus_sum), build(softmax_gradient), build(sigmoid_gradient))
 
 
 def kernels_for(device: torch.device, pairs: int) -> Kernels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator"),
 ]
-LOSSES = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "softmax": lambda a, b, s, t: contrastive.info_nce(a, b, s, tile=t),
     "sigmoid": lambda a, b, s, t: contrastive.sigmoid_loss(a, b, s, s.detach() - 24, tile=t),
     "views": lambda a, b, s, t: contrastive.nt_xent(a, b, s, tile=t),
