@@ -31,9 +31,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.dist.collectives import all_gather, all_reduce, broadcast, rank_and_world, reduce_scatter, reduce_to
+from pipeline.nn.tile_kernels import kernels_for
 
 Columns = Literal["gathered", "blocks", "here"]
 """How columns are shared: all gathered at once; block by block from their owners, so that memory stays at the local
@@ -60,12 +60,14 @@ class _Tiles:
     """The walk over blocks and tiles, the same in both passes."""
 
     def __init__(self, pairs: _Pairs, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        self.pairs, self.columns, self.bias = pairs, columns.detach(), bias
+        self.pairs, self.columns = pairs, columns.detach()
         # The scale goes into the rows: n * D products instead of n * M.
         self.rows = rows.detach() * scale
         self.rank, self.world = (0, 1) if pairs.share == "here" else rank_and_world()
         self.gathered = all_gather(columns) if pairs.share == "gathered" else None
         self.size = pairs.tile or TILES.get(rows.device.type, TILES["cpu"])
+        self.bias = None if bias is None else bias.detach().to(rows).expand(self.size).contiguous()
+        self.kernels = kernels_for(rows.device, len(rows) * self.world * len(columns))
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(owner, first column, columns) of each block; gathered columns are one block, which has no one owner: -1."""
@@ -82,14 +84,16 @@ class _Tiles:
             cols = slice(c, min(c + self.size, len(block)))
             for r in range(0, len(self.rows), self.size):
                 rows = slice(r, min(r + self.size, len(self.rows)))
-                logits = self.rows[rows] @ block[cols].T
-                if self.bias is not None:
-                    logits += self.bias
+                logits = self.product(self.rows[rows], block[cols])
                 if self.pairs.kind == "sigmoid":
                     self.same(logits, r, first + c).neg_()
                 elif self.pairs.skip_self:
                     self.same(logits, r, first + c).fill_(-math.inf)
                 yield rows, cols, logits
+
+    def product(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits of all pairs."""
+        return rows @ columns.T if self.bias is None else torch.addmm(self.bias[: len(columns)], rows, columns.T)
 
     def same(self, tile: Tensor, row: int, column: int) -> Tensor:
         """The entries of a tile whose row and column are of the same sample, as a view: a piece of a diagonal."""
@@ -102,19 +106,15 @@ class _Tiles:
 class _LogSumExp:
     """log(sum(exp(x))) of many places, merged as the values come."""
 
-    def __init__(self, like: Tensor, places: int) -> None:
-        self.largest = like.new_full((places,), -math.inf)
-        self.total = like.new_zeros(places)
+    def __init__(self, walk: _Tiles, places: int) -> None:
+        self.add_exp = walk.kernels.add_exp
+        self.largest = walk.rows.new_full((places,), -math.inf)
+        self.total = walk.rows.new_zeros(places)
 
     def add(self, places: slice, logits: Tensor, dim: int) -> None:
         """Take in a tile: its maximum and sum along ``dim``."""
-        before = self.largest[places]
-        after = torch.maximum(before, logits.amax(dim))
-        # A place that has seen nothing but -inf keeps a finite reference, since inf - inf is no number.
-        safe = after.where(after > -math.inf, 0)
-        here = (logits - safe.unsqueeze(dim)).exp_().sum(dim)
-        self.total[places] = self.total[places] * (before - safe).exp() + here
-        self.largest[places] = after
+        seen = self.add_exp(logits, self.largest[places], self.total[places], dim)
+        self.largest[places], self.total[places] = seen
 
     def merge_over_ranks(self) -> None:
         """Take in what the other ranks have seen."""
@@ -129,9 +129,9 @@ class _LogSumExp:
 
 def _softmax_forward(walk: _Tiles) -> tuple[Tensor, Tensor]:
     """Log-sum-exps of this rank's rows, float[n], and of all columns, float[M] (empty when only rows count)."""
-    row, columns = _LogSumExp(walk.rows, len(walk.rows)), [walk.rows.new_empty(0)]
+    row, columns = _LogSumExp(walk, len(walk.rows)), [walk.rows.new_empty(0)]
     for _, first, block in walk.blocks():
-        column = _LogSumExp(walk.rows, len(block) if walk.pairs.both else 0)
+        column = _LogSumExp(walk, len(block) if walk.pairs.both else 0)
         for rows, cols, logits in walk.tiles(first, block):
             row.add(rows, logits, 1)
             if walk.pairs.both:
@@ -147,7 +147,7 @@ def _sigmoid_forward(walk: _Tiles) -> Tensor:
     total = walk.rows.new_zeros(len(walk.rows))
     for _, first, block in walk.blocks():
         for rows, _, logits in walk.tiles(first, block):
-            total[rows] += functional.softplus(logits).sum(dim=1)
+            total[rows] += walk.kernels.softplus_sum(logits)
     return total
 
 
@@ -220,14 +220,13 @@ def _tile_gradient(
     """dL/dX of a tile, which takes the place of its logits."""
     rows, cols = place
     if walk.pairs.kind == "sigmoid":
-        p = logits.sigmoid_().mul_(upstream[0][rows, None])
+        p = walk.kernels.sigmoid_gradient(logits, upstream[0][rows])
         walk.same(p, rows.start, first + cols.start).neg_()
         return p
     row, column = sums
     places = slice(first + cols.start, first + cols.stop)
-    down = (logits - column[places]).exp_() if walk.pairs.both else None
-    p = logits.sub_(row[rows, None]).exp_().mul_(upstream[0][rows, None])
-    return p if down is None else p.addcmul_(down, upstream[1][places].expand_as(down))
+    down = (column[places], upstream[1][places]) if walk.pairs.both else (None, None)
+    return walk.kernels.softmax_gradient(logits, row[rows], upstream[0][rows], *down)
 
 
 def _exact(x: Tensor) -> Tensor:
