@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing as mp
+import os
 import re
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -110,7 +113,7 @@ def prepared(tasks: Iterable[Task], options: Options) -> Iterator[tuple[Task, Sa
         for task in tasks:
             yield task, prepare(task[2], options)
         return
-    pool = ProcessPoolExecutor(options.workers, mp_context=mp.get_context("forkserver"), initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(options.workers, mp_context=mp.get_context("forkserver"), initializer=_follow_parent)
     flying: deque[Flight] = deque()
     try:
         for batch in _batches(tasks):
@@ -146,8 +149,15 @@ def _batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
         yield batch
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C goes to the whole group; only the parent acts on it."""
-    import signal
-
+def _follow_parent() -> None:
+    """Leave Ctrl-C, which goes to the whole group, to the parent; and end with it, also when it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's workers hold both ends of their queue, so they would wait for a dead parent's next batch for ever."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
