@@ -56,7 +56,7 @@ class _Again(Exception):
 
 
 class _Wire(io.RawIOBase):
-    """A socket to read from until a deadline, and no more than so many bytes: http.client trusts what chunks promise."""
+    """A socket to read from until a deadline, and at most so many bytes: http.client trusts what chunks promise."""
 
     def __init__(self, sock: socket.socket, deadline: float, most: int) -> None:
         self._sock = sock

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.record import check_classes
 from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
 from data_prep.store import Store, open_store
@@ -158,7 +159,8 @@ def _measure(path: os.PathLike[str], found: Scan) -> Statistics:
 
         captions = np.fromiter((len(text.decode("utf-8", "replace")) for text in texts("txt")), np.int64)
         statistics.measure("caption_length", captions)
-        statistics.labels.update(int(text) for text in texts("cls") if text.strip().isdigit())
+        numbers = (text.strip() for text in texts("cls"))
+        statistics.labels.update(int(text) for text in numbers if text.isdigit() and len(text) < 19)
     return statistics
 
 
@@ -179,6 +181,7 @@ def _manifest(
     if classes:
         known["classes"] = tuple(classes)
     elif not known["classes"] and statistics.labels:
+        check_classes(max(statistics.labels), len(statistics.labels))
         known["classes"] = tuple(str(i) for i in range(max(statistics.labels) + 1))
     known["made"] = {**known["made"], "indexed": {"tars": len(shards), "left_out": damaged}}
     return Manifest(store.where, tuple(shards), fields_apart(together), statistics=statistics.as_json(), **known)
