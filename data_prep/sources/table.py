@@ -82,9 +82,7 @@ class TableSource:
         for path in self.tables:
             there = _header(path)
             for name in sorted(wanted - set(there)):
-                raise ConfigError(
-                    f"{path} has no column {name!r}, only {', '.join(map(repr, there)) or 'an empty row'}"
-                )
+                raise ConfigError(f"{path} has no column {name!r}, only {', '.join(map(repr, there)) or 'nothing'}")
             for name in [name for name, times in Counter(there).items() if times > 1]:
                 raise ConfigError(f"{path} has several columns {name!r}: rename all but one")
         if self.columns.label:

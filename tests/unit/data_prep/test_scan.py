@@ -201,18 +201,19 @@ def test_labels_and_classes(tmp_path):
 
 def test_names_and_labels_that_make_no_sense(tmp_path):
     """They are told apart from data, not run into."""
-    _tar(
-        tmp_path / "x.tar", {"a.jpg": b"1", "a.": b"2", "b.": b"3", "a.cls": b"9" * 5000, "c.jpg": b"4", "c.cls": b"1"}
-    )
+    content = {"a.jpg": b"1", "a.": b"2", "b.": b"3", "a.cls": b"9" * 5000, "c.jpg": b"4", "c.cls": b"1"}
+    _tar(tmp_path / "x.tar", content)
     manifest = index(str(tmp_path))
-    assert load_index(manifest, manifest.shards[0]).keys == ("a", "c") and manifest.fields.keys() == {"image", "label"}
+    assert load_index(manifest, manifest.shards[0]).keys == ("a", "c")
+    assert manifest.fields.keys() == {"image", "label"}
     assert manifest.classes == ("0", "1") and verify(str(tmp_path)).problems == {}
     _tar(tmp_path / "y.tar", {"a\udcff.jpg": b"1"})
     with pytest.raises(DataError, match=r"y\.tar: a name is not UTF-8: 'a.udcff'"):
         index(str(tmp_path))
-    _tar(tmp_path / "y.tar", {"d.jpg": b"1", "d.cls": b"1234567890"})
+    (tmp_path / "ids").mkdir()
+    _tar(tmp_path / "ids" / "y.tar", {"d.jpg": b"1", "d.cls": b"1234567890"})
     with pytest.raises(DataError, match="these are no class numbers"):
-        index(str(tmp_path), pattern="y.tar")
+        index(str(tmp_path / "ids"))
 
 
 def test_fields_side_by_side():

@@ -60,9 +60,8 @@ def test_tars_are_not_read_more_than_needed(tars, monkeypatch):
 
 def test_names_that_no_header_holds_are_rejected(tmp_path):
     long = {"k" * 90 + ".png": png(1), "k" * 90 + ".segmentation_mask.png": png(2)}
-    _tar(
-        tmp_path / "x.tar", {"a.png": png(3), **long, "b.json": b"{", "b.png": png(4), "c.png": b"x", "c.\udcff": b"x"}
-    )
+    wrong = {**long, "b.json": b"{", "b.png": png(4), "c.png": b"x", "c.\udcff": b"x"}
+    _tar(tmp_path / "x.tar", {"a.png": png(3), **wrong})
     built = build(TarsSource([tmp_path / "x.tar"]), tmp_path / "out", Options({}))
     assert list(members(tmp_path / "out/train")) == ["00000/a.png"]
     reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]

@@ -149,12 +149,10 @@ def test_ragged_csv_and_missing_labels(tmp_path):
 
 def test_whole_numbers_with_gaps(tmp_path, rows):
     """A table with gaps in a column of integers holds floats and NaN."""
-    table = {
-        "file": [r["file"] for r in rows[:4]],
-        "kind": [0.0, 10.0, float("nan"), 2.0],
-        "n": [1.5, float("inf"), 2, 3],
-    }
-    pq.write_table(pa.table({**table, "mask": [{"bytes": b"x", "path": "m"}] * 4}), tmp_path / "t.parquet")
+    kinds, numbers = [0.0, 10.0, float("nan"), 2.0], [1.5, float("inf"), 2, 3]
+    masks = [{"bytes": b"x", "path": "m"}] * 4
+    table = {"file": [r["file"] for r in rows[:4]], "kind": kinds, "n": numbers, "mask": masks}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
     source = TableSource([tmp_path / "t.parquet"], Columns("file", label="kind"))
     assert source.classes == tuple(str(i) for i in range(11))
     records = list(source)
