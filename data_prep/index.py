@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.ahead import in_order
 from data_prep.record import check_classes
 from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
@@ -41,7 +41,7 @@ def index(
     pattern: str = "",
     classes: Sequence[str] = (),
     skip_damaged: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Look through the tars of a folder and write indexes, sizes.json and manifest.json beside them.
 
@@ -52,7 +52,7 @@ def index(
             its sub-folders.
         classes: Names of the labels; left out, labels that are numbers name themselves.
         skip_damaged: Leave damaged tars out instead of stopping.
-        progress: Called with the number of tars looked through.
+        progress: Called with the number of tars looked through, and of all.
 
     Raises:
         DataError: no tars, or damaged ones (all are listed).
@@ -72,7 +72,7 @@ def index(
                 statistics.merge(found.statistics)
                 together |= found.together
             if progress is not None:
-                progress(len(shards) + len(damaged))
+                progress(len(shards) + len(damaged), len(names))
         if damaged and not skip_damaged:
             raise DataError("damaged tars:\n  " + "\n  ".join(damaged) + "\nmend them, or leave them out with --skip")
         manifest = _manifest(store, shards, together, statistics, classes, damaged)
@@ -111,15 +111,7 @@ def _below(store: Store, folder: str) -> Iterator[str]:
 def _looked_through(store: Store, names: Iterable[str]) -> Iterator[tuple[str, Found]]:
     """Look through tars in threads, in order, a few ahead."""
     with ThreadPoolExecutor(THREADS) as pool:
-        ahead: deque[tuple[str, Future[Found]]] = deque()
-        for name in names:
-            ahead.append((name, pool.submit(_look_through, store, name)))
-            if len(ahead) > THREADS:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        while ahead:
-            first, future = ahead.popleft()
-            yield first, future.result()
+        yield from in_order(pool, functools.partial(_look_through, store), names, THREADS)
 
 
 def _look_through(store: Store, name: str) -> Found:

@@ -96,7 +96,7 @@ class Source(Protocol):
 
     @property
     def total(self) -> int | None:
-        """Number of records, where it is known beforehand."""
+        """Number of records, where it can be known beforehand; of long text files about that many."""
         ...
 
     @property

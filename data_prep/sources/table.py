@@ -87,6 +87,9 @@ class TableSource:
                 raise ConfigError(f"{path} has several columns {name!r}: rename all but one")
         if self.columns.label:
             self.classes, self._number = self._labels()
+        else:
+            counts = [_count(path) for path in self.tables]
+            self.total = None if None in counts else sum(n for n in counts if n is not None)
 
     def describe(self) -> dict[str, Any]:
         """See :class:`~data_prep.record.Source`."""
@@ -98,10 +101,12 @@ class TableSource:
         }
 
     def _labels(self) -> tuple[tuple[str, ...], dict[str, int]]:
-        """Classes and their numbers, from a pass over the label column alone."""
+        """Classes and their numbers, from a pass over the label column alone, which also counts the rows."""
         names: set[str] = set()
+        self.total = 0
         for path in self.tables:
             for row in _rows(str(path), (self.columns.label,)):
+                self.total += 1
                 value = _text(row.get(self.columns.label))
                 if value:
                     names.add(value)
@@ -276,6 +281,19 @@ def _header(path: str) -> list[str]:
         return list(dict.fromkeys(name for row in islice(_rows(path), HEADER_ROWS) for name in row if name != _BROKEN))
     with _open(path) as f:
         return next(csv.reader(f, delimiter="\t" if kind == "tsv" else ","), [])
+
+
+def _count(path: str) -> int | None:
+    """About how many rows a table has, without reading all of a text file."""
+    if _kind(path) == "parquet":
+        with _parquet(path) as table:
+            return table.metadata.num_rows
+    if path.lower().endswith(".gz"):
+        return None
+    with places.opened(path) as f:
+        beginning = f.read(32 * 1024)
+        size = f.seek(0, os.SEEK_END)
+    return beginning.count(b"\n") * size // max(1, len(beginning))
 
 
 @contextmanager
