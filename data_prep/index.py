@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing as mp
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.ahead import in_order
+from data_prep.ahead import cores, follow_parent, in_order
 from data_prep.record import check_classes
 from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
-from data_prep.store import Store, open_store
+from data_prep.store import LocalStore, Store, open_store
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import FIELDS, FILE, SIZES, Manifest, Shard, index_bytes, index_name, parse, sizes_json
 
-THREADS = 2 * (os.cpu_count() or 1)
-"""Hashing runs outside of Python's lock; while one waits for a disk, another one hashes."""
+MUCH = 512 * 1024**2
+"""Bytes for which it is worth starting processes: they take as long as looking through so many."""
 TEXTS = (b".txt", b".cls")
 """Members that are measured by their content."""
 
@@ -108,10 +111,24 @@ def _below(store: Store, folder: str) -> Iterator[str]:
         yield from _below(store, below)
 
 
-def _looked_through(store: Store, names: Iterable[str]) -> Iterator[tuple[str, Found]]:
-    """Look through tars in threads, in order, a few ahead."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from in_order(pool, functools.partial(_look_through, store), names, THREADS)
+def _looked_through(store: Store, names: Sequence[str]) -> Iterator[tuple[str, Found]]:
+    """Look through tars in order, twice as many at once as there are cores: while one waits for a disk, another hashes.
+
+    What is on this machine is looked through in processes: of threads only those that hash or wait can run at once.
+    """
+    workers = 2 * cores()
+    with ExitStack() as stack:
+        pool: Executor
+        if isinstance(store, LocalStore) and sum(store.size(name) for name in names) > MUCH:
+            context = mp.get_context("forkserver")
+            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
+        else:
+            pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        try:
+            yield from in_order(pool, functools.partial(_look_through, store), names, workers)
+        except BrokenProcessPool as error:
+            raise DataError(f"a worker died ({error}); was it killed for its memory?") from error
 
 
 def _look_through(store: Store, name: str) -> Found:

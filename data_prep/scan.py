@@ -5,6 +5,7 @@ Plain members are taken many at a time (``headers.py``), others one by one (``wa
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ def scan(path: Path, texts: tuple[bytes, ...] = ()) -> Scan:
     kept: dict[int, bytes] = {}
     problem = ""
     with open(path, "rb", buffering=0) as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         data = HashedFile(f)
         try:
             _walk(data, members, texts, kept)

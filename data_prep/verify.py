@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import images
-from data_prep.ahead import in_order
+from data_prep.ahead import cores, in_order
 from data_prep.dataset import read_manifest
 from data_prep.keys import Keys
 from data_prep.record import Rejected
@@ -58,7 +58,7 @@ def verify(folder: str, decode: float = 0.0, progress: Callable[[int], None] | N
         manifest = read_manifest(store)
         report = Report()
         keys = Keys()
-        threads = os.cpu_count() or 1
+        threads = cores()
         with ThreadPoolExecutor(threads) as pool:
             work = functools.partial(_shard, store, manifest, decode)
             for shard, (found, problems, decoded) in in_order(pool, work, manifest.shards, 2 * threads):

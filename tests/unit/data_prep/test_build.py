@@ -275,6 +275,13 @@ def test_filters(tmp_path):
     assert reasons["8"].startswith("caption of 0")
 
 
+def test_what_is_too_small_is_not_decoded(tmp_path):
+    """Size is in the first bytes: these have no more."""
+    records = [Record("a", "a", Inline(png(0, (64, 64)))), Record("b", "b", Inline(png(1, (20, 20))[:60] + b"IEND"))]
+    build(ListSource(records), tmp_path, Options({}, filters=Filters(min_side=32)))
+    assert [r["reason"] for r in lines(tmp_path / "rejects.jsonl")] == ["side of 20 pixels, least is 32"]
+
+
 def test_bad_options_are_refused():
     for make in (
         lambda: Options({"train": 0.1}),

@@ -184,6 +184,26 @@ def test_indexed_tars_are_what_webdataset_reads(tmp_path):
     assert again.fingerprint == manifest.fingerprint
 
 
+def test_processes_find_what_threads_find(tmp_path, monkeypatch):
+    for i in range(5):
+        _tar(tmp_path / f"{i}.tar", {f"{i}{j}.{e}": bytes([j]) * 5000 for j in range(4) for e in ("jpg", "txt", "cls")})
+    threads = index(str(tmp_path))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for path in (*tmp_path.glob("*.idx"), *tmp_path.glob("*.json")):
+        path.unlink()
+    monkeypatch.setattr("data_prep.index.MUCH", 0)
+    seen = []
+    assert index(str(tmp_path), progress=lambda done, total: seen.append((done, total))) == threads
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert seen == [(i + 1, 5) for i in range(5)]
+    (tmp_path / "3.tar").write_bytes((tmp_path / "3.tar").read_bytes()[:-11_000])
+    with pytest.raises(DataError, match=r"damaged tars:\n  3\.tar: cut"):
+        index(str(tmp_path))
+    (tmp_path / "3.tar").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*3\.tar"):
+        index(str(tmp_path), pattern="{0..4}.tar")
+
+
 def test_keys_in_pieces_are_damage(tmp_path):
     _tar(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"2", "a.txt": b"3"})
     with pytest.raises(DataError, match="'a' occurs in two places"):
