@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.duplicates import Seen, prints_name, unpack
 from data_prep.fetch import Failed, fetched
+from data_prep.keys import Keys
 from data_prep.options import Options
 from data_prep.prepare import Sample, Task, prepared
 from data_prep.record import Record, Source, split_of
@@ -261,16 +262,14 @@ class _Build:
                 writer.resume_at = self.places
             writer.check_inputs()
 
-    def _taken_keys(self) -> set[str]:
+    def _taken_keys(self) -> Keys:
         """Keys of the data set that is added to; places need no looking up."""
-        if self.source.positional:
-            return set()
-        return {
-            key
-            for split, base in self.bases.items()
-            for shard in base.shards
-            for key in self._index(split, base, shard).keys
-        }
+        keys = Keys()
+        for split, base in self.bases.items() if not self.source.positional else ():
+            for shard in base.shards:
+                keys.add(self._index(split, base, shard).keys)
+        keys.sort()
+        return keys
 
     def _index(self, split: str, manifest: Manifest, shard: Shard) -> ShardIndex:
         name = f"{split}/{index_name(shard.name)}"

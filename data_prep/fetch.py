@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +33,9 @@ VALUED = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_
 HASHES = {32: "md5", 40: "sha1", 64: "sha256"}
 """Length in hex digits of an expected hash."""
 _PIECE = 64 * 1024
+_FRAME = 1024**2
+"""Bytes of an answer that may come beside its body: headers, lengths of chunks."""
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,12 @@ class _Again(Exception):
 
 
 class _Wire(io.RawIOBase):
-    """A socket to read from until a deadline."""
+    """A socket to read from until a deadline, and at most so many bytes: http.client trusts what chunks promise."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, deadline: float, most: int) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._left = most
 
     def readable(self) -> bool:
         return True
@@ -67,21 +71,26 @@ class _Wire(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("no time left")
         self._sock.settimeout(left)
-        return self._sock.recv_into(buffer)
+        n = self._sock.recv_into(buffer)
+        self._left -= n
+        if self._left < 0:
+            raise Rejected("an answer without end")
+        return n
 
 
 class _Socket:
-    """What http.client uses of a socket, with a deadline for reading."""
+    """What http.client uses of a socket, with limits for reading."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, deadline: float, most: int) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._most = most
 
     def sendall(self, data: bytes) -> None:
         self._sock.sendall(data)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Wire(self._sock, self._deadline), _PIECE)
+        return io.BufferedReader(_Wire(self._sock, self._deadline, self._most), _PIECE)
 
     def close(self) -> None:
         """Do nothing: http.client closes it while its answer is still to be read."""
@@ -110,8 +119,9 @@ class Fetcher:
             try:
                 data = self._follow(remote.url)
                 break
-            except (_Again, OSError, http.client.HTTPException) as error:
-                reason = error or type(error).__name__
+            # http.client lets some nonsense of servers through to where it is a ValueError.
+            except (_Again, OSError, http.client.HTTPException, ValueError) as error:
+                reason = error if str(error) else type(error).__name__
         else:
             raise Rejected(f"download failed after {o.retries + 1} attempts: {reason}")
         if remote.expected:
@@ -126,16 +136,19 @@ class Fetcher:
             raise Rejected(f"download has another {kind} than expected")
 
     def _follow(self, url: str) -> bytes:
-        deadline = time.monotonic() + self.options.timeout
+        left = self.options.timeout
         for _ in range(self.options.redirects + 1):
-            answer = self._request(url, deadline)
+            answer, left = self._request(url, left)
             if isinstance(answer, bytes):
                 return answer
-            url = urljoin(url, answer)
+            try:
+                url = urljoin(url, answer)
+            except ValueError as error:
+                raise Rejected(f"redirected to what is not a URL: {error}") from error
         raise Rejected(f"more than {self.options.redirects} redirects")
 
-    def _request(self, url: str, deadline: float) -> bytes | str:
-        """The body, or where else to look."""
+    def _request(self, url: str, left: float) -> tuple[bytes | str, float]:
+        """The body, or where else to look, and how many of the seconds ``left`` remain."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -143,11 +156,12 @@ class Fetcher:
             raise Rejected(f"not a URL: {error}") from error
         if parts.scheme not in ("http", "https") or not host:
             raise Rejected(f"not an HTTP address: {url[:200]}")
-        self._wait_turn(host, deadline)
+        self._wait_turn(host)
+        deadline = time.monotonic() + left
         secure = parts.scheme == "https"
         connection = http.client.HTTPConnection(host, port or (443 if secure else 80))
         raw = self._connect(host, connection.port, secure, deadline)
-        connection.sock = _Socket(raw, deadline)
+        connection.sock = _Socket(raw, deadline, self.options.max_bytes + _FRAME)
         try:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             path = path.encode("utf-8", "replace").decode("latin-1")
@@ -155,7 +169,7 @@ class Fetcher:
             headers = {"User-Agent": self.options.agent, "Accept": "image/*", "Accept-Encoding": "identity"}
             connection.request("GET", path, headers={**headers, "Connection": "close"})
             with connection.getresponse() as answer:
-                return self._read(answer)
+                return self._read(answer), deadline - time.monotonic()
         finally:
             connection.close()
             raw.close()
@@ -163,16 +177,26 @@ class Fetcher:
     def _connect(self, host: str, port: int, secure: bool, deadline: float) -> socket.socket:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             raise Rejected(f"unknown host {host!r}: {error}") from error
         addresses = [entry[4] for entry in found]
         if not self.options.private:
             for address in addresses:
                 if not _public(str(address[0])):
                     raise Rejected(f"{host} is at {address[0]}, a private address")
-        left = max(0.001, deadline - time.monotonic())
-        raw = socket.create_connection((str(addresses[0][0]), port), timeout=left)
+        raw = self._first(addresses, port, deadline)
         return self._tls.wrap_socket(raw, server_hostname=host) if secure else raw
+
+    def _first(self, addresses: Sequence[tuple[Any, ...]], port: int, deadline: float) -> socket.socket:
+        """A connection to the first address that takes one; each may take an even part of the time left."""
+        for number, address in enumerate(addresses):
+            left = (deadline - time.monotonic()) / (len(addresses) - number)
+            try:
+                return socket.create_connection((str(address[0]), port), timeout=max(0.001, left))
+            except OSError:
+                if number == len(addresses) - 1:
+                    raise
+        raise AssertionError("a name without addresses is unknown")
 
     def _read(self, answer: http.client.HTTPResponse) -> bytes | str:
         if answer.status in (301, 302, 303, 307, 308):
@@ -212,21 +236,23 @@ class Fetcher:
             if {word.strip().lower() for word in (rest if addressed else tag).split(",")} & FORBIDDEN:
                 raise Rejected(f"X-Robots-Tag: {tag}")
 
-    def _wait_turn(self, host: str, deadline: float) -> None:
-        """Space out the requests to one host; waiting does not count against the time of others."""
+    def _wait_turn(self, host: str) -> None:
+        """Space out the requests to one host; waiting is no part of a request's time."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next.get(host, 0.0))
             self._next[host] = turn + 1 / self.options.per_host
-        if turn > deadline:
-            raise _Again(f"too many requests to {host} are waiting")
         time.sleep(max(0.0, turn - now))
 
 
 def _public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
+    if isinstance(ip, ipaddress.IPv6Address):
+        # What a router or the system may turn into an IPv4 address is judged as that one.
+        embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 or int(ip) >> 32 == 0 else None
+        inner = ip.ipv4_mapped or ip.sixtofour or embedded
+        if inner is not None:
+            return _public(str(inner))
     return ip.is_global and not ip.is_multicast
 
 

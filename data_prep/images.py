@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,11 +58,11 @@ class Stored(NamedTuple):
     data: bytes
     pixels: Image.Image
     """The decoded image, mode L or RGB, before lossy encoding."""
-    source_size: tuple[int, int]
-    """Width and height before resizing, upright."""
 
 
-def load(data: bytes, claimed: str = "", near: int = 0) -> tuple[Image.Image, tuple[int, int]]:
+def load(
+    data: bytes, claimed: str = "", near: int = 0, check: Callable[[tuple[int, int]], None] = lambda size: None
+) -> tuple[Image.Image, tuple[int, int]]:
     """Open and fully decode an encoded image. Returns it and its width and height in full.
 
     Args:
@@ -69,6 +70,7 @@ def load(data: bytes, claimed: str = "", near: int = 0) -> tuple[Image.Image, tu
         claimed: Extension of its name, in lower case; empty when nothing is claimed.
         near: If positive, a JPEG may be decoded at a half, quarter or eighth of its size, as long as its short side
             stays at least twice this.
+        check: Called with the width and height, as they are stored, before any pixel is decoded; may raise Rejected.
 
     Raises:
         Rejected: not an image that can be trusted.
@@ -82,6 +84,7 @@ def load(data: bytes, claimed: str = "", near: int = 0) -> tuple[Image.Image, tu
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_container(data, image.format or "", claimed)
             size = image.size
+            check(size)
             if near:
                 scale = min(image.size) / (2 * near)
                 if scale > 1:
@@ -189,23 +192,25 @@ def encode(image: Image.Image, extension: str, quality: int) -> bytes:
     return target.getvalue()
 
 
-def store(data: bytes, claimed: str, options: ImageOptions) -> Stored:
-    """Check an image and bring it into the form that is stored.
+def store(
+    data: bytes, claimed: str, options: ImageOptions, check: Callable[[tuple[int, int]], None] = lambda size: None
+) -> Stored:
+    """Check an image (see :func:`load`) and bring it into the form that is stored.
 
     Raises:
         Rejected: it cannot be used.
     """
     near = options.size if options.resize in ("short", "crop") else 0
-    image, size = load(data, claimed, near)
+    image, size = load(data, claimed, near, check)
     kind = "JPEG" if image.format == "MPO" else image.format or ""
     if _orientation(image) >= 5:
         size = (size[1], size[0])
     pixels, changed = normalize(image)
     if options.format == "keep":
         if not changed and kind in _KEEPS:
-            return Stored(_KEEPS[kind], data, pixels, size)
+            return Stored(_KEEPS[kind], data, pixels)
         extension = "jpg" if kind == "JPEG" else "png"
     else:
         extension = options.format
         pixels = resize(pixels, size, options)
-    return Stored(extension, encode(pixels, extension, options.quality), pixels, size)
+    return Stored(extension, encode(pixels, extension, options.quality), pixels)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing as mp
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_prep.ahead import cores, follow_parent, in_order
+from data_prep.record import check_classes
 from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
-from data_prep.store import Store, open_store
+from data_prep.store import LocalStore, Store, open_store
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import FIELDS, FILE, SIZES, Manifest, Shard, index_bytes, index_name, parse, sizes_json
 
-THREADS = 2 * (os.cpu_count() or 1)
-"""Hashing runs outside of Python's lock; while one waits for a disk, another one hashes."""
+MUCH = 512 * 1024**2
+"""Bytes for which it is worth starting processes: they take as long as looking through so many."""
 TEXTS = (b".txt", b".cls")
 """Members that are measured by their content."""
 
@@ -40,7 +44,7 @@ def index(
     pattern: str = "",
     classes: Sequence[str] = (),
     skip_damaged: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Look through the tars of a folder and write indexes, sizes.json and manifest.json beside them.
 
@@ -51,7 +55,7 @@ def index(
             its sub-folders.
         classes: Names of the labels; left out, labels that are numbers name themselves.
         skip_damaged: Leave damaged tars out instead of stopping.
-        progress: Called with the number of tars looked through.
+        progress: Called with the number of tars looked through, and of all.
 
     Raises:
         DataError: no tars, or damaged ones (all are listed).
@@ -71,7 +75,7 @@ def index(
                 statistics.merge(found.statistics)
                 together |= found.together
             if progress is not None:
-                progress(len(shards) + len(damaged))
+                progress(len(shards) + len(damaged), len(names))
         if damaged and not skip_damaged:
             raise DataError("damaged tars:\n  " + "\n  ".join(damaged) + "\nmend them, or leave them out with --skip")
         manifest = _manifest(store, shards, together, statistics, classes, damaged)
@@ -107,18 +111,24 @@ def _below(store: Store, folder: str) -> Iterator[str]:
         yield from _below(store, below)
 
 
-def _looked_through(store: Store, names: Iterable[str]) -> Iterator[tuple[str, Found]]:
-    """Look through tars in threads, in order, a few ahead."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        ahead: deque[tuple[str, Future[Found]]] = deque()
-        for name in names:
-            ahead.append((name, pool.submit(_look_through, store, name)))
-            if len(ahead) > THREADS:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        while ahead:
-            first, future = ahead.popleft()
-            yield first, future.result()
+def _looked_through(store: Store, names: Sequence[str]) -> Iterator[tuple[str, Found]]:
+    """Look through tars in order, twice as many at once as there are cores: while one waits for a disk, another hashes.
+
+    What is on this machine is looked through in processes: of threads only those that hash or wait can run at once.
+    """
+    workers = 2 * cores()
+    with ExitStack() as stack:
+        pool: Executor
+        if isinstance(store, LocalStore) and sum(store.size(name) for name in names) > MUCH:
+            context = mp.get_context("forkserver")
+            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
+        else:
+            pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        try:
+            yield from in_order(pool, functools.partial(_look_through, store), names, workers)
+        except BrokenProcessPool as error:
+            raise DataError(f"a worker died ({error}); was it killed for its memory?") from error
 
 
 def _look_through(store: Store, name: str) -> Found:
@@ -158,7 +168,8 @@ def _measure(path: os.PathLike[str], found: Scan) -> Statistics:
 
         captions = np.fromiter((len(text.decode("utf-8", "replace")) for text in texts("txt")), np.int64)
         statistics.measure("caption_length", captions)
-        statistics.labels.update(int(text) for text in texts("cls") if text.strip().isdigit())
+        numbers = (text.strip() for text in texts("cls"))
+        statistics.labels.update(int(text) for text in numbers if text.isdigit() and len(text) < 19)
     return statistics
 
 
@@ -179,6 +190,7 @@ def _manifest(
     if classes:
         known["classes"] = tuple(classes)
     elif not known["classes"] and statistics.labels:
+        check_classes(max(statistics.labels), len(statistics.labels))
         known["classes"] = tuple(str(i) for i in range(max(statistics.labels) + 1))
     known["made"] = {**known["made"], "indexed": {"tars": len(shards), "left_out": damaged}}
     return Manifest(store.where, tuple(shards), fields_apart(together), statistics=statistics.as_json(), **known)

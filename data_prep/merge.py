@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 from data_prep.dataset import read_index, read_manifest
+from data_prep.keys import Keys
 from data_prep.shards import fields_of
 from data_prep.statistics import Statistics
 from data_prep.store import Store, open_store
@@ -17,12 +18,13 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import FILE, SIZES, Manifest, Shard, index_name, sizes_json
 
 
-def merge(folders: Sequence[str], out: str) -> Manifest:
+def merge(folders: Sequence[str], out: str, progress: Callable[[int, int], None] | None = None) -> Manifest:
     """Make one data set of several. On the same disk the shards are linked, otherwise copied; the inputs stay.
 
     Args:
         folders: Data sets, in order: folders or fsspec URLs.
         out: Folder or fsspec URL that is made.
+        progress: Called with the number of shards brought over, and of all.
 
     Raises:
         ConfigError: ``out`` holds something else, or there is nothing to merge.
@@ -35,10 +37,12 @@ def merge(folders: Sequence[str], out: str) -> Manifest:
         target = stack.enter_context(closing(open_store(out)))
         manifests = [read_manifest(store) for store in stores]
         _check(stores, manifests)
-        return _merge(stores, manifests, target)
+        return _merge(stores, manifests, target, progress or (lambda done, total: None))
 
 
-def _merge(stores: Sequence[Store], manifests: Sequence[Manifest], target: Store) -> Manifest:
+def _merge(
+    stores: Sequence[Store], manifests: Sequence[Manifest], target: Store, progress: Callable[[int, int], None]
+) -> Manifest:
     copies = {
         f"{number:03d}-{shard.name.replace('/', '-')}": (store, shard)
         for number, (store, manifest) in enumerate(zip(stores, manifests, strict=True))
@@ -53,6 +57,7 @@ def _merge(stores: Sequence[Store], manifests: Sequence[Manifest], target: Store
             _link(path, staged)
             target.publish(staged, name)
         shards.append(replace(shard, name=name))
+        progress(len(shards), len(copies))
     statistics = Statistics()
     for manifest in manifests:
         statistics.merge(Statistics.from_json(manifest.statistics))
@@ -84,7 +89,6 @@ def _check_target(target: Store, copies: Collection[str]) -> None:
 
 def _check(stores: Sequence[Store], manifests: Sequence[Manifest]) -> None:
     first = manifests[0]
-    keys: dict[str, str] = {}
     for store, manifest in zip(stores, manifests, strict=True):
         if manifest.classes != first.classes:
             raise DataError(f"{store.where} has other classes than {first.root}; repack with `sluice prep build tars`")
@@ -94,13 +98,15 @@ def _check(stores: Sequence[Store], manifests: Sequence[Manifest]) -> None:
             kept = {*manifest.fields[name], *first.fields[name]}
             if set(fields_of(sorted(kept))) != {name}:
                 raise DataError(f"{store.where} has another kind of field {name!r} than {first.root}")
-        for shard in manifest.shards:
-            for key in read_index(store, manifest, shard).keys:
-                if key in keys:
-                    raise DataError(
-                        f"key {key!r} is in {keys[key]} and {store.where}; `sluice prep build tars` renames"
-                    )
-                keys[key] = store.where
+    shards = [(s, m, shard) for s, m in zip(stores, manifests, strict=True) for shard in m.shards]
+    keys = Keys()
+    for store, manifest, shard in shards:
+        keys.add(read_index(store, manifest, shard).keys)
+    again = next(keys.repeated(lambda number: read_index(*shards[number]).keys), None)
+    if again is not None:
+        key, one, other = again
+        places = f"{shards[one][0].where} and {shards[other][0].where}"
+        raise DataError(f"key {key!r} is in {places}; `sluice prep build tars` renames")
 
 
 def _link(source: Path, target: Path) -> None:

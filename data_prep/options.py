@@ -82,7 +82,8 @@ class FetchOptions:
 
     concurrency: int = 32
     timeout: float = 20.0
-    """Seconds for one attempt, from resolving the name to the last byte."""
+    """Seconds for one attempt, from resolving the name to the last byte, redirects included; not for waiting for the
+    host's turn (``per_host``)."""
     max_bytes: int = 32 * 1024**2
     retries: int = 2
     """Further attempts after a time-out, a broken connection, or an answer 429 or 5xx."""

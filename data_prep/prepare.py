@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing as mp
@@ -13,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from data_prep import images
+from data_prep.ahead import follow_parent
 from data_prep.duplicates import perceptual_hash
 from data_prep.options import Filters, Options
 from data_prep.record import Inline, Record, Rejected
@@ -49,8 +51,7 @@ def prepare(record: Record, options: Options) -> Sample | str:
 def _prepare(record: Record, options: Options) -> Sample:
     _check_caption(record.caption or "", options.filters)
     data = record.image.read()
-    stored = images.store(data, record.extension, options.image)
-    _check_size(stored.source_size, options.filters)
+    stored = images.store(data, record.extension, options.image, functools.partial(_check_size, options.filters))
     members = [(stored.extension, stored.data)]
     if record.label is not None:
         members.append(("cls", str(record.label).encode()))
@@ -82,7 +83,7 @@ def _check_caption(caption: str, f: Filters) -> None:
         raise Rejected(f"caption does not match {f.caption!r}")
 
 
-def _check_size(size: tuple[int, int], f: Filters) -> None:
+def _check_size(f: Filters, size: tuple[int, int]) -> None:
     short, long = sorted(size)
     if short < f.min_side:
         raise Rejected(f"side of {short} pixels, least is {f.min_side}")
@@ -110,7 +111,7 @@ def prepared(tasks: Iterable[Task], options: Options) -> Iterator[tuple[Task, Sa
         for task in tasks:
             yield task, prepare(task[2], options)
         return
-    pool = ProcessPoolExecutor(options.workers, mp_context=mp.get_context("forkserver"), initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(options.workers, mp_context=mp.get_context("forkserver"), initializer=follow_parent)
     flying: deque[Flight] = deque()
     try:
         for batch in _batches(tasks):
@@ -144,10 +145,3 @@ def _batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C goes to the whole group; only the parent acts on it."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

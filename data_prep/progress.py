@@ -1,4 +1,4 @@
-"""How far long work is: a bar with rate, rejects and time left; a plain line now and then without a terminal."""
+"""How far a long piece of work is: a bar with rate and time left; a plain line now and then without a terminal."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Progress:
         self._unit = unit
         self._bar: Any = None
         self._began = self._shown = time.monotonic()
+        self._state: tuple[int, int, str] | None = None
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -38,25 +39,47 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._bar is not None:
+            self._show_bar()  # where it came to, not where it was a moment before
             self._bar.stop()
 
     def counts(self, counts: Counts) -> None:
         """Show a build's counts."""
         self.update(counts.inputs, counts.inputs - counts.resumed, f", {counts.rejects:,} rejected")
 
+    def of(self, done: int, total: int) -> None:
+        """Show ``done`` of a total that is known by now."""
+        self._total = total
+        self.update(done)
+
     def update(self, done: int, lately: int | None = None, note: str = "") -> None:
         """Show ``done`` of the total; ``lately`` of them since the beginning, by which the rate is measured."""
+        self._state = (done, done if lately is None else lately, note)
         now = time.monotonic()
         if now - self._shown < (LINE_EVERY if self._bar is None else BAR_EVERY):
             return
         self._shown = now
-        rate = (done if lately is None else lately) / (now - self._began)
-        text = f"{done:,} {self._unit}, {rate:,.0f}/s{note}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=text)
-            return
-        left = ""
-        if self._total and rate > 0:
-            minutes, seconds = divmod(int((self._total - done) / rate), 60)
-            left = f", {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
-        print(f"{self._title}: {text}{left}", file=sys.stderr, flush=True)
+            self._show_bar()
+        else:
+            print(f"{self._title}: {self._text()}{self._left()}", file=sys.stderr, flush=True)
+
+    def _show_bar(self) -> None:
+        if self._state is not None:
+            self._bar.update(self._task, completed=self._state[0], total=self._total, note=self._text())
+
+    def _text(self) -> str:
+        assert self._state is not None
+        done, _, note = self._state
+        return f"{done:,} {self._unit}, {self._rate():,.0f}/s{note}"
+
+    def _rate(self) -> float:
+        """Per second, since the beginning."""
+        assert self._state is not None
+        return self._state[1] / max(1e-9, time.monotonic() - self._began)
+
+    def _left(self) -> str:
+        assert self._state is not None
+        if not self._total or self._rate() <= 0:
+            return ""
+        minutes, seconds = divmod(int(max(0, self._total - self._state[0]) / self._rate()), 60)
+        return f", {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"

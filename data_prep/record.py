@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pipeline.core.errors import DataError
+
 KEY_LENGTH = 80
 """Longest key in bytes: with the longest extension it still fits a tar header's 100."""
+FILE_BYTES = 1024**3
+"""Largest file that is taken for an image: any with as many pixels as are allowed is smaller."""
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_\-]")
 
 
@@ -49,6 +55,11 @@ class LocalFile:
 
     def read(self) -> bytes:
         """The file's content. A file that vanished or may not be read stops the build: OSError passes through."""
+        status = os.stat(self.path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise Rejected("not a regular file")
+        if status.st_size > FILE_BYTES:
+            raise Rejected(f"{status.st_size} bytes, most is {FILE_BYTES}")
         with open(self.path, "rb") as f:
             return f.read()
 
@@ -85,7 +96,7 @@ class Source(Protocol):
 
     @property
     def total(self) -> int | None:
-        """Number of records, where it is known beforehand."""
+        """Number of records, where it can be known beforehand; of long text files about that many."""
         ...
 
     @property
@@ -125,13 +136,30 @@ def number_classes(names: Iterable[str], known: Sequence[str] = ()) -> tuple[tup
     """Classes in order and the label of each name.
 
     Numbers stand for themselves; other names are numbered in alphabetical order, after those already ``known``.
+
+    Raises:
+        DataError: numbers that are no class numbers.
     """
     names = set(names)
     if all(name.isdecimal() for name in names) and not set(known) & names:
-        most = max((int(name) for name in names), default=-1)
+        most = max((int(name[:20]) for name in names), default=-1)
+        check_classes(most, len(names))
         return tuple(known) or tuple(str(i) for i in range(most + 1)), {name: int(name) for name in names}
     classes = (*known, *sorted(names - set(known)))
     return classes, {name: i for i, name in enumerate(classes)}
+
+
+def check_classes(most: int, used: int) -> None:
+    """Refuse labels up to ``most`` of which only ``used`` differ: a list of all classes would be endless.
+
+    Raises:
+        DataError: they are ids of something else.
+    """
+    if most > 100_000 + 10 * used:
+        raise DataError(
+            f"a label is {most}, but only {used} labels differ: these are no class numbers, which count from 0; "
+            "take another column, or give names"
+        )
 
 
 def split_of(identity: str, splits: Mapping[str, float], seed: int) -> str:
@@ -152,6 +180,15 @@ def split_of(identity: str, splits: Mapping[str, float], seed: int) -> str:
 def extension_of(name: str) -> str:
     """What a file's name claims it to be: "jpg"; empty without a dot in its last part."""
     return name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
+
+
+def json_table(data: str | bytes) -> tuple[dict[str, Any] | None, str]:
+    """Metadata from its text; or None, and what is wrong."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return None, f"metadata is not JSON: {error}"
+    return (value, "") if isinstance(value, dict) else (None, "metadata is no table")
 
 
 def file_stamp(path: str | os.PathLike[str]) -> str:

@@ -5,6 +5,7 @@ Plain members are taken many at a time (``headers.py``), others one by one (``wa
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ def scan(path: Path, texts: tuple[bytes, ...] = ()) -> Scan:
     kept: dict[int, bytes] = {}
     problem = ""
     with open(path, "rb", buffering=0) as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         data = HashedFile(f)
         try:
             _walk(data, members, texts, kept)
@@ -91,7 +93,17 @@ def scan(path: Path, texts: tuple[bytes, ...] = ()) -> Scan:
     if table is None:
         table, again = _one_by_one(members, whole=not problem)
         problem = again or problem
+    problem = problem or _not_text((*table[0], *table[1].keys))
     return Scan(size, sha256, *table, kept, problem)
+
+
+def _not_text(names: Sequence[str]) -> str:
+    """What is wrong with names that no text file can hold; empty when nothing is."""
+    try:
+        "\0".join(names).encode()
+    except UnicodeEncodeError as error:
+        return f"a name is not UTF-8: {error.object[: error.end].rpartition(chr(0))[2]!r}; repack it"
+    return ""
 
 
 def _walk(data: HashedFile, members: _Members, texts: tuple[bytes, ...], kept: dict[int, bytes]) -> None:
@@ -184,7 +196,7 @@ def _extensions(letters: np.ndarray, dot: np.ndarray) -> tuple[np.ndarray, list[
     """Number of each name's extension among all, and the extensions in lower case by name; None if any is odd."""
     padded = np.pad(letters, ((0, 0), (0, _LONGEST + 1)))
     found = np.take_along_axis(padded, dot[:, None] + 1 + np.arange(_LONGEST + 1), 1)
-    if found[:, _LONGEST].any() or (found >= 0x80).any():
+    if found[:, _LONGEST].any() or (found >= 0x80).any() or not found[:, 0].all():
         return dot, None
     capital = (found >= ord("A")) & (found <= ord("Z"))
     lower = (found + capital * np.uint8(32))[:, :_LONGEST]

@@ -99,6 +99,13 @@ class LocalStore:
         """See :class:`Store`."""
         return (self.root / name).read_bytes()
 
+    def size(self, name: str) -> int:
+        """Bytes of a file; 0 where there is none."""
+        try:
+            return (self.root / name).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def fetch(self, name: str) -> AbstractContextManager[Path]:
         """See :class:`Store`."""
         return nullcontext(self.root / name)

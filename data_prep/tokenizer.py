@@ -6,7 +6,7 @@ lower-cased. Ids 0, 1 and 2 are padding, start and end of text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from data_prep.dataset import digest, items, read_manifest
@@ -19,13 +19,19 @@ SPECIAL = ("<pad>", "<start_of_text>", "<end_of_text>")
 LEAST = len(SPECIAL) + 256
 
 
-def train_tokenizer(folder: str, vocabulary: int = 8192, fields: Sequence[str] = ("caption",)) -> Manifest:
+def train_tokenizer(
+    folder: str,
+    vocabulary: int = 8192,
+    fields: Sequence[str] = ("caption",),
+    progress: Callable[[int], None] | None = None,
+) -> Manifest:
     """Train a tokenizer, write it beside the manifest and name it there.
 
     Args:
         folder: Folder or fsspec URL of one split.
         vocabulary: Most entries, the three special ones and the 256 bytes among them.
         fields: Fields that hold text.
+        progress: Called with the number of samples read.
 
     Raises:
         ConfigError: a vocabulary that does not hold all bytes.
@@ -50,7 +56,7 @@ def train_tokenizer(folder: str, vocabulary: int = 8192, fields: Sequence[str] =
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(_texts(store, manifest, fields), trainer)
+        tokenizer.train_from_iterator(_texts(store, manifest, fields, progress), trainer)
         data = tokenizer.to_str(pretty=True).encode()
         store.write(NAME, data)
         manifest = replace(manifest, tokenizer={"file": NAME, "sha256": digest(data)})
@@ -60,7 +66,11 @@ def train_tokenizer(folder: str, vocabulary: int = 8192, fields: Sequence[str] =
         store.close()
 
 
-def _texts(store: Store, manifest: Manifest, fields: Sequence[str]) -> Iterator[str]:
-    for item in items(store, manifest, fields):
+def _texts(
+    store: Store, manifest: Manifest, fields: Sequence[str], progress: Callable[[int], None] | None
+) -> Iterator[str]:
+    for done, item in enumerate(items(store, manifest, fields), 1):
+        if progress is not None:
+            progress(done)
         for data in item.fields.values():
             yield data.decode("utf-8", "replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -11,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import images
+from data_prep.ahead import cores, in_order
 from data_prep.dataset import read_manifest
+from data_prep.keys import Keys
 from data_prep.record import Rejected
 from data_prep.scan import Scan, scan
 from data_prep.store import Store, open_store
@@ -54,23 +57,26 @@ def verify(folder: str, decode: float = 0.0, progress: Callable[[int], None] | N
     try:
         manifest = read_manifest(store)
         report = Report()
-        keys: dict[bytes, str] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            outcomes = pool.map(lambda shard: _shard(store, manifest, shard, decode), manifest.shards)
-            for shard, (found, problems, decoded) in zip(manifest.shards, outcomes, strict=True):
+        keys = Keys()
+        threads = cores()
+        with ThreadPoolExecutor(threads) as pool:
+            work = functools.partial(_shard, store, manifest, decode)
+            for shard, (found, problems, decoded) in in_order(pool, work, manifest.shards, 2 * threads):
                 report.shards += 1
                 report.samples += len(found)
                 report.decoded += decoded
-                report.note(shard.name, problems + _again(found, shard.name, keys))
+                report.note(shard.name, problems)
+                keys.add(found)
                 if progress is not None:
                     progress(report.shards)
+        _check_keys(store, manifest, keys, report)
         _check_folder(store, manifest, report)
         return report
     finally:
         store.close()
 
 
-def _shard(store: Store, manifest: Manifest, shard: Shard, decode: float) -> tuple[Sequence[str], list[str], int]:
+def _shard(store: Store, manifest: Manifest, decode: float, shard: Shard) -> tuple[Sequence[str], list[str], int]:
     """Keys, problems, and samples decoded, of one shard."""
     try:
         with store.fetch(shard.name) as path:
@@ -160,15 +166,17 @@ def _content(data: bytes, field_name: str, extension: str, manifest: Manifest) -
     return ""
 
 
-def _again(keys: Sequence[str], shard: str, seen: dict[bytes, str]) -> list[str]:
-    """Keys that an earlier shard holds too; ``seen`` maps digests of keys to shards."""
-    problems: list[str] = []
-    for key in keys:
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:12]
-        if digest in seen:
-            problems.append(f"key {key!r} is in {seen[digest]} too")
-        seen[digest] = shard
-    return problems if len(problems) <= MOST else [*problems[:MOST], f"and {len(problems) - MOST} more keys"]
+def _check_keys(store: Store, manifest: Manifest, keys: Keys, report: Report) -> None:
+    def read(number: int) -> Sequence[str]:
+        with store.fetch(manifest.shards[number].name) as path:
+            return scan(path).rows.keys
+
+    problems: dict[int, list[str]] = {}
+    for key, first, number in keys.repeated(read):
+        problems.setdefault(number, []).append(f"key {key!r} is in {manifest.shards[first].name} too")
+    for number, found in problems.items():
+        more = [f"and {len(found) - MOST} more keys"] if len(found) > MOST else []
+        report.note(manifest.shards[number].name, found[:MOST] + more)
 
 
 def _check_folder(store: Store, manifest: Manifest, report: Report) -> None:

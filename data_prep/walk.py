@@ -19,7 +19,7 @@ from data_prep.ustar import BLOCK, Member
 CHUNK = 1024**2
 """Bytes read at once: what a core's own cache holds while they are hashed and looked through."""
 _NOTHING = memoryview(b"")
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]+)$", re.DOTALL)
 """Key and extension of a member, split at the first dot of its last part, as webdataset does."""
 _ZERO = bytes(BLOCK)
 _REGULAR = (b"0", b"\0", b"7")
@@ -49,21 +49,26 @@ class Entry(NamedTuple):
     """Of its data."""
     size: int
     crc32: int
+    """0 where the data was not read."""
 
 
-def walk(data: Buffer) -> Iterator[Entry]:
+def walk(data: Buffer, check: bool = True) -> Iterator[Entry]:
     """The regular files of a tar (v7, ustar, GNU, pax) in order; links and folders are passed over.
+
+    Args:
+        data: The archive.
+        check: Read the files' content too, for its CRC-32.
 
     Raises:
         Damage: anything but a whole archive up to its end marker and nothing after it.
     """
     at = 0
-    while (step := next_file(data, at)) is not None:
+    while (step := next_file(data, at, check)) is not None:
         entry, at = step
         yield entry
 
 
-def next_file(data: Buffer, at: int) -> tuple[Entry, int] | None:
+def next_file(data: Buffer, at: int, check: bool = True) -> tuple[Entry, int] | None:
     """The first regular file from the header at ``at`` on, and where the next header begins; None at the end.
 
     Raises:
@@ -83,7 +88,7 @@ def next_file(data: Buffer, at: int) -> tuple[Entry, int] | None:
             if begin + size > len(data):
                 raise Damage(f"cut at byte {len(data)}: inside {name!r}")
             if kind in _REGULAR:
-                crc32 = zlib.crc32(data[begin : begin + size])
+                crc32 = zlib.crc32(data[begin : begin + size]) if check else 0
                 return Entry(name, begin, size, crc32), begin + size + -size % BLOCK
             if kind not in _PASSED_OVER:
                 raise Damage(f"member {name!r} of unknown kind {kind!r} at byte {at}")
@@ -115,11 +120,12 @@ def _header(data: Buffer, at: int) -> bytes:
 
 
 def _check_end(data: Buffer, at: int) -> None:
-    rest = bytes(data[at:])
-    if len(rest) < 2 * BLOCK:
+    if len(data) - at < 2 * BLOCK:
         raise Damage(f"cut at byte {len(data)}: inside the end-of-archive blocks")
-    if rest.count(0) != len(rest):
-        raise Damage(f"zeroed block at byte {at}: more data follows")
+    for begin in range(at, len(data), CHUNK):
+        part = bytes(data[begin : begin + CHUNK])
+        if part.count(0) != len(part):
+            raise Damage(f"zeroed block at byte {at}: more data follows")
 
 
 def _check_sum(block: bytes, at: int) -> None:
@@ -174,7 +180,9 @@ def _pax(body: bytes, at: int) -> dict[str, str]:
 
 
 def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
-    """Samples as webdataset groups them: neighbours with the same key; names without a dot or ``__so__`` are no part.
+    """Samples as webdataset groups them: neighbours with the same key.
+
+    Names without an extension and those written ``__so__`` belong to none.
 
     Raises:
         Damage: a key that comes back later, or two files of the same name in a sample: webdataset would deliver half
@@ -202,6 +210,21 @@ def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
         members.append(Member(extension, offset, size, crc32))
     if members:
         yield key, members
+
+
+class Parts:
+    """A file of which only what is asked for is read."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        first, last, _ = part.indices(self._size)
+        return os.pread(self._file.fileno(), max(0, last - first), first)
 
 
 class HashedFile:

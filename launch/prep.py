@@ -55,7 +55,7 @@ def index(
 
     names = _lines(classes) if classes else ()
     with Progress("indexing", None, "tars") as progress:
-        manifest = run(folder, pattern=tars, classes=names, skip_damaged=skip, progress=progress.update)
+        manifest = run(folder, pattern=tars, classes=names, skip_damaged=skip, progress=progress.of)
     typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
     for line in manifest.made["indexed"]["left_out"]:
         typer.echo(f"left out: {line}")
@@ -149,9 +149,11 @@ def tokenizer(
     field: Annotated[list[str] | None, typer.Option(help="Field with text; caption if left out.")] = None,
 ) -> None:
     """Train a byte-level BPE tokenizer from the captions."""
+    from data_prep.progress import Progress
     from data_prep.tokenizer import train_tokenizer
 
-    manifest = train_tokenizer(folder, vocabulary, tuple(field or ("caption",)))
+    with Progress("reading captions", _manifest(folder).samples, "samples") as progress:
+        manifest = train_tokenizer(folder, vocabulary, tuple(field or ("caption",)), progress.update)
     typer.echo(f"{folder}/{manifest.tokenizer['file']}: sha256 {manifest.tokenizer['sha256']}")
 
 
@@ -178,6 +180,8 @@ def merge(
 ) -> None:
     """Make one data set of several with the same classes; shards are linked, or copied to another disk."""
     from data_prep.merge import merge as run
+    from data_prep.progress import Progress
 
-    manifest = run(folders, out)
+    with Progress("merging", None, "shards") as progress:
+        manifest = run(folders, out, progress.of)
     typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")

@@ -5,12 +5,12 @@
 * ``name.txt`` beside ``name.jpg`` is its caption, ``name.json`` its metadata; the key "caption" of a JSON file is the
   caption where there is no text file.
 
-Hidden files and folders are skipped. Links are followed only to what lies inside the source folder.
+A sidecar that is no JSON table makes its image a rejected one. Hidden files and folders are skipped. Links are followed
+only to what lies inside the source folder.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections import Counter
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import places
+from data_prep.fetch import Failed
 from data_prep.images import EXTENSIONS
 from data_prep.places import UrlFile
-from data_prep.record import LocalFile, Record, extension_of, file_stamp, safe_key
+from data_prep.record import LocalFile, Payload, Record, extension_of, file_stamp, json_table, safe_key
 from pipeline.core.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -112,14 +113,18 @@ class FolderSource:
     def __iter__(self) -> Iterator[Record]:
         for found in self._files:
             path = f"{self.root}/{found.relative}"
-            caption, metadata, sidecars = self._sidecars(_stem(path), found.sidecars)
+            image: Payload = UrlFile(path) if places.is_url(path) else LocalFile(path)
+            stamp = found.stamp
+            if not stamp and os.path.islink(path) and not os.path.exists(path):
+                image, stamp = Failed("a link to nothing"), "broken"
+            caption, metadata, sidecars, problem = self._sidecars(_stem(path), found.sidecars)
             name = _stem(found.relative)
             key = safe_key(name) if found.alone else f"{safe_key(name)}~{found.relative[len(name) + 1 :]}"
             yield Record(
                 key=key,
                 identity=found.relative,
-                image=UrlFile(path) if places.is_url(path) else LocalFile(path),
-                stamp=f"{found.stamp or file_stamp(path)}{sidecars}",
+                image=Failed(problem) if problem else image,
+                stamp=f"{stamp or file_stamp(path)}{sidecars}",
                 label=self._number[self._class(found)] if self.classes else None,
                 caption=caption,
                 metadata=metadata,
@@ -127,20 +132,14 @@ class FolderSource:
                 extension=extension_of(found.relative),
             )
 
-    def _sidecars(self, stem: str, there: frozenset[str]) -> tuple[str | None, dict[str, Any] | None, str]:
-        """Caption, metadata, and a stamp of the files they come from."""
+    def _sidecars(self, stem: str, there: frozenset[str]) -> tuple[str | None, dict[str, Any] | None, str, str]:
+        """Caption, metadata, a stamp of the files they come from, and what is wrong with these."""
         text, table = (_read(f"{stem}.{e}") if e in there else None for e in ("txt", "json"))
-        caption, metadata = (text.strip() if text is not None else None), None
-        if table is not None:
-            try:
-                metadata = json.loads(table)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{stem}.json is not JSON ({error}); mend or remove it") from error
-            if not isinstance(metadata, dict):
-                raise DataError(f"{stem}.json holds no table ({{...}}); mend or remove it")
-            if caption is None and isinstance(metadata.get("caption"), str):
-                caption = metadata["caption"]
-        return caption, metadata, "".join(f"\0{part}" for part in (text, table) if part is not None)
+        caption = text.strip() if text is not None else None
+        metadata, problem = json_table(table) if table is not None else (None, "")
+        if metadata is not None and caption is None and isinstance(metadata.get("caption"), str):
+            caption = metadata["caption"]
+        return caption, metadata, "".join(f"\0{part}" for part in (text, table) if part is not None), problem
 
 
 def _read(place: str) -> str:

@@ -5,7 +5,7 @@ Tables and the folder that their paths are relative to may be local or behind an
 An image column may hold a path (relative to ``root``, by default the table's folder, and inside it), a URL, bytes, or
 Hugging Face's ``{"bytes": ..., "path": ...}``. Text tables that hold bytes hold them as base64, marked ``base64:``.
 A label column holds numbers, or names that are numbered in alphabetical order. All columns without a role become the
-sample's metadata. A row that cannot be used is a rejected input like any other.
+sample's metadata; bytes in them are left out. A row that cannot be used is a rejected input like any other.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -36,6 +39,8 @@ PARQUET_ROWS = 32
 """Rows that are turned into Python objects together."""
 CELL = 64 * 1024**2
 """Longest cell of a CSV file."""
+HEADER_ROWS = 1000
+"""Rows of JSON lines in which a column must occur."""
 _BROKEN = "\0broken"
 """Column that stands for a row that could not be read; its value is why."""
 
@@ -72,13 +77,19 @@ class TableSource:
 
     def __post_init__(self) -> None:
         self.tables = [p for table in self.tables for p in _files(str(table))]
-        wanted = {c for c in (self.columns.image, *self.columns.caption, self.columns.label, self.columns.key) if c}
+        c = self.columns
+        wanted = {name for name in (c.image, *c.caption, c.label, c.key, c.expected) if name}
         for path in self.tables:
             there = _header(path)
             for name in sorted(wanted - set(there)):
-                raise ConfigError(f"{path} has no column {name!r}, only {', '.join(map(repr, there))}")
+                raise ConfigError(f"{path} has no column {name!r}, only {', '.join(map(repr, there)) or 'nothing'}")
+            for name in [name for name, times in Counter(there).items() if times > 1]:
+                raise ConfigError(f"{path} has several columns {name!r}: rename all but one")
         if self.columns.label:
             self.classes, self._number = self._labels()
+        else:
+            counts = [_count(path) for path in self.tables]
+            self.total = None if None in counts else sum(n for n in counts if n is not None)
 
     def describe(self) -> dict[str, Any]:
         """See :class:`~data_prep.record.Source`."""
@@ -90,10 +101,12 @@ class TableSource:
         }
 
     def _labels(self) -> tuple[tuple[str, ...], dict[str, int]]:
-        """Classes and their numbers, from a pass over the label column alone."""
+        """Classes and their numbers, from a pass over the label column alone, which also counts the rows."""
         names: set[str] = set()
+        self.total = 0
         for path in self.tables:
             for row in _rows(str(path), (self.columns.label,)):
+                self.total += 1
                 value = _text(row.get(self.columns.label))
                 if value:
                     names.add(value)
@@ -117,7 +130,7 @@ class TableSource:
             payload = Failed(f"no label in column {c.label!r}")
         captions = dict(_captions(row, c.caption))
         roles = {c.image, *c.caption, c.label, c.key, c.expected}
-        metadata = {k: v for k, v in row.items() if k not in roles and not isinstance(v, bytes)}
+        metadata = {k: _plain(v) for k, v in row.items() if k not in roles and not isinstance(v, bytes)}
         facts = json.dumps([label, captions, metadata], default=str, ensure_ascii=False)
         digest = hashlib.sha256(facts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         return Record(
@@ -195,9 +208,21 @@ class TableFile:
             raise Rejected("no such file") from error
 
 
+def _plain(value: Any) -> Any:
+    """A cell as JSON can hold it: without bytes, and null for what is no number."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in cast("Mapping[str, Any]", value).items() if not isinstance(v, bytes)}
+    if isinstance(value, list):
+        return [_plain(v) for v in cast("list[Any]", value) if not isinstance(v, bytes)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _text(value: Any) -> str:
-    if value is None:
+    """A cell as text. A column of whole numbers with gaps comes as floats, and its gaps as NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
@@ -247,15 +272,28 @@ def _open(path: str) -> Iterator[TextIO]:
 
 
 def _header(path: str) -> list[str]:
-    """Column names; of JSON lines, those of the first row."""
+    """Column names; of JSON lines, those that occur in the first rows."""
     kind = _kind(path)
     if kind == "parquet":
         with _parquet(path) as table:
             return list(table.schema_arrow.names)
     if kind == "jsonl":
-        return list(next(iter(_rows(path)), {}))
+        return list(dict.fromkeys(name for row in islice(_rows(path), HEADER_ROWS) for name in row if name != _BROKEN))
     with _open(path) as f:
         return next(csv.reader(f, delimiter="\t" if kind == "tsv" else ","), [])
+
+
+def _count(path: str) -> int | None:
+    """About how many rows a table has, without reading all of a text file."""
+    if _kind(path) == "parquet":
+        with _parquet(path) as table:
+            return table.metadata.num_rows
+    if path.lower().endswith(".gz"):
+        return None
+    with places.opened(path) as f:
+        beginning = f.read(32 * 1024)
+        size = f.seek(0, os.SEEK_END)
+    return beginning.count(b"\n") * size // max(1, len(beginning))
 
 
 @contextmanager
@@ -295,7 +333,7 @@ def _json_rows(lines: Iterable[str]) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             row = {_BROKEN: f"line {number} is not JSON: {error}"}
         yield row if isinstance(row, dict) else {_BROKEN: f"line {number} is no table"}
 

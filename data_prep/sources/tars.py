@@ -6,7 +6,6 @@ To use tars as they are, ``sluice prep index`` is enough. Where a tar is damaged
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any, Literal
 
 from data_prep import places
 from data_prep.fetch import Failed
-from data_prep.record import Inline, Payload, Record, number_classes, safe_key
+from data_prep.record import Inline, Payload, Record, json_table, number_classes, safe_key
 from data_prep.shards import field_of
-from data_prep.ustar import Member
-from data_prep.walk import Damage, HashedFile, group, walk
+from data_prep.ustar import NAME_LENGTH, Member
+from data_prep.walk import Damage, Parts, group, walk
 from pipeline.core.errors import ConfigError, DataError
 
 
@@ -91,24 +90,36 @@ class TarsSource:
                     yield record
 
     def _record(self, path: str, key: str, unique: str, members: Sequence[Member], stamp: str) -> Record:
-        image: Payload = Failed(f"no image, only {', '.join(m.extension for m in members)}")
-        claimed, more = "", dict[str, bytes]()
+        image: Payload | None = None
+        claimed, problem, more = "", "", dict[str, bytes]()
         caption: str | None = None
         metadata: dict[str, Any] | None = None
         for m in members:
             kind = field_of(m.extension)
-            if kind == "image" and isinstance(image, Failed):
+            if kind == "image" and image is None:
                 image, claimed = Slice(path, m.offset, m.size), m.extension
             elif kind == "caption":
                 caption = _read(path, m).decode("utf-8", "replace")
             elif kind == "metadata":
-                metadata, problem = _table(_read(path, m))
-                image = Failed(problem) if problem else image
+                metadata, wrong = json_table(_read(path, m))
+                problem = problem or wrong
             elif kind != "label":
+                problem = problem or _unfit(f"{unique}.{m.extension}")
                 more[m.extension] = _read(path, m)
+        if image is None:
+            problem = f"no image, only {', '.join(m.extension for m in members)}"
         label = self._number.get(self._label(path, key, members))
+        payload = Failed(problem) if problem or image is None else image
         first = members[0].offset
-        return Record(unique, key, image, f"{stamp} {first}", label, caption, more, metadata, extension=claimed)
+        return Record(unique, key, payload, f"{stamp} {first}", label, caption, more, metadata, extension=claimed)
+
+
+def _unfit(name: str) -> str:
+    """Why a file of this name cannot be written; empty when it can."""
+    try:
+        return "" if len(name.encode()) <= NAME_LENGTH else f"name too long for a tar's header: {name}"
+    except UnicodeEncodeError:
+        return f"name that is not UTF-8: {name!r}"
 
 
 def _expand(text: str) -> list[str]:
@@ -126,10 +137,10 @@ def _expand(text: str) -> list[str]:
 
 
 def _samples(path: str) -> Iterator[tuple[str, list[Member] | None, str]]:
-    """Key and members of each sample; at damage, no members and what is wrong."""
+    """Key and members of each sample, from the headers alone; at damage, no members and what is wrong."""
     with open(path, "rb", buffering=0) as f:
         try:
-            for key, members in group(walk(HashedFile(f))):
+            for key, members in group(walk(Parts(f), check=False)):
                 yield key, members, ""
         except Damage as damage:
             yield "~damage", None, f"the rest of the tar is lost: {damage}"
@@ -137,11 +148,3 @@ def _samples(path: str) -> Iterator[tuple[str, list[Member] | None, str]]:
 
 def _read(path: str, member: Member) -> bytes:
     return Slice(path, member.offset, member.size).read()
-
-
-def _table(data: bytes) -> tuple[dict[str, Any] | None, str]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        return None, f"metadata is not JSON: {error}"
-    return (value, "") if isinstance(value, dict) else (None, "metadata is no table")

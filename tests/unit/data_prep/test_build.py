@@ -160,18 +160,25 @@ def test_killed_at_any_change_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch
 
 KILL = """
 import os, signal, sys
+from dataclasses import replace
 from data_prep.build import build
 from tests.unit.data_prep.test_build import OPTIONS, source
 def progress(counts):
     if counts.inputs == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-build(source(), sys.argv[1], OPTIONS, progress=progress)
+if __name__ == "__main__":
+    build(source(), sys.argv[1], replace(OPTIONS, workers=int(sys.argv[3])), progress=progress)
 """
 
 
-def test_a_real_sigkill(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_real_sigkill(tmp_path, workers):
+    """Workers hold their standard output open, so ``run`` does not return before they have ended too."""
     build(source(), tmp_path / "whole", OPTIONS)
-    child = subprocess.run([sys.executable, "-c", KILL, tmp_path / "out", "15"], cwd=os.getcwd(), check=False)
+    (tmp_path / "kill.py").write_text(KILL)
+    command = [sys.executable, tmp_path / "kill.py", tmp_path / "out", "15", str(workers)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    child = subprocess.run(command, env=environment, check=False, stdout=subprocess.PIPE, timeout=60)
     assert child.returncode == -signal.SIGKILL
     assert any((tmp_path / "out").rglob("*.part"))
     build(source(), tmp_path / "out", OPTIONS)
@@ -266,6 +273,13 @@ def test_filters(tmp_path):
     assert "does not match" in reasons["5"]
     assert reasons["6"].startswith("caption of 3") and reasons["7"].startswith("caption of 45")
     assert reasons["8"].startswith("caption of 0")
+
+
+def test_what_is_too_small_is_not_decoded(tmp_path):
+    """Size is in the first bytes: these have no more."""
+    records = [Record("a", "a", Inline(png(0, (64, 64)))), Record("b", "b", Inline(png(1, (20, 20))[:60] + b"IEND"))]
+    build(ListSource(records), tmp_path, Options({}, filters=Filters(min_side=32)))
+    assert [r["reason"] for r in lines(tmp_path / "rejects.jsonl")] == ["side of 20 pixels, least is 32"]
 
 
 def test_bad_options_are_refused():

@@ -8,12 +8,14 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep import fetch
 from data_prep.build import build
 from data_prep.fetch import Fetcher, Remote
 from data_prep.options import FetchOptions, Options
-from data_prep.record import Rejected
+from data_prep.record import Inline, Record, Rejected
 from data_prep.sources.table import Columns, TableSource
 from pipeline.core.errors import ConfigError
 from tests.unit.data_prep.samples import members, png
@@ -21,6 +23,7 @@ from tests.unit.data_prep.test_build import lines
 
 IMAGE = png(1)
 QUICK = FetchOptions(timeout=0.4, max_bytes=20_000, retries=2, backoff=0.01, per_host=1000, private=True)
+CAREFUL = Fetcher(FetchOptions(**{**vars(QUICK), "private": False, "retries": 0, "per_host": 1e9}))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -94,6 +97,25 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"100\r\nabc")
         self.close_connection = True
 
+    def negative_chunk(self):
+        self.chunk(b"-5\r\nabc")
+
+    def endless_chunk(self):
+        """A length of -1 makes http.client read all there is to come."""
+        try:
+            self.chunk(b"-1\r\n")
+            while not self.server.stop.is_set():
+                self.wfile.write(b"x" * 65536)
+        except OSError:
+            pass
+
+    def chunk(self, body):
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
     def html(self):
         self.answer(b"<html>", Content_Type="text/html; charset=utf-8")
 
@@ -117,6 +139,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def private(self):
         self.answer(b"", 301, Location=f"http://127.0.0.2:{self.server.server_port}/image")
+
+    def broken(self):
+        self.answer(b"", 302, Location="http://[::1/image")
 
     def file(self):
         self.answer(b"", 302, Location="file:///etc/passwd")
@@ -166,12 +191,15 @@ def test_good(server, path):
         ("huge", "1000000000 bytes, most is 20000", 1),
         ("truncated", "broke off after 100 of", 3),
         ("chunked_truncated", "IncompleteRead", 3),
+        ("negative_chunk", "failed after 3 attempts", 3),
+        ("endless_chunk", "an answer without end", 1),
         ("html", "text/html", 1),
         ("missing", "HTTP 404", 1),
         ("error", "HTTP 503", 3),
         ("loop", "more than 5 redirects", 6),
         ("nowhere", "without a place", 1),
         ("file", "not an HTTP address", 1),
+        ("broken", "redirected to what is not a URL", 1),
         ("noai", "X-Robots-Tag: noai", 1),
         ("nonsense", "failed after 3 attempts", 3),
         ("hangup", "failed after 3 attempts", 3),
@@ -200,11 +228,47 @@ def test_private_addresses(server, monkeypatch):
 
 @pytest.mark.parametrize(
     "address",
-    ["10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "fe80::1%eth0", "fc00::1", "::"],
+    [
+        *("10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1"),
+        *("fe80::1%eth0", "fc00::1", "::", "ff02::1", "::7f00:1", "::ffff:a00:1", "64:ff9b::a00:1", "2002:7f00:1::"),
+    ],
 )
 def test_what_is_private(address):
     assert not fetch._public(address)
-    assert fetch._public("93.184.215.14") and fetch._public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "::ffff:808:808", "64:ff9b::808:808", "2002:808:808::"],
+)
+def test_what_is_public(address):
+    assert fetch._public(address)
+
+
+def test_the_next_address_is_tried(server, monkeypatch):
+    """The first has no listener."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.3", 0))
+        resolve = socket.getaddrinfo
+        hosts = {"two.places": ("127.0.0.3", "127.0.0.1")}
+
+        def resolved(host, port, *args, **kwargs):
+            return [found for name in hosts.get(host, (host,)) for found in resolve(name, port, *args, **kwargs)]
+
+        monkeypatch.setattr(fetch.socket, "getaddrinfo", resolved)
+        assert Fetcher(QUICK).get(Remote(f"http://two.places:{server.server_port}/image")) == IMAGE
+
+
+@given(st.text(max_size=30) | st.text("[]:/@%#?\0\t.ax1-", max_size=20).map("http://".__add__))
+def test_no_address_escapes(text):
+    """Whatever a table holds is rejected with a reason; nothing else is raised."""
+    with pytest.MonkeyPatch.context() as patch:
+        resolve = socket.getaddrinfo  # without asking a server for names
+        patch.setattr(
+            fetch.socket, "getaddrinfo", lambda host, port, **kw: resolve(host, port, flags=socket.AI_NUMERICHOST, **kw)
+        )
+        with pytest.raises(Rejected):
+            CAREFUL.get(Remote(text))
 
 
 def test_a_name_that_changes_its_address_is_asked_once(server, monkeypatch):
@@ -254,12 +318,17 @@ def test_requests_to_one_host_are_spaced():
     fetcher = Fetcher(FetchOptions(per_host=100.0))
     now = time.monotonic()
     for host in ["a"] * 5 + ["b"]:
-        fetcher._wait_turn(host, now + 60)
+        fetcher._wait_turn(host)
         turns.append(time.monotonic() - now)
     assert turns[4] >= 0.04
-    fetcher._next["a"] = time.monotonic() + 99
-    with pytest.raises(fetch._Again, match="too many"):
-        fetcher._wait_turn("a", time.monotonic() + 1)
+
+
+def test_waiting_for_a_turn_is_no_part_of_the_time_limit(server):
+    """Twelve requests to one host take longer than one may take; all are answered at the first attempt."""
+    options = FetchOptions(**{**vars(QUICK), "timeout": 1.0, "per_host": 8.0, "retries": 0, "concurrency": 12})
+    record = Record("a", "a", Remote(url(server, "image")))
+    done = list(fetch.fetched([(i, "train", record) for i in range(12)], options))
+    assert all(task[2].image == Inline(IMAGE) for task in done)
 
 
 def test_a_table_of_urls(server, tmp_path):
@@ -287,8 +356,6 @@ def test_order_is_kept_and_threads_are_bounded():
         with lock:
             running.remove(remote)
         return remote.url.encode()
-
-    from data_prep.record import Record
 
     tasks = [(i, "train", Record(str(i), str(i), Remote(str(i)))) for i in range(50)]
     out = list(fetch.fetched(tasks, FetchOptions(concurrency=4), get))

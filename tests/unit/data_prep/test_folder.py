@@ -12,6 +12,7 @@ from data_prep.options import Options
 from data_prep.sources.folder import FolderSource
 from pipeline.core.errors import DataError
 from tests.unit.data_prep.samples import encoded, members, picture, png, stock_reader, tree
+from tests.unit.data_prep.test_build import lines
 
 
 def write(root, files):
@@ -82,10 +83,30 @@ def test_mistakes(tmp_path):
         FolderSource(tmp_path / "missing")
     with pytest.raises(DataError, match="no images"):
         FolderSource(tmp_path)
-    for text in ("{", "[1]"):
-        write(tmp_path, {"a.png": png(), "a.json": text})
-        with pytest.raises(DataError, match=r"a\.json"):
-            build(FolderSource(tmp_path), tmp_path / "out", Options({}))
+
+
+def test_inputs_that_are_no_images_are_rejected(tmp_path):
+    """One bad file among many stops no build; a pipe is not waited for."""
+    write(tmp_path / "in", {f"{name}.png": png(i) for i, name in enumerate("abc")})
+    write(tmp_path / "in", {"b.json": "{", "c.json": "[1]", "d.png/e.md": ""})
+    (tmp_path / "in/f.png").symlink_to("nothing.png")
+    os.mkfifo(tmp_path / "in/g.png")
+    built = build(FolderSource(tmp_path / "in", shuffle=False), tmp_path / "out", Options({}))
+    assert (built.counts.samples, built.counts.inputs) == (1, 5)
+    reasons = {r["key"]: r["reason"].split(":")[0] for r in lines(tmp_path / "out/rejects.jsonl")}
+    assert reasons == {
+        "b": "metadata is not JSON",
+        "c": "metadata is no table",
+        "f": "a link to nothing",
+        "g": "not a regular file",
+    }
+
+
+def test_files_too_large_for_an_image_are_not_read(tmp_path):
+    with open(tmp_path / "a.png", "wb") as f:
+        f.truncate(2**40)
+    with pytest.raises(DataError, match="1099511627776 bytes, most is"):
+        build(FolderSource(tmp_path), tmp_path / "out", Options({}))
 
 
 def test_a_file_that_vanishes_stops_the_build_and_it_goes_on(tmp_path):

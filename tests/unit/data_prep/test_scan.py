@@ -184,6 +184,26 @@ def test_indexed_tars_are_what_webdataset_reads(tmp_path):
     assert again.fingerprint == manifest.fingerprint
 
 
+def test_processes_find_what_threads_find(tmp_path, monkeypatch):
+    for i in range(5):
+        _tar(tmp_path / f"{i}.tar", {f"{i}{j}.{e}": bytes([j]) * 5000 for j in range(4) for e in ("jpg", "txt", "cls")})
+    threads = index(str(tmp_path))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for path in (*tmp_path.glob("*.idx"), *tmp_path.glob("*.json")):
+        path.unlink()
+    monkeypatch.setattr("data_prep.index.MUCH", 0)
+    seen = []
+    assert index(str(tmp_path), progress=lambda done, total: seen.append((done, total))) == threads
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert seen == [(i + 1, 5) for i in range(5)]
+    (tmp_path / "3.tar").write_bytes((tmp_path / "3.tar").read_bytes()[:-11_000])
+    with pytest.raises(DataError, match=r"damaged tars:\n  3\.tar: cut"):
+        index(str(tmp_path))
+    (tmp_path / "3.tar").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*3\.tar"):
+        index(str(tmp_path), pattern="{0..4}.tar")
+
+
 def test_keys_in_pieces_are_damage(tmp_path):
     _tar(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"2", "a.txt": b"3"})
     with pytest.raises(DataError, match="'a' occurs in two places"):
@@ -197,6 +217,23 @@ def test_labels_and_classes(tmp_path):
     assert index(str(tmp_path)).classes == ("0", "1", "2")
     assert index(str(tmp_path), classes=("x", "y", "z")).classes == ("x", "y", "z")
     assert index(str(tmp_path)).classes == ("x", "y", "z"), "kept when renewed"
+
+
+def test_names_and_labels_that_make_no_sense(tmp_path):
+    """They are told apart from data, not run into."""
+    content = {"a.jpg": b"1", "a.": b"2", "b.": b"3", "a.cls": b"9" * 5000, "c.jpg": b"4", "c.cls": b"1"}
+    _tar(tmp_path / "x.tar", content)
+    manifest = index(str(tmp_path))
+    assert load_index(manifest, manifest.shards[0]).keys == ("a", "c")
+    assert manifest.fields.keys() == {"image", "label"}
+    assert manifest.classes == ("0", "1") and verify(str(tmp_path)).problems == {}
+    _tar(tmp_path / "y.tar", {"a\udcff.jpg": b"1"})
+    with pytest.raises(DataError, match=r"y\.tar: a name is not UTF-8: 'a.udcff'"):
+        index(str(tmp_path))
+    (tmp_path / "ids").mkdir()
+    _tar(tmp_path / "ids" / "y.tar", {"d.jpg": b"1", "d.cls": b"1234567890"})
+    with pytest.raises(DataError, match="these are no class numbers"):
+        index(str(tmp_path / "ids"))
 
 
 def test_fields_side_by_side():

@@ -1,6 +1,7 @@
 """Sources that read what others made: tars and torchvision's data sets."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -42,6 +43,34 @@ def test_tars_are_repacked(tars, tmp_path):
         assert (sample["txt"], sample["npy"], json.loads(sample["json"])) == (b"text", b"numbers", {"n": 1})
     reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]
     assert [r.split(":")[0] for r in reasons] == ["no image, only txt", "metadata is not JSON"] * 2
+
+
+def test_tars_are_not_read_more_than_needed(tars, monkeypatch):
+    """Headers and what is asked for; images are left to the workers."""
+    read, pread = [], os.pread
+
+    def counting(file, size, at):
+        read.append(size)
+        return pread(file, size, at)
+
+    monkeypatch.setattr(os, "pread", counting)
+    assert sum(1 for _ in TarsSource([tars], "none")) == 2 * 6
+    assert max(read) <= 10240, "the end-of-archive blocks are the longest"
+
+
+def test_names_that_no_header_holds_are_rejected(tmp_path):
+    long = {"k" * 90 + ".png": png(1), "k" * 90 + ".segmentation_mask.png": png(2)}
+    wrong = {**long, "b.json": b"{", "b.png": png(4), "c.png": b"x", "c.\udcff": b"x"}
+    _tar(tmp_path / "x.tar", {"a.png": png(3), **wrong})
+    built = build(TarsSource([tmp_path / "x.tar"]), tmp_path / "out", Options({}))
+    assert list(members(tmp_path / "out/train")) == ["00000/a.png"]
+    reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]
+    assert [r.split(":")[0] for r in reasons] == [
+        "name too long for a tar's header",
+        "metadata is not JSON",
+        "name that is not UTF-8",
+    ]
+    assert built.counts.inputs == 4
 
 
 def test_keys_with_dots_follow_webdataset(tmp_path):

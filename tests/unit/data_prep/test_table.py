@@ -147,6 +147,30 @@ def test_ragged_csv_and_missing_labels(tmp_path):
     ]
 
 
+def test_whole_numbers_with_gaps(tmp_path, rows):
+    """A table with gaps in a column of integers holds floats and NaN."""
+    kinds, numbers = [0.0, 10.0, float("nan"), 2.0], [1.5, float("inf"), 2, 3]
+    masks = [{"bytes": b"x", "path": "m"}] * 4
+    table = {"file": [r["file"] for r in rows[:4]], "kind": kinds, "n": numbers, "mask": masks}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    source = TableSource([tmp_path / "t.parquet"], Columns("file", label="kind"))
+    assert source.classes == tuple(str(i) for i in range(11))
+    records = list(source)
+    assert [r.label for r in records] == [0, 10, None, 2]
+    assert [r.metadata for r in records] == [{"n": n, "mask": {"path": "m"}} for n in (1.5, None, 2.0, 3.0)]
+
+
+def test_json_lines_may_lack_what_others_have(tmp_path, rows):
+    first, second = rows[0] | {"text": None}, rows[1]
+    del first["text"]
+    (tmp_path / "t.jsonl").write_text("{broken\n" + json.dumps(first) + "\n" + json.dumps(second) + "\n" + "[" * 99999)
+    source = TableSource([tmp_path / "t.jsonl"], Columns("file", ("text",)))
+    build(source, tmp_path / "out", Options({}))
+    assert {k for k in members(tmp_path / "out/train") if k.endswith("txt")} == {"000000002.txt"}
+    reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]
+    assert [r.split(":")[0] for r in reasons] == ["line 1 is not JSON", "line 4 is not JSON"]
+
+
 def test_a_vanished_root_stops_the_build(tmp_path, rows):
     write(tmp_path / "t.csv", rows)
     source = TableSource([tmp_path / "t.csv"], COLUMNS, root=str(tmp_path / "mount"))
@@ -158,6 +182,14 @@ def test_mistakes(tmp_path, rows):
     write(tmp_path / "t.csv", rows)
     with pytest.raises(ConfigError, match="has no column 'flie', only 'file', 'text'"):
         TableSource([tmp_path / "t.csv"], Columns("flie"))
+    with pytest.raises(ConfigError, match="has no column 'sha'"):
+        TableSource([tmp_path / "t.csv"], Columns("file", expected="sha"))
+    (tmp_path / "twice.csv").write_text("file,x,x\n")
+    with pytest.raises(ConfigError, match="several columns 'x'"):
+        TableSource([tmp_path / "twice.csv"], Columns("file"))
+    (tmp_path / "ids.csv").write_text("file,id\na,12345678901\n")
+    with pytest.raises(DataError, match="no class numbers"):
+        TableSource([tmp_path / "ids.csv"], Columns("file", label="id"))
     with pytest.raises(ConfigError, match="not a table"):
         (tmp_path / "t.xlsx").touch()
         TableSource([tmp_path / "t.xlsx"], COLUMNS)
