@@ -1,20 +1,25 @@
 """The tiled losses against open_clip's own, value and gradients; and what open_clip makes of an exported model."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config.schema import Captions
 from pipeline.core.protocols import DataFacts
 from pipeline.data.clip_vocabulary import clip_tokenizer
 from pipeline.data.text import TextDecoder
+from pipeline.dist.group import process_group
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
 from pipeline.nn.open_clip import CLIP_END
 from pipeline.objectives.clip import CLIP, Config
 from pipeline.run.export import write
+from tests.ranks import start_ranks
 
 pytest.importorskip("open_clip", reason="needs the extra 'parity'")
 SMALL = {"dim": 12, "vocab": 40, "length": 9, "text_width": 16, "text_depth": 2, "text_heads": 4}
@@ -84,27 +89,50 @@ def test_what_open_clip_cannot_hold_is_refused_with_the_reason(settings, reason)
     assert offered.content is None and reason in offered.note
 
 
-@pytest.mark.filterwarnings("ignore")  # open_clip's imports
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_value_and_gradients_are_open_clips(kind, scale):
+def both_sides(kind: str, scale: float, rank: int, world: int) -> list[list[Tensor]]:
+    """Ours and theirs on a rank's 12 of the global batch: loss, and gradients of what it is made of."""
     from open_clip.loss import ClipLoss, SigLipLoss
 
-    draw = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draw = torch.randn(2, 12 * world, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     results = []
     for ours in (True, False):
-        image, text = (functional.normalize(x, dim=1).requires_grad_() for x in draw)
+        image, text = (functional.normalize(x, dim=1).chunk(world)[rank].clone().requires_grad_() for x in draw)
         s = torch.tensor([scale], dtype=torch.float64, requires_grad=True)
         b = torch.tensor([-10.0], dtype=torch.float64, requires_grad=True)
-        if kind == "softmax":
-            loss = info_nce(image, text, s, tile=8) if ours else ClipLoss()(image, text, s)
-            leaves = [image, text, s]
+        leaves = [image, text, s] if kind == "softmax" else [image, text, s, b]
+        if ours:
+            loss = {"softmax": info_nce, "sigmoid": sigmoid_loss}[kind](*leaves, tile=8)
+        elif kind == "softmax":
+            loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)(*leaves)
         else:
-            loss = sigmoid_loss(image, text, s, b, tile=8) if ours else SigLipLoss()(image, text, s, b)
-            leaves = [image, text, s, b]
-        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-    for own, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(own, theirs, rtol=1e-10, atol=1e-12)
+            loss = SigLipLoss(rank=rank, world_size=world)(*leaves)
+        results.append([loss.detach().squeeze(), *torch.autograd.grad(loss, leaves)])
+    return results
+
+
+KINDS = [(kind, scale) for kind in ("softmax", "sigmoid") for scale in (1.0, 14.3, 100.0)]
+
+
+def on_a_rank() -> list[list[list[np.ndarray]]]:
+    warnings.simplefilter("ignore")  # open_clip's imports, and collectives that torch calls old
+    with process_group(1.0) as place:
+        found = [both_sides(*case, place.rank, place.world_size) for case in KINDS]
+    return [[[t.numpy() for t in side] for side in sides] for sides in found]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_value_and_gradients_are_open_clips(world):
+    """Features' gradients on each rank, of temperature and bias what an engine makes of them: the mean over ranks."""
+    ended = start_ranks(world, on_a_rank)
+    assert [e.problem for e in ended] == [None] * world
+    for number, case in enumerate(KINDS):
+        own, theirs = (
+            [list(rank) for rank in zip(*(e.value[number][side] for e in ended), strict=True)] for side in (0, 1)
+        )
+        for name, a, b in zip(("loss", "image", "text", "scale", "bias"), own, theirs, strict=False):
+            if name not in ("image", "text"):
+                a, b = np.mean(a, axis=0), np.mean(b, axis=0)
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12, err_msg=f"{name} of {case} at {world} ranks")
 
 
 @pytest.mark.filterwarnings("ignore")  # open_clip's imports
