@@ -59,7 +59,7 @@ def fit(
     meter.restart()
     for micro_batches in meter.timed(stream.batches(clock.step)):
         meter.begin_step(clock.step + 1)
-        # What libraries draw by themselves (timm's drop path) begins anew in each step: resuming needs no state.
+        # What libraries draw by themselves (timm's patch dropout) begins anew in each step: resuming needs no state.
         torch.manual_seed((seed * 1_000_003 + clock.step) * engine.place.world_size + engine.place.rank)
         ctx = StepContext(seed, clock)
         for output, batch in accumulate(engine, micro_batches, ctx):

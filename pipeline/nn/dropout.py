@@ -9,6 +9,7 @@ Shape letters: B samples, V views of each sample in one forward (rows of view 0 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,13 +21,30 @@ from torch import Tensor, nn
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, StepContext
 
-_samples: ContextVar[tuple[Batch, StepContext]] = ContextVar("_samples")
+
+class _Samples:
+    """The keys of a batch's samples, drawn once for all layers: the generator's many small kernels are what costs."""
+
+    def __init__(self, batch: Batch, ctx: StepContext) -> None:
+        self._batch, self._ctx = batch, ctx
+        self._keys: dict[int, Tensor] = {}
+
+    def keys(self, rows: int) -> Tensor:
+        """One per view of each sample: int32[V*B,1]."""
+        if rows not in self._keys:
+            views = rows // len(self._batch["id"])
+            numbers = self._ctx.random(self._batch, "dropout").integers(0, 2**31, views)
+            self._keys[rows] = numbers.T.reshape(-1, 1).to(torch.int32)
+        return self._keys[rows]
+
+
+_samples: ContextVar[_Samples | None] = ContextVar("_samples", default=None)
 
 
 @contextmanager
 def dropping_for(batch: Batch, ctx: StepContext) -> Iterator[None]:
     """Inside, every :class:`SampleDropout` that is in training drops for the samples of ``batch``."""
-    token = _samples.set((batch, ctx))
+    token = _samples.set(_Samples(batch, ctx))
     try:
         yield
     finally:
@@ -36,8 +54,8 @@ def dropping_for(batch: Batch, ctx: StepContext) -> Iterator[None]:
 class SampleDropout(nn.Module):
     """Drops numbers, or with ``whole`` rows, and scales the rest up (Srivastava et al. 2014; Huang et al. 2016).
 
-    The counter-based generator gives each sample one key per layer; key and place are mixed by the finaliser of
-    MurmurHash3 (32 bit), in int32 arithmetic, which is a fraction of what the generator costs for whole feature maps.
+    The counter-based generator gives each view of a sample one key; key and layer, and then place, are mixed by the
+    finaliser of MurmurHash3 (32 bit), in int32 arithmetic, which is a fraction of what the generator costs.
 
     Args:
         p: probability of being dropped.
@@ -47,25 +65,32 @@ class SampleDropout(nn.Module):
 
     def __init__(self, p: float, purpose: str, whole: bool = False) -> None:
         super().__init__()
-        self.p, self.purpose, self.whole = p, purpose, whole
+        self.p, self.whole = p, whole
+        self._layer = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=4).digest(), "little", signed=True)
+        self._last: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[V*B,...] to the same shape."""
         if not self.training or self.p == 0:
             return x
-        batch, ctx = _samples.get()
-        random = ctx.random(batch, self.purpose)
-        views = len(x) // len(batch["id"])
-        keys = random.integers(0, 2**31, views).T.reshape(-1, 1)
+        keys = _mixed(self._keys(len(x)) ^ self._layer)
         shape = (1,) * (x.ndim - 1) if self.whole else tuple(x.shape[1:])
         place = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=x.device)
-        kept = _mixed(place, keys.to(torch.int32)) >= int(self.p * 2**32) - 2**31
+        kept = _mixed(place ^ keys) >= int(self.p * 2**32) - 2**31
         return x * kept.view(-1, *shape).to(x.dtype).div_(1 - self.p)
 
+    @torch.compiler.disable
+    def _keys(self, rows: int) -> Tensor:
+        """Of the samples of this forward; or of the last one, where its backward computes activations anew."""
+        samples = _samples.get()
+        if samples is not None:
+            self._last = samples.keys(rows)
+        assert self._last is not None and len(self._last) == rows, "dropout outside of `dropping_for`"
+        return self._last
 
-def _mixed(place: Tensor, keys: Tensor) -> Tensor:
-    """Evenly spread int32[rows,places], a function of each key [rows,1] and place [places]."""
-    h = place ^ keys
+
+def _mixed(h: Tensor) -> Tensor:
+    """Evenly spread int32, a function of each number of ``h``, in place."""
     for shift, mask, factor in ((16, 0xFFFF, -2048144789), (13, 0x7FFFF, -1028477387), (16, 0xFFFF, 1)):
         h ^= (h >> shift).bitwise_and_(mask)
         h *= factor

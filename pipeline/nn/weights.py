@@ -3,6 +3,7 @@
 Nothing is unpickled freely: files are safetensors, or what ``torch.load(weights_only=True)`` accepts.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -11,7 +12,7 @@ import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import timm
@@ -112,7 +113,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Training checkpoints of the MAE repository hold its command line beside the tensors.
+        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read weights from {path}: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

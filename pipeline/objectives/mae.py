@@ -19,6 +19,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.corruption import Corruption, corrupt
 from pipeline.nn.decoder import Decoder, init_xavier
+from pipeline.nn.dropout import drop_per_sample, dropping_for
 from pipeline.nn.encoder import Backbone, EncoderConfig, ImageEncoder, compile_blocks, create_backbone, to_weights
 from pipeline.nn.images import Normalize, patchify, principal_colors, tile, unpatchify
 from pipeline.nn.masking import Geometry, draw_masks, encode_visible, grid_cell, make_maskable
@@ -75,6 +76,7 @@ class MAE(Objective):
         self.config = config
         self.normalize = Normalize(config.mean, config.std)
         self.encoder, self.geometry = _maskable(config, facts)
+        drop_per_sample(self.encoder, "mae")
         self.visible = _visible(config, self.geometry)
         self.teacher = Teacher(config.teacher, facts, self.geometry) if config.teacher is not None else None
         height, width = self.geometry.patch
@@ -97,7 +99,9 @@ class MAE(Objective):
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Mean squared error over the hidden patches, or all; "loss_visible" is the same over the visible ones."""
         keep, hidden = self.masks(batch, ctx)
-        error = (self.reconstruct(self.view(batch, ctx), keep) - self.targets(batch)).square().mean(dim=-1)
+        with dropping_for(batch, ctx):
+            predicted = self.reconstruct(self.view(batch, ctx), keep)
+        error = (predicted - self.targets(batch)).square().mean(dim=-1)
         loss = error.mean() if self.config.loss_on == "all" else error.gather(1, hidden).mean()
         return StepOutput(loss, {"loss_visible": error.detach().gather(1, keep).mean()})
 
@@ -138,7 +142,8 @@ class MAE(Objective):
         batch = {name: value[:SHOWN] for name, value in batch.items()}
         keep, hidden = self.masks(batch, ctx)
         view, patch = self.view(batch, ctx), self.geometry.patch
-        predicted, given = self.reconstruct(view, keep), patchify(view, patch)
+        with dropping_for(batch, ctx):
+            predicted, given = self.reconstruct(view, keep), patchify(view, patch)
         seen = torch.zeros_like(given[..., :1]).scatter(1, keep[..., None], 1.0).bool()
         original = patchify(self.normalize(batch["image"]), patch)
         rows = [self._picture(original), self._picture(given.where(seen, 0.0))]

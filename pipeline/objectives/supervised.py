@@ -15,6 +15,7 @@ from torch.nn import functional
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.batch_norm import GlobalBatchNorm
+from pipeline.nn.dropout import drop_per_sample, dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageClassifier, ImageEncoder, backbone_layers, create_backbone
 from pipeline.nn.images import Normalize, tile
 from pipeline.nn.mixing import Mixing, mix
@@ -62,6 +63,7 @@ class Supervised(Objective):
         self.config = config
         self.classes = facts.classes
         backbone = create_backbone(config, facts.image_size)
+        drop_per_sample(backbone, "supervised")
         if config.weights:
             load_encoder(backbone, config.weights)
         self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
@@ -89,11 +91,13 @@ class Supervised(Objective):
         if self.config.mixing.active:
             x = self.encoder.normalize(image)
             x, partner, part = mix(x, ctx.random(batch, "supervised.mix"), self.config.mixing)
-            logits = self.head(self.norm(self.encoder.features(x))).float()
+            with dropping_for(batch, ctx):
+                logits = self.head(self.norm(self.encoder.features(x))).float()
             own, other = (self._cross_entropy(logits, target) for target in (label, label[partner]))
             loss = (part * own + (1 - part) * other).mean()
         else:
-            logits = self.logits(image)
+            with dropping_for(batch, ctx):
+                logits = self.logits(image)
             loss = self._cross_entropy(logits, label).mean()
         best = logits.detach().topk(min(5, len(self.classes)), dim=1).indices == label[:, None]
         metrics = {"top1": best[:, :1].any(dim=1).float().mean()}
@@ -139,9 +143,11 @@ class Supervised(Objective):
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """A row of images, and under them what they are and what they are taken for."""
-        image = batch["image"][:SHOWN]
-        predicted = self.logits(image).argmax(dim=1)
-        pairs = zip(batch["label"][:SHOWN].tolist(), predicted.tolist(), strict=True)
+        batch = {name: value[:SHOWN] for name, value in batch.items()}
+        image = batch["image"]
+        with dropping_for(batch, ctx):
+            predicted = self.logits(image).argmax(dim=1)
+        pairs = zip(batch["label"].tolist(), predicted.tolist(), strict=True)
         said = ", ".join(
             self.classes[true] + ("" if true == guess else f" (taken for {self.classes[guess]})")
             for true, guess in pairs

@@ -60,7 +60,7 @@ def test_killed_at_a_random_step_it_resumes(engine, objective, later_engine, lat
 
 @pytest.mark.parametrize("engine", ["accelerate", "zero2"])
 def test_in_bf16_and_with_drop_path_it_resumes_bit_for_bit(engine, glyphs, tmp_path):
-    """Drop path is timm's, and draws from torch's own generator."""
+    """What is dropped belongs to the sample, and so needs no state."""
     more = [*ENGINES[engine], "engine.precision=bf16", "objective.encoder_args.drop_path_rate=0.5"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert codes(run(2, "supervised", overrides(whole, glyphs / "train", *more))) == [0, 0]

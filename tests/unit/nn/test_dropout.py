@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from pipeline.core.protocols import Clock, StepContext
 from pipeline.nn.dropout import SampleDropout, dropping_for
@@ -52,3 +53,18 @@ def test_drop_path_drops_whole_rows():
     out = dropped(SampleDropout(0.5, "a", whole=True), torch.ones(4000, 2, 3), torch.arange(4000))
     rows = out.flatten(1)
     assert (rows == rows[:, :1]).all() and abs(float((rows[:, 0] == 0).double().mean()) - 0.5) < 5 * 0.5 / 4000**0.5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_anew_in_the_backward_drops_the_same(reentrant):
+    layer, ids = SampleDropout(0.5, "a").train(), torch.arange(5)
+    x = torch.ones(5, 40, requires_grad=True)
+    with dropping_for({"id": ids, "epoch": ids}, CTX):
+        out = torch.utils.checkpoint.checkpoint(lambda y: layer(y).square(), x, use_reentrant=reentrant)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * out.detach())  # (2x)^2 where it is kept has slope 8x
+
+
+def test_outside_of_a_forward_nothing_is_dropped_by_chance():
+    with pytest.raises(AssertionError, match="outside of `dropping_for`"):
+        SampleDropout(0.5, "a").train()(torch.ones(2, 3))

@@ -1,3 +1,4 @@
+import argparse
 import json
 import pickle
 from collections import OrderedDict
@@ -85,12 +86,21 @@ def original_layout(size=(32, 32)):
     return mine, state
 
 
-@pytest.mark.parametrize("kind", ["original", "bare", "safetensors", "autoencoder", "fine-tuned"])
+@pytest.mark.parametrize("kind", ["original", "training", "bare", "safetensors", "autoencoder", "fine-tuned"])
 def test_every_layout_is_read(tmp_path, kind):
     mine, state = original_layout()
     path = tmp_path / "weights.pth"
     if kind == "original":
         torch.save({"model": state, "epoch": 3}, path)
+    elif kind == "training":  # as its main_pretrain.py saves them, locally or under SLURM
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=1e-3)
+        weight.sum().backward()
+        optimizer.step()
+        args = argparse.Namespace(batch_size=64, blr=1.5e-4, norm_pix_loss=True, resume="", output_dir=tmp_path)
+        scaler = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7}
+        saved = {"model": state, "optimizer": optimizer.state_dict(), "epoch": 3, "scaler": scaler, "args": args}
+        torch.save(saved, path)
     elif kind == "bare":
         torch.save(state, path)
     elif kind == "safetensors":

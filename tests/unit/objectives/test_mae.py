@@ -223,8 +223,10 @@ def test_other_masks_train_as_well(kind):
     assert model.visible == 4
 
 
-def test_checkpointing_gives_the_same_loss_and_gradient():
-    plain, thrifty = build(), build(checkpointing=True)
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_checkpointing_gives_the_same_loss_and_gradient(drop_path):
+    args = {"drop_path_rate": drop_path}
+    plain, thrifty = build(encoder_args=args), build(encoder_args=args, checkpointing=True)
     data, losses, calls = batch(), [], []
     for model in (plain, thrifty):
         for block in (model.encoder.blocks[0], model.decoder.blocks[0]):
@@ -253,7 +255,8 @@ def test_checkpointing_gives_the_same_loss_and_gradient():
 )
 def test_compiled_blocks_give_the_same_loss_and_gradient_and_the_same_names(backend, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    plain, compiled = build(), build(compile=True)
+    args = {"drop_path_rate": 0.5}
+    plain, compiled = build(encoder_args=args), build(encoder_args=args, compile=True)
     data, seen = batch(), torch._dynamo.utils.counters["stats"]
     before = seen["unique_graphs"]
     losses = []

@@ -77,14 +77,32 @@ def test_any_backbone_learns(encoder, args):
     assert model.encoders()["image"].eval()(data["image"]).shape == (4, model.encoders()["image"].dim)
 
 
-def test_drop_path_applies():
-    model = build(encoder_args=VIT | {"drop_path_rate": 0.5}).train()
-    data = batch([0, 1, 2, 3])
-    torch.manual_seed(0)
-    one, other = model(data, CTX).loss, model(data, CTX).loss
-    assert one != other
+def test_drop_path_applies_with_rates_that_grow_with_depth_and_belongs_to_the_sample():
+    depth, samples = 4, 300
+    model = build(encoder_args=VIT | {"depth": depth, "drop_path_rate": 0.6}).train()
+    data = batch([0, 1, 2, 3, 4, 5] * (samples // 6))
+    seen = []
+    for block in model.encoder.backbone.blocks:
+        for path in (block.drop_path1, block.drop_path2):
+            path.register_forward_hook(lambda module, given, out: seen.append((*given, out)))
+    loss = model(data, CTX).loss
+    assert len(seen) == 2 * depth
+    fates = []
+    for index, (given, out) in enumerate(seen):
+        rate = 0.6 * (index // 2) / (depth - 1)
+        kept = out.flatten(1).any(dim=1)
+        expected = given / (1 - rate) * kept[:, None, None]
+        torch.testing.assert_close(out, expected)
+        assert abs(1 - kept.float().mean() - rate) <= 5 * (rate * (1 - rate) / samples) ** 0.5
+        fates.append(kept)
+    assert len({tuple(kept.tolist()) for kept in fates if not kept.all()}) == 2 * (depth - 1)
+    assert model(data, CTX).loss == loss != model(data | {"epoch": data["epoch"] + 1}, CTX).loss
+    seen.clear()
+    model({field: value[100:150] for field, value in data.items()}, CTX)
+    for kept, (given, out) in zip(fates, seen, strict=True):
+        assert torch.equal(out.flatten(1).any(dim=1), kept[100:150]) and len(given) == 50
     model.eval()
-    assert model(data, CTX).loss == model(data, CTX).loss
+    assert model(data, CTX).loss == model(data | {"epoch": data["epoch"] + 1}, CTX).loss
 
 
 def test_positions_and_class_token_are_not_decayed():
