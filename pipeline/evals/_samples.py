@@ -87,7 +87,7 @@ def _make(generator: Generator, config: SamplesConfig, streams: Mapping[str, Eva
 
 def _classes(generator: Generator, config: SamplesConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
     mine = torch.arange(dist.get_rank(), config.samples, dist.get_world_size())
-    for ids in mine.split(config.batch):
+    for ids in mine.split(config.batch) if len(mine) else ():  # an empty tensor splits into one empty part
         yield ids, ids % generator.classes if generator.classes else None
 
 

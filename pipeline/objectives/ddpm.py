@@ -131,7 +131,6 @@ class DDPM(Objective):
         self.needs = {"image": f"uint8[B,{config.channels},H,W]"} | _fields(config, facts)
         self.image_shape = (config.channels, *facts.image_size)
         self.process = _process(config)
-        self.process.chain(config.sampler.steps, config.sampler.spacing)  # a mistake in it is found before training
         self.importance = None
         if config.draw == "importance":
             assert isinstance(self.process, Discrete)
@@ -139,7 +138,9 @@ class DDPM(Objective):
         self._fresh: list[Tensor] = []
         self.denoiser = _denoiser(config, facts)
         self._labels_checked = False
-        self.encoders()  # a mistake in feature_block is found before training
+        # Mistakes in the sampler and in feature_block are found before training.
+        self.generator().chain(config.sampler)
+        self.encoders()
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Weighted squared error of the target; "loss_q0" to "loss_q3" are its means over quarters of the levels.
@@ -278,7 +279,7 @@ class DDPM(Objective):
                 tile([seen[m] for m in moments]), "Expected image, from pure noise down to the sample"
             ),
         }
-        if self.denoiser.conditional:
+        if self.denoiser.conditional and not self.denoiser.always_told:
             first = self._prompt(batch, ids[:SHOWN])
             rows = [
                 to_pixels(generator.sample(ids[:SHOWN], first, ctx.seed, said.model_copy(update={"guidance": scale})))
@@ -331,4 +332,8 @@ def _denoiser(config: Config, facts: DataFacts) -> Denoiser:
         network = UNet(config.network, facts.image_size, **shape, token_width=width)
     else:
         network = DiT(config.network, facts.image_size, **shape)
-    return Denoiser(network, config.target, learned, classes, reader)
+    always_told = config.drop_condition == 0
+    if always_told and network.embedding.label is not None:
+        # Features are taken without a class. Its row is never trained then, and zero is nearer to the classes' mean.
+        nn.init.zeros_(network.embedding.label.weight[-1])
+    return Denoiser(network, config.target, learned, classes, reader, always_told=always_told)

@@ -22,8 +22,12 @@ from tests.integration.runs import codes, die_at, metrics, overrides, run
 
 DECAY, WIDTHS, STEPS = 0.8, (0.05, 0.25), 6
 ENGINES = {
-    "accelerate": ["engine.name=accelerate"],
-    **{f"zero{stage}": ["engine.name=deepspeed", f"engine.zero={stage}"] for stage in range(1, 4)},
+    "accelerate": ["engine.name=accelerate", "engine.precision=fp32"],
+    **{
+        f"zero{stage}": ["engine.name=deepspeed", f"engine.zero={stage}", "engine.precision=fp32"]
+        for stage in range(1, 4)
+    },
+    "zero2 in bf16": ["engine.name=deepspeed", "engine.zero=2", "engine.precision=bf16"],
 }
 
 
@@ -39,7 +43,7 @@ def settings(folder: Path, shards: Path, engine: str, *more: str) -> list[str]:
         "data.image={size=8, crop='resize'}",
         "objective.network={channels=8, multipliers=[1], blocks=1, attention=[]}",
     ]
-    return overrides(folder, shards, *ENGINES[engine], "engine.precision=fp32", *own, *more)
+    return overrides(folder, shards, *ENGINES[engine], *own, *more)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ class Level(NamedTuple):
 
     def like(self, x: Tensor) -> Level:
         """Shaped to multiply ``x`` [B,...]; still float64."""
-        return Level(*(v.to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for v in self))
+        return Level(*(onto(v, x.device).reshape(-1, *[1] * (x.ndim - 1)) for v in self))
 
 
 def add_noise(image: Tensor, noise: Tensor, level: Level) -> Tensor:
@@ -102,7 +102,12 @@ class Levels:
 
 def of(table: Tensor, index: Tensor) -> Tensor:
     """Entries of a float64[N] table that is kept on the CPU, on the device of ``index``."""
-    return table.to(index.device)[index]
+    return onto(table, index.device)[index]
+
+
+def onto(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; towards an accelerator without waiting for it, as small tables are copied aside at once."""
+    return values.to(device, non_blocking=device.type != "cpu")
 
 
 def schedule(name: ScheduleName, steps: int, *, zero_terminal_snr: bool = False) -> Levels:

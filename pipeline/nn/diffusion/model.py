@@ -19,7 +19,7 @@ from pipeline.core.errors import ConfigError, NonFiniteError
 from pipeline.core.random import SampleRandom
 from pipeline.nn.conditioning import Conditions, Prompt, Text, TextReader, Told
 from pipeline.nn.diffusion import likelihood, samplers
-from pipeline.nn.diffusion.levels import Level, Spacing, add_noise
+from pipeline.nn.diffusion.levels import Level, Levels, Spacing, add_noise
 from pipeline.nn.diffusion.process import Process
 from pipeline.nn.diffusion.samplers import Denoised, Variance
 from pipeline.nn.diffusion.targets import Target, to_image, to_input
@@ -65,6 +65,7 @@ class Denoiser(nn.Module):
         learned_variance: its second half says where the reverse variance lies.
         classes: that it may be told; 0: none.
         reader: of the texts that it may be told; None: none.
+        always_told: it was never trained without a class or text, so that there is nothing to guide it away from.
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class Denoiser(nn.Module):
         learned_variance: bool,
         classes: int = 0,
         reader: TextReader | None = None,
+        *,
+        always_told: bool = False,
     ) -> None:
         super().__init__()
         self.network, self.reader = network, reader
         self.target: Target = target
-        self.learned_variance, self.classes = learned_variance, classes
+        self.learned_variance, self.classes, self.always_told = learned_variance, classes, always_told
 
     def forward(self, x: Tensor, level: Level, told: Told) -> tuple[Tensor, Tensor | None]:
         """The answer to noised images, and the variance's place from 0 to 1; both at least float32[B,C,H,W]."""
@@ -154,6 +157,30 @@ class Generator(nn.Module):
         """Number of classes; 0: none."""
         return self.denoiser.classes
 
+    def chain(self, config: SamplerConfig) -> Levels:
+        """The levels that ``config`` visits.
+
+        Raises:
+            ConfigError: this model cannot be sampled so.
+        """
+        if config.guidance != 1 and not self.denoiser.conditional:
+            raise ConfigError(
+                f"guidance = {config.guidance}: this model was trained without classes and texts, so there is nothing "
+                'to guide it by; leave guidance out, or train with condition = "class" or "text"'
+            )
+        if config.guidance != 1 and self.denoiser.always_told:
+            raise ConfigError(
+                f"guidance = {config.guidance}: this model was always told its class or text, so it does not know what "
+                "to be guided away from; leave guidance out, or train with drop_condition = 0.1"
+            )
+        levels = self.process.chain(config.steps, config.spacing)
+        if config.name == "heun" and not levels.a.all():
+            raise ConfigError(
+                "Heun's sampler needs some signal at every noise level, and zero_terminal_snr leaves none at the last; "
+                'use sampler.name = "dpm_solver" or "ddim"'
+            )
+        return levels
+
     def sample(
         self,
         ids: Tensor,
@@ -175,19 +202,13 @@ class Generator(nn.Module):
             float64[B,C,H,W], about -1 to 1.
 
         Raises:
-            ConfigError: guidance of a model that is told nothing, classes that there are not, a sampler that does not
-                fit the process.
+            ConfigError: classes that there are not, or what ``chain`` raises.
             NonFiniteError: a sample is not finite.
         """
         config = config or self.sampler
-        if config.guidance != 1 and not self.denoiser.conditional:
-            raise ConfigError(
-                f"guidance = {config.guidance}: this model was trained without classes and texts, so there is nothing "
-                'to guide it by; leave guidance out, or train with condition = "class" or "text"'
-            )
+        levels = self.chain(config)
         told = self.denoiser.read(prompt, len(ids), ids.device)
         random = SampleRandom(seed, "diffusion.sample", torch.zeros_like(ids), ids)
-        levels = self.process.chain(config.steps, config.spacing)
 
         def noise() -> Tensor:
             return random.normal(*self.image_shape).double()

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.nn.diffusion.levels import Level, Levels, of
+from pipeline.nn.diffusion.levels import Level, Levels, of, onto
 
 Variance = Literal["small", "large", "learned"]
 
@@ -37,7 +37,7 @@ def log_variance(levels: Levels, index: Tensor, variance: Variance, part: Tensor
     """Logarithm of the reverse step's variance at the levels ``index`` [B] or [], shaped to go with ``like``."""
 
     def shaped(table: Tensor) -> Tensor:
-        return of(table, index).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+        return onto(of(table, index), like.device).reshape(-1, *[1] * (like.ndim - 1))
 
     if variance == "learned":
         assert part is not None, "the denoiser gives no variance"
@@ -105,7 +105,7 @@ def dpm_solver(x: Tensor, levels: Levels, denoise: Denoise) -> Tensor:
 def heun(x: Tensor, levels: Levels, denoise: Denoise) -> Tensor:
     """EDM's deterministic sampler in y = x / a against sigma: 2N - 1 evaluations of the network."""
     sigma = levels.s / levels.a
-    assert sigma.isfinite().all(), "Heun needs signal at every level"
+    assert sigma.isfinite().all(), "the generator has seen to it that there is signal at every level"
     y = x / levels.a[-1]
     for i in range(len(levels) - 1, -1, -1):
         slope = (y - denoise(levels.a[i] * y, levels.at(torch.tensor(i))).image) / sigma[i]

@@ -13,6 +13,17 @@ def build(config, dtype=torch.float32):
     return Ema(config, [Slot("a", (2, 2), 0, 4, flat, 0), Slot("b", (5,), 3, 2, flat, 4)]), flat
 
 
+def test_it_begins_as_the_parameters_are_and_keeps_none_of_them_alive():
+    flat = torch.arange(6.0)
+    ema = Ema(EmaConfig(decay=0.5, power=(0.1,)), [Slot("a", (2, 2), 0, 4, flat, 0)])
+    flat.fill_(10.0)
+    for average in ema.averages.values():
+        assert torch.equal(average[0], torch.arange(4.0))
+    ema.update(Clock(1, 8, 100))
+    torch.testing.assert_close(ema.averages["ema"][0], 10 + (torch.arange(4.0) - 10) * 2 / 11)
+    assert torch.equal(ema.averages["ema-0.1"][0], torch.full((4,), 10.0))  # forgets the first weights at once
+
+
 def test_it_does_not_stall():
     """Towards 1 with 0.9999 per update: bf16 would end near 0.03, fp32 must not."""
     ema, flat = build(EmaConfig(decay=0.9999))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from pipeline.core.errors import NonFiniteError
 from pipeline.dist.group import process_group
-from pipeline.evals._samples import make
+from pipeline.evals._samples import _classes, make
 from pipeline.evals.agreement import Agreement
 from pipeline.evals.agreement import Config as AgreementConfig
 from pipeline.evals.frechet import Config as FrechetConfig
@@ -37,6 +37,12 @@ def on_ranks(folder):
             broken["generator"].denoiser.network.std.data.fill_(float("nan"))
         with pytest.raises(NonFiniteError, match="is not finite"):
             run(Agreement(AgreementConfig(samples=21, batch=4)), broken, streams)
+
+
+def test_ranks_beyond_the_samples_make_none(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    assert list(_classes(encoders()["generator"], AgreementConfig(samples=3))) == []
 
 
 @pytest.fixture(scope="module")

@@ -231,6 +231,12 @@ def test_mistakes_are_named():
         build(schedule="lognormal", sampler=SAMPLER)
     with pytest.raises(ValidationError, match='set target = "velocity"'):
         Config(zero_terminal_snr=True)
+    with pytest.raises(ConfigError, match="trained without classes"):  # and not at the first showcase, hours later
+        build(sampler=SAMPLER | {"guidance": 2.0})
+    with pytest.raises(ConfigError, match="does not know what to be guided away from"):
+        build(condition="class", drop_condition=0.0, sampler=SAMPLER | {"guidance": 2.0})
+    with pytest.raises(ConfigError, match="Heun's sampler needs some signal"):
+        build(target="velocity", zero_terminal_snr=True, sampler={"name": "heun", "steps": 4})
     with pytest.raises(ConfigError, match="set steps"):
         build(schedule="lognormal", target="edm").generator().bits(batch()["image"], ids, None, 0, None)
 
@@ -270,6 +276,12 @@ def test_the_transformer_is_trained_and_sampled_alike():
     encoders = model.eval().encoders()
     assert encoders["image"](data["image"]).shape == (8, 16)
     assert model.generator().sample(torch.arange(2), None, 0).shape == (2, 3, 16, 16)
+
+
+def test_a_model_that_was_always_told_its_class_shows_no_guidance_and_has_features_near_all_classes():
+    model = build(condition="class", drop_condition=0.0, stirred=False)
+    assert set(model.showcase(batch(), CTX)) == {"samples", "trajectory"}
+    assert not model.denoiser.network.embedding.label.weight[-1].any()
 
 
 def test_showcase_shows_what_sampling_gives():

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
+from pipeline.dist.group import process_group
 from pipeline.nn.conditioning import Text
 from pipeline.nn.diffusion.importance import REMEMBERED
 from pipeline.nn.diffusion.model import SamplerConfig, to_model
@@ -79,6 +81,43 @@ def test_importance_draws_hard_levels_more_often_and_keeps_the_expectation():
     assert (share - p).abs().max() < 5 * (0.25 / 2000) ** 0.5
     # the mean over levels of any loss of a level stays as it was
     assert abs(float((factor * index).mean()) - 3.5) < 0.2
+
+
+def taught(folder):
+    """What this rank has learned of the levels from its share of a dozen global batches; saved for the next test."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = build((8, 8), draw="importance", steps=4, network={"attention": ()})
+    data = batch((8, 8))
+    mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    for step in range(12):
+        for half in (slice(0, 8 // world // 2), slice(8 // world // 2, None)):  # two micro-batches
+            part = {name: value[mine][half] for name, value in data.items()}
+            model(part | {"epoch": part["epoch"] + step}, CTX)
+        model.after_step(Clock(step + 1, 8 * step, 1000))
+    torch.save((model.importance.history, model.importance.seen), folder / f"{world}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("importance")
+
+
+def test_one_rank_learns_the_levels(folder, lone_group):
+    taught(folder)
+
+
+@pytest.mark.world_size(2)
+def test_two_ranks_learn_the_levels(folder):
+    with process_group(timeout_minutes=1):
+        taught(folder)
+
+
+def test_ranks_agree_on_the_levels_that_are_drawn(folder):
+    (history, seen), *others = (torch.load(folder / f"{part}.pt") for part in ("1-0", "2-0", "2-1"))
+    assert (seen >= REMEMBERED).all() and int(seen.sum()) == 96  # so that they are no longer drawn evenly
+    assert torch.equal(others[0][0], others[1][0]) and torch.equal(others[0][1], others[1][1])
+    assert torch.equal(others[0][1], seen)
+    torch.testing.assert_close(others[0][0], history, rtol=1e-5, atol=1e-6)
 
 
 def test_importance_is_state():
