@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from pipeline.core.errors import LaunchError
 T = TypeVar("T")
 COMMAND_SECONDS = 60.0
 """A controller that does not answer for so long is not waited for."""
-ROLL_CALL_SECONDS = 20.0
-"""A node that starts no process for so long is taken for lost."""
+ROLL_CALL_SECONDS = {"true": 20.0, "nvidia-smi": 60.0}
+"""A node on which this has not ended well in this time is taken for lost. nvidia-smi fails where a GPU is gone."""
 REQUEUE_SECONDS = 10
 """From queueing a job again to its next start at the earliest: long enough for its processes to go. SLURM itself holds
 a job for two minutes, unless its start has been set to a time that is still to come when it has ended."""
@@ -112,9 +113,9 @@ def node_names(nodes: str) -> list[str]:
 
 
 def unsound(nodes: Sequence[str], *, alive: bool) -> dict[str, str]:
-    """Those of an allocation's nodes that are down, drained or start no process, with the reason.
+    """Those of an allocation's nodes that are down, drained, start no process or have lost a GPU, with the reason.
 
-    If none starts a process it is not the nodes' fault.
+    If none answers it is not the nodes' fault.
 
     Args:
         nodes: names.
@@ -131,16 +132,23 @@ def unsound(nodes: Sequence[str], *, alive: bool) -> dict[str, str]:
         with ThreadPoolExecutor(32) as pool:
             answers = list(pool.map(_answers, ([node] for node in left)))
         if any(answers):
-            bad |= {node: "does not start processes" for node, sound in zip(left, answers, strict=True) if not sound}
+            bad |= {
+                node: f"cannot run `{_roll_call()}`" for node, sound in zip(left, answers, strict=True) if not sound
+            }
     return bad
 
 
+def _roll_call() -> str:
+    """The command that a sound node can run."""
+    return "nvidia-smi" if shutil.which("nvidia-smi") else "true"
+
+
 def _answers(nodes: Sequence[str]) -> bool:
-    """Whether a process can be started on each of the nodes."""
+    """Whether the roll call can be run on each of the nodes."""
     count = str(len(nodes))
     shape = ("--nodes", count, "--ntasks", count, "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}")
     try:
-        call("srun", "--kill-on-bad-exit=1", *shape, "true", seconds=ROLL_CALL_SECONDS)
+        call("srun", "--kill-on-bad-exit=1", *shape, _roll_call(), seconds=ROLL_CALL_SECONDS[_roll_call()])
     except LaunchError:
         return False
     return True

@@ -36,11 +36,13 @@ def test_a_job_whose_name_pretends_is_not_believed(monkeypatch):
         ("n1 allocated\nn2 down*", [], {"n2": "is down*"}),
         ("n1 allocated\nn2 draining", [], {"n2": "is draining"}),
         ("n1 allocated\nn2 allocated*", [], {"n2": "is allocated*"}),
-        ("n1 allocated\nn2 allocated", ["n2"], {"n2": "does not start processes"}),
+        ("n1 allocated\nn2 allocated", ["n2"], {"n2": "cannot run `true`"}),
         ("n1 allocated\nn2 allocated", ["n1", "n2"], {}),
     ],
 )
 def test_unsound_nodes(monkeypatch, nodes, silent, bad):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+
     def call(*command: str, **more: object) -> str:
         if command[0] == "srun" and any(node in word for node in silent for word in command):
             raise LaunchError("no answer")
@@ -49,6 +51,18 @@ def test_unsound_nodes(monkeypatch, nodes, silent, bad):
     monkeypatch.setattr(slurm, "call", call)
     assert slurm.unsound(["n1", "n2"], alive=True) == bad
     assert slurm.unsound(["n1", "n2"], alive=False) == {n: why for n, why in bad.items() if why.startswith("is")}
+
+
+def test_where_there_are_gpus_a_node_that_has_lost_one_is_unsound(monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+    def call(*command: str, **more: object) -> str:
+        if command[0] == "srun" and command[-1] == "nvidia-smi" and any("n2" in word for word in command):
+            raise LaunchError("Unable to determine the device handle for GPU: GPU is lost")
+        return "n1 allocated\nn2 allocated"
+
+    monkeypatch.setattr(slurm, "call", call)
+    assert slurm.unsound(["n1", "n2"], alive=True) == {"n2": "cannot run `nvidia-smi`"}
 
 
 def test_a_controller_that_comes_back_was_never_away(monkeypatch):
