@@ -29,6 +29,12 @@ RETRY_SECONDS = (1.0, 5.0, 20.0, 60.0, 120.0)
 _UNSOUND = ("down", "drain", "drng", "fail", "unk", "error", "reboot", "power")
 
 
+_LIMIT = re.compile(
+    r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?|"
+    r"(?P<m>\d+)(?::(?P<s>\d+))?|(?P<hh>\d+):(?P<mm>\d+):(?P<ss>\d+))"
+)
+
+
 class Facts(NamedTuple):
     """What the controller says of a job."""
 
@@ -94,6 +100,22 @@ def queue_of(now: Facts, restart: int) -> Queue:
     if now.state == "RUNNING":
         return "ours"
     return "timeout" if now.reason == "TimeLimit" else "cancelled"
+
+
+def limit_seconds(limit: str) -> float | None:
+    """A time limit as sbatch reads it ("90", "90:00", "1:30:00", "2-12", "2-12:00:00"); None: there is none.
+
+    Raises:
+        LaunchError: sbatch would not take it.
+    """
+    if limit.upper() in ("UNLIMITED", "INFINITE", "0"):
+        return None
+    found = _LIMIT.fullmatch(limit)
+    if found is None:
+        raise LaunchError(f"time limit {limit!r}: write it like 24:00:00 or 2-12:00:00 (days-hours:minutes:seconds)")
+    n = {name: int(value or 0) for name, value in found.groupdict().items()}
+    minutes = 60 * (24 * n["days"] + n["hours"] + n["hh"]) + n["minutes"] + n["m"] + n["mm"]
+    return 60.0 * minutes + n["seconds"] + n["s"] + n["ss"]
 
 
 def end_time(job: str) -> float | None:

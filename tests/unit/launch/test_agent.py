@@ -72,7 +72,7 @@ class Place:
         self.folder, self.run, bin = folder, folder / "run", folder / "bin"
         bin.mkdir()
         self.run.mkdir()
-        for name in ("srun", "scontrol", "squeue", "sinfo"):
+        for name in ("srun", "scontrol", "squeue", "sinfo", "scancel"):
             (bin / name).write_text(FAKE.format(python=sys.executable, folder=str(folder), run=str(self.run)))
             (bin / name).chmod(0o755)
         self.job = Job("pretrain", str(self.run), ["-m", "pipeline.run", "train"], nodes=2, python=["python3"])
@@ -188,6 +188,19 @@ def test_the_same_step_three_times_is_enough(place: Place):
 def test_budgets_hold(place: Place):
     assert place.agent(*(ends(1, n, attempt=n) for n in range(5)), budget=Budget(restarts=1)) == 1
     assert place.decisions == ["restart", "stop"] and "budget of 1 restarts is used up" in place.said
+
+
+def test_a_job_whose_owner_wants_it_to_end_saves_first(place: Place):
+    process = place.start(ends(75, 4, wait=True))
+    while not (place.folder / "waiting").exists():
+        time.sleep(0.02)
+    history.ask_to_end(place.run, "8")
+    time.sleep(0.5)
+    assert not (place.run / "stop").exists()
+    history.ask_to_end(place.run, "7")
+    process.communicate(timeout=120)
+    assert process.returncode == 75 and place.decisions == ["stop"]
+    assert place.calls("scancel") == [["scancel", "7"]] and not place.calls("scontrol", "requeue")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

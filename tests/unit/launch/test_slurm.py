@@ -23,6 +23,28 @@ def test_what_slurm_does_with_a_job_that_was_restarted_once(said, queue):
     assert queue_of(said, 1) == queue
 
 
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:30:05", 5405),
+        ("2-12", 216_000),
+        ("2-12:30", 217_800),
+        ("2-12:30:01", 217_801),
+        ("infinite", None),
+    ],
+)
+def test_time_limits_as_sbatch_reads_them(limit, seconds):
+    assert slurm.limit_seconds(limit) == seconds
+
+
+@pytest.mark.parametrize("limit", ["", "1h", "-1", "1:2:3:4", "1-", "1-2:3:4:5", "12:00 "])
+def test_time_limits_that_sbatch_does_not_take(limit):
+    with pytest.raises(LaunchError, match="write it like"):
+        slurm.limit_seconds(limit)
+
+
 def test_a_job_whose_name_pretends_is_not_believed(monkeypatch):
     line = "JobId=7 JobName=sluice-x UserId=a JobState=RUNNING Reason=None Restarts=2 Command=/x Restarts=9 JobState=Y"
     monkeypatch.setattr(slurm, "call", lambda *command: line)
