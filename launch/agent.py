@@ -69,6 +69,8 @@ class Agent:
             say(f"{decision.action}: {decision.reason}")
             if decision.action == "requeue":
                 self._requeue()
+            elif decision.action == "stop" and history.asked_to_end(self.run_folder, self.id):
+                self._end_cancelled()
             if decision.action != "restart":
                 return code
 
@@ -81,7 +83,7 @@ class Agent:
         code = outcome(self.run_folder, stamp_before, status) if self.job.kind == "pretrain" else status
         attempt, step = self._newest_beat()
         bad = {n: why for n, why in history.bad_nodes(self.run_folder).items() if n not in known_bad}
-        queue = self._queue()
+        queue = "cancelled" if history.asked_to_end(self.run_folder, self.id) else self._queue()
         if code not in (FINISHED, CONFIG, NONFINITE, REQUEUE) and not bad:
             bad = self._check_nodes(alive=queue == "ours")
         ended = Ended(code, step if attempt != attempt_before else None, bad, queue)
@@ -125,11 +127,17 @@ class Agent:
         command = self._command(f"{where['MASTER_ADDR']}:{where['MASTER_PORT']}")
         step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         while (status := step.poll()) is None:
-            if self.stop_at is not None and time.time() >= self.stop_at and self.stop_reason is None:
-                self.stop_reason = "the time limit is near"
+            if self.stop_reason is None and (reason := self._time_to_stop()):
+                self.stop_reason = reason
                 self._hand_on()
             time.sleep(POLL_SECONDS)
         return status
+
+    def _time_to_stop(self) -> str | None:
+        """Why the ranks are to save and end, where no signal says so."""
+        if self.stop_at is not None and time.time() >= self.stop_at:
+            return "the time limit is near"
+        return "cancelled" if history.asked_to_end(self.run_folder, self.id) else None
 
     def _arguments(self, master: str) -> list[str]:
         """Of Python, with what is known only now."""
@@ -179,6 +187,12 @@ class Agent:
             slurm.soon(self.id, sorted({node for attempt in own for node in attempt.excluded}))
         except LaunchError as error:
             say(f"{error}; it starts again in two minutes, on any node")
+
+    def _end_cancelled(self) -> None:
+        """Have SLURM say that the job was cancelled, and not that it failed."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        slurm.patiently(lambda: slurm.call("scancel", self.id))
 
 
 def port_of(job: int) -> int:

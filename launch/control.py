@@ -13,7 +13,7 @@ from typing import NoReturn
 from launch import history, slurm
 from launch.history import Submitted
 from launch.status import check_run, read_status
-from launch.supervise import STOP, clear_stop
+from launch.supervise import STATE, STOP, clear_stop
 from pipeline.config import provenance
 from pipeline.core.errors import LaunchError
 from pipeline.core.manifest import replace_file
@@ -49,6 +49,9 @@ def read_log(run: Path, rank: int, follow: bool) -> Iterator[bytes]:
 def cancel(run: Path) -> str:
     """Ask a run to save and end. Returns what was done.
 
+    SLURM itself kills a job that is cancelled after its KillWait, which is too short for a large model; so a job that
+    trains is asked first, and only cancelled when this is asked for a second time.
+
     Raises:
         LaunchError: it is not queued or running, or SLURM refuses.
     """
@@ -56,10 +59,12 @@ def cancel(run: Path) -> str:
     status = read_status([run])[0]
     if status.phase not in _ACTIVE:
         raise LaunchError(f"{run} is neither queued nor running: {status.phase}")
-    job = history.last_job(run)
-    if job is not None and job in status.detail:
-        slurm.call("scancel", job)
-        return f"SLURM job {job} is cancelled; if it was running, it saves first"
+    if status.job is not None:
+        if status.phase == "running" and (run / STATE).is_file() and not history.asked_to_end(run, status.job):
+            history.ask_to_end(run, status.job)
+            return f"SLURM job {status.job} is asked to save and end; ask again to have SLURM end it at once"
+        slurm.call("scancel", status.job)
+        return f"SLURM job {status.job} is cancelled"
     (run / STOP).touch()
     return f"{run} is asked to stop; it saves first (watch it with `sluice status {run}`)"
 

@@ -17,6 +17,8 @@ FOLDER = "launch"
 """In the run's folder: all that launching keeps."""
 FILE = "jobs.jsonl"
 BAD_NODES = "bad_nodes.json"
+CANCELLED = "cancelled"
+"""Holds the number of a job whose owner wants it to save and end, however long saving takes."""
 Action = Literal["finished", "requeue", "restart", "stop"]
 
 
@@ -105,6 +107,20 @@ def bad_nodes(run: Path) -> dict[str, str]:
         return json.loads((run / FOLDER / BAD_NODES).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def ask_to_end(run: Path, job: str) -> None:
+    """Tell a job's agent that its owner wants it to end."""
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    replace_file(run / FOLDER / CANCELLED, f"{job}\n".encode())
+
+
+def asked_to_end(run: Path, job: str) -> bool:
+    """Whether the owner of a job has said so."""
+    try:
+        return (run / FOLDER / CANCELLED).read_text(encoding="utf-8").strip() == job
+    except FileNotFoundError:
+        return False
 
 
 def add_bad_nodes(run: Path, found: Mapping[str, str]) -> None:

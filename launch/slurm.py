@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +19,20 @@ from pipeline.core.errors import LaunchError
 T = TypeVar("T")
 COMMAND_SECONDS = 60.0
 """A controller that does not answer for so long is not waited for."""
-ROLL_CALL_SECONDS = 20.0
-"""A node that starts no process for so long is taken for lost."""
+ROLL_CALL_SECONDS = {"true": 20.0, "nvidia-smi": 60.0}
+"""A node on which this has not ended well in this time is taken for lost. nvidia-smi fails where a GPU is gone."""
 REQUEUE_SECONDS = 10
 """From queueing a job again to its next start at the earliest: long enough for its processes to go. SLURM itself holds
 a job for two minutes, unless its start has been set to a time that is still to come when it has ended."""
 RETRY_SECONDS = (1.0, 5.0, 20.0, 60.0, 120.0)
 """Between two times of asking a controller that is away."""
 _UNSOUND = ("down", "drain", "drng", "fail", "unk", "error", "reboot", "power")
+
+
+_LIMIT = re.compile(
+    r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?|"
+    r"(?P<m>\d+)(?::(?P<s>\d+))?|(?P<hh>\d+):(?P<mm>\d+):(?P<ss>\d+))"
+)
 
 
 class Facts(NamedTuple):
@@ -95,6 +102,22 @@ def queue_of(now: Facts, restart: int) -> Queue:
     return "timeout" if now.reason == "TimeLimit" else "cancelled"
 
 
+def limit_seconds(limit: str) -> float | None:
+    """A time limit as sbatch reads it ("90", "90:00", "1:30:00", "2-12", "2-12:00:00"); None: there is none.
+
+    Raises:
+        LaunchError: sbatch would not take it.
+    """
+    if limit.upper() in ("UNLIMITED", "INFINITE", "0"):
+        return None
+    found = _LIMIT.fullmatch(limit)
+    if found is None:
+        raise LaunchError(f"time limit {limit!r}: write it like 24:00:00 or 2-12:00:00 (days-hours:minutes:seconds)")
+    n = {name: int(value or 0) for name, value in found.groupdict().items()}
+    minutes = 60 * (24 * n["days"] + n["hours"] + n["hh"]) + n["minutes"] + n["m"] + n["mm"]
+    return 60.0 * minutes + n["seconds"] + n["s"] + n["ss"]
+
+
 def end_time(job: str) -> float | None:
     """When the job's time is up, in seconds since 1970; None: never."""
     if known := os.environ.get("SLURM_JOB_END_TIME"):
@@ -112,9 +135,9 @@ def node_names(nodes: str) -> list[str]:
 
 
 def unsound(nodes: Sequence[str], *, alive: bool) -> dict[str, str]:
-    """Those of an allocation's nodes that are down, drained or start no process, with the reason.
+    """Those of an allocation's nodes that are down, drained, start no process or have lost a GPU, with the reason.
 
-    If none starts a process it is not the nodes' fault.
+    If none answers it is not the nodes' fault.
 
     Args:
         nodes: names.
@@ -131,16 +154,23 @@ def unsound(nodes: Sequence[str], *, alive: bool) -> dict[str, str]:
         with ThreadPoolExecutor(32) as pool:
             answers = list(pool.map(_answers, ([node] for node in left)))
         if any(answers):
-            bad |= {node: "does not start processes" for node, sound in zip(left, answers, strict=True) if not sound}
+            bad |= {
+                node: f"cannot run `{_roll_call()}`" for node, sound in zip(left, answers, strict=True) if not sound
+            }
     return bad
 
 
+def _roll_call() -> str:
+    """The command that a sound node can run."""
+    return "nvidia-smi" if shutil.which("nvidia-smi") else "true"
+
+
 def _answers(nodes: Sequence[str]) -> bool:
-    """Whether a process can be started on each of the nodes."""
+    """Whether the roll call can be run on each of the nodes."""
     count = str(len(nodes))
     shape = ("--nodes", count, "--ntasks", count, "--ntasks-per-node=1", f"--nodelist={','.join(nodes)}")
     try:
-        call("srun", "--kill-on-bad-exit=1", *shape, "true", seconds=ROLL_CALL_SECONDS)
+        call("srun", "--kill-on-bad-exit=1", *shape, _roll_call(), seconds=ROLL_CALL_SECONDS[_roll_call()])
     except LaunchError:
         return False
     return True

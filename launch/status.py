@@ -44,12 +44,16 @@ class Status:
     """"queued", "running", "saved", "finished", "failed", "died" or "not started"."""
     detail: str
     """More on it, in words; may be empty."""
+    job: str | None = None
+    """Number of its job in SLURM, while that is queued or running."""
     line: dict[str, Any] = field(default_factory=dict[str, Any])
     """The last line of its metrics."""
     total_steps: int | None = None
     checkpoint: tuple[int, float] | None = None
     """Step and age in seconds of the newest."""
     behind: str = ""
+    stopped: str = ""
+    """Why its job was not started again."""
     errors: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     """Last error of each rank: text to ranks."""
 
@@ -118,8 +122,30 @@ def _status(run: Path, entries: Sequence[Submitted | Attempt], job: str | None, 
                 errors.setdefault(text, []).append(rank)
     if state is not None and state.outcome == "failed" and state.error and not errors:
         errors[state.error] = []
-    behind = rank_behind(beats) if phase == "running" else ""
-    return Status(run, phase, detail, line, plan.get("total_steps"), newest_checkpoint(run), behind, errors)
+    return Status(
+        run,
+        phase,
+        detail,
+        job=job if job in states else None,
+        line=line,
+        total_steps=plan.get("total_steps"),
+        checkpoint=newest_checkpoint(run),
+        behind=rank_behind(beats) if phase == "running" else "",
+        stopped=_stopped(run, phase, entries, job),
+        errors=errors,
+    )
+
+
+def _stopped(run: Path, phase: str, entries: Sequence[Submitted | Attempt], job: str | None) -> str:
+    """What the job's agent has decided in the end; where it has said nothing, what the job itself said last."""
+    if phase not in ("saved", "failed", "died", "not started") or job is None:
+        return ""
+    last = entries[-1]
+    if isinstance(last, Attempt):
+        return last.reason if last.decision == "stop" else ""
+    log = run / history.FOLDER / f"slurm-{job}.out"
+    said = [line for line in _tail(log).decode(errors="replace").splitlines() if line.strip()]
+    return f"{log} ends with: {said[-1]}" if said else ""
 
 
 def _phase(state: State | None, beats: list[Beat], job: str | None, queued: str | None) -> tuple[str, str]:
@@ -173,18 +199,22 @@ def rank_behind(beats: Sequence[Beat]) -> str:
 
 def last_line(run: Path) -> dict[str, Any]:
     """The last whole line of the metrics; empty before the first."""
-    try:
-        with open(run / metrics.FILE, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
+    for line in reversed(_tail(run / metrics.FILE).split(b"\n")[:-1]):
         try:
             return {name: number(value) for name, value in json.loads(line).items()}
         except ValueError:  # torn by a kill
             continue
     return {}
+
+
+def _tail(path: Path) -> bytes:
+    """The end of a file; nothing where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
 def newest_checkpoint(run: Path) -> tuple[int, float] | None:
@@ -210,6 +240,8 @@ def details(status: Status) -> str:
         rows["checkpoint"] = f"step {status.checkpoint[0]:,}, {duration(status.checkpoint[1])} old"
     if status.behind:
         rows["behind"] = status.behind
+    if status.stopped:
+        rows["stopped"] = status.stopped
     for index, (text, ranks) in enumerate(status.errors.items()):
         if index == ERRORS_SHOWN:
             rows["errors"] = f"{len(status.errors) - index} other ones; see `sluice logs`"

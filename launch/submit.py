@@ -156,10 +156,22 @@ def _pretrain(request: Request, profile: Profile, config: RunConfig) -> Draft:
             f"{world} ranks x {plan.micro_batch} x {plan.accumulation}; {plan.total_steps:,} steps"
         )
 
+    def time() -> str:
+        limit = request.time or profile.time
+        if limit is None:
+            return "the partition's limit"
+        seconds = slurm.limit_seconds(limit)
+        if seconds is not None and seconds < 2 * profile.stop_seconds:
+            raise ConfigError(
+                f"of a limit of {limit} the last {profile.stop_seconds} s (stop_seconds of the profile) are for "
+                "saving, and too little is left to train; give more time, or less to saving"
+            )
+        return f"{limit}, the last {profile.stop_seconds} s for saving"
+
     job = _job("pretrain", config.run.folder, arguments, request, profile)
     overrides = [word for override in request.overrides for word in ("--set", override)]
     check = ["check", str(request.config), *overrides, "--procs", str(world)]
-    return Draft(job, load.dump(config), [("data", shards)], check)
+    return Draft(job, load.dump(config), [("data", shards), ("time", time)], check)
 
 
 def _suite(request: Request, profile: Profile, config: SuiteConfig) -> Draft:

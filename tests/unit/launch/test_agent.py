@@ -35,7 +35,7 @@ elif name == "sinfo":
     print(fact("nodes", "n1 allocated\\nn2 allocated"))
 elif name == "squeue":
     print(fact("end", "UNLIMITED"))
-elif name == "srun" and words[-1] == "true":
+elif name == "srun" and words[-1] in ("true", "nvidia-smi"):
     lost = fact("lost", "none")
     sys.exit(any(lost in word for word in words))
 elif name == "srun":
@@ -72,7 +72,7 @@ class Place:
         self.folder, self.run, bin = folder, folder / "run", folder / "bin"
         bin.mkdir()
         self.run.mkdir()
-        for name in ("srun", "scontrol", "squeue", "sinfo"):
+        for name in ("srun", "scontrol", "squeue", "sinfo", "scancel"):
             (bin / name).write_text(FAKE.format(python=sys.executable, folder=str(folder), run=str(self.run)))
             (bin / name).chmod(0o755)
         self.job = Job("pretrain", str(self.run), ["-m", "pipeline.run", "train"], nodes=2, python=["python3"])
@@ -133,18 +133,19 @@ def test_a_crash_on_sound_nodes_starts_the_ranks_again(place: Place):
     assert place.agent(ends(137, 4), ends(1, 9, attempt=1), ends(0, 12, attempt=2)) == 0
     assert place.decisions == ["restart", "restart", "finished"]
     assert [a.step for a in history.attempts(place.run)] == [4, 9, 12]
-    assert len([c for c in place.calls("srun") if c[-1] == "true"]) == 2  # all nodes were asked
+    assert len([c for c in place.calls("srun") if c[-1] in ("true", "nvidia-smi")]) == 2  # all nodes were asked
     assert not place.calls("scontrol", "requeue")
 
 
 @pytest.mark.parametrize(
     ("facts", "reason"),
-    [({"nodes": "n1 allocated\nn2 down*"}, "is down*"), ({"lost": "n2"}, "does not start processes")],
+    [({"nodes": "n1 allocated\nn2 down*"}, "is down*"), ({"lost": "n2"}, "cannot run")],
 )
 def test_a_lost_node_is_left_out(place: Place, facts, reason):
     place.tell(**facts)
     assert place.agent(ends(137, 4)) == 1
-    assert place.decisions == ["requeue"] and history.bad_nodes(place.run) == {"n2": reason}
+    bad = history.bad_nodes(place.run)
+    assert place.decisions == ["requeue"] and list(bad) == ["n2"] and bad["n2"].startswith(reason)
     assert place.calls("scontrol", "requeue") == [["scontrol", "requeue", "7"]]
     update = ["scontrol", "update", "JobId=7", "StartTime=now+10", "ExcNodeList=n2"]
     assert place.calls("scontrol", "update") == [update]
@@ -187,6 +188,19 @@ def test_the_same_step_three_times_is_enough(place: Place):
 def test_budgets_hold(place: Place):
     assert place.agent(*(ends(1, n, attempt=n) for n in range(5)), budget=Budget(restarts=1)) == 1
     assert place.decisions == ["restart", "stop"] and "budget of 1 restarts is used up" in place.said
+
+
+def test_a_job_whose_owner_wants_it_to_end_saves_first(place: Place):
+    process = place.start(ends(75, 4, wait=True))
+    while not (place.folder / "waiting").exists():
+        time.sleep(0.02)
+    history.ask_to_end(place.run, "8")
+    time.sleep(0.5)
+    assert not (place.run / "stop").exists()
+    history.ask_to_end(place.run, "7")
+    process.communicate(timeout=120)
+    assert process.returncode == 75 and place.decisions == ["stop"]
+    assert place.calls("scancel") == [["scancel", "7"]] and not place.calls("scontrol", "requeue")
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

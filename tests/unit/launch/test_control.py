@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launch import history
 from launch.control import cancel, note_start, read_log, resume_command
+from launch.history import Attempt
 from pipeline.core.errors import LaunchError
 from pipeline.record.state import State, write_state
 from tests.unit.launch.test_status import beat, gone, run, slurm, submitted  # noqa: F401
@@ -48,10 +50,28 @@ def test_a_run_here_is_asked_by_its_stop_file(run):  # noqa: F811
 
 def test_a_job_is_cancelled_by_slurm(run, slurm):  # noqa: F811
     submitted(run)
-    (slurm / "queue").write_text("7 7 RUNNING\n")
-    assert "SLURM job 7 is cancelled" in cancel(run)
+    (slurm / "queue").write_text("7 7 PENDING\n")
+    assert cancel(run) == "SLURM job 7 is cancelled"
     assert (slurm / "said").read_text().splitlines()[-1] == "scancel 7"
     assert not (run / "stop").exists()
+
+
+def test_a_job_that_trains_may_take_its_time_to_save(run, slurm):  # noqa: F811
+    submitted(run)
+    (slurm / "queue").write_text("7 7 RUNNING\n")
+    assert "SLURM job 7 is asked to save and end" in cancel(run)
+    assert history.asked_to_end(run, "7") and not history.asked_to_end(run, "8")
+    assert "scancel" not in (slurm / "said").read_text()
+    assert cancel(run) == "SLURM job 7 is cancelled"
+    assert (slurm / "said").read_text().splitlines()[-1] == "scancel 7"
+
+
+def test_a_run_here_is_not_taken_for_a_job_that_it_once_was(run, slurm):  # noqa: F811
+    submitted(run, "1")
+    t = history.now()
+    history.append(run, Attempt("1", 0, ["n1"], t, t, 75, 30, "requeue", "asked to stop, and saved"))
+    assert "asked to stop" in cancel(run)
+    assert (run / "stop").exists() and "scancel" not in (slurm / "said").read_text()
 
 
 def test_nothing_to_cancel(run):  # noqa: F811

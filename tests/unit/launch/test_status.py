@@ -169,6 +169,26 @@ def test_a_run_that_was_queued_again(run, slurm):
     assert (only(run).phase, only(run).detail) == ("running", "SLURM job 7 is running; requeued 2 times")
 
 
+def test_why_a_job_was_not_started_again(run, slurm):
+    submitted(run)
+    write_state(run, State("failed", 1, 31, 0, "boom"))
+    t = history.now()
+    history.append(run, Attempt("7", 0, ["n1"], t, t, 1, 31, "stop", "failed 3 times in a row at step 31"))
+    assert "  stopped     failed 3 times in a row at step 31" in details(only(run)).splitlines()
+    submitted(run, "8")
+    (slurm / "queue").write_text("8 8 PENDING\n")
+    assert "stopped" not in details(only(run))
+
+
+def test_a_job_that_ended_before_it_could_say_anything(tmp_path, slurm):
+    run = tmp_path / "runs" / "new"
+    submitted(run)
+    assert only(run).stopped == ""
+    log = run / "launch" / "slurm-7.out"
+    log.write_text("module: command not found\nerror: no such module\n\n")
+    assert only(run).stopped == f"{log} ends with: error: no such module"
+
+
 def test_slurm_that_does_not_answer(run, slurm):
     submitted(run)
     (slurm / "squeue").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")

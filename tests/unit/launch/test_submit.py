@@ -90,6 +90,8 @@ def test_a_dry_run_imports_no_framework(request_of, tmp_path):
         ([], {"run": Path("r")}, "--run does not belong"),
         ([], {"after": "7;rm"}, "--after 7;rm: the number of a job"),
         ([], {"cluster": "nowhere"}, "no cluster profile"),
+        ([], {"time": "9:59"}, "of a limit of 9:59 the last 300 s"),
+        ([], {"time": "tomorrow"}, "time limit 'tomorrow': write it like 24:00:00"),
     ],
 )
 def test_what_cannot_run_is_refused(request_of, more, values, words):
@@ -136,12 +138,12 @@ def test_the_jobs_own_environment_has_the_last_word(request_of, tmp_path, monkey
 def test_what_is_submitted_is_remembered(request_of, tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "submit", lambda options, script, environment: "42")
     monkeypatch.setattr(submit, "_check_there", lambda draft, profile: None)
-    given = request_of(nodes=2, time="5")
+    given = request_of(nodes=2, time="50")
     assert "job 42; its log:" in submit.submit(given, dry_run=False)
     (entry,) = history.read(tmp_path / "run")
     assert isinstance(entry, Submitted)
-    assert (entry.job, entry.cluster, entry.nodes, entry.time_limit) == ("42", "default", 2, "5")
-    assert entry.command[:4] == ["submit", str(given.config), "--nodes", "2"] and entry.command[-2:] == ["--time", "5"]
+    assert (entry.job, entry.cluster, entry.nodes, entry.time_limit) == ("42", "default", 2, "50")
+    assert entry.command[:4] == ["submit", str(given.config), "--nodes", "2"] and entry.command[-2:] == ["--time", "50"]
     assert sorted(p.name for p in (tmp_path / "run" / "launch").iterdir()) == [
         "config-001.toml",
         "job-001.json",

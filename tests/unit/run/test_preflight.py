@@ -63,6 +63,24 @@ def test_the_node_of_a_rank_with_a_fault_is_named(fault, words):
     assert list(bad) == ["n1"] and words in bad["n1"]
 
 
+def test_the_figures_are_told_with_the_slowest_node():
+    found = [replace(r, reduce_gb_per_second=1.5) for r in reports()]
+    found[2] = replace(found[2], write_mb_per_second=12.0)
+    assert module.summary(found) == (
+        "3 nodes, 6 x H200; run folder written at 12 MB/s by n1, the slowest, 1.05 GB free; "
+        "sums over all ranks at 1.5 GB/s; clocks within 0.05 s"
+    )
+    assert "nodes" not in module.summary(found[:1]) and "clocks" not in module.summary(found[:1])
+
+
+def test_the_sum_over_many_ranks_is_exact():
+    numbers = torch.arange(64).float()
+    total = torch.zeros(64)
+    for rank in range(16_384):
+        total += numbers * module.weight(rank)
+    assert torch.equal(total.double(), torch.arange(64).double() * 16_384 * 4.5)
+
+
 def _place() -> Place:
     return Place(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"), timedelta(seconds=60))
 
