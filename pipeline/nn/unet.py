@@ -56,8 +56,15 @@ class Norm(nn.GroupNorm):
         """Same shape and type."""
         dtype = torch.promote_types(input.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        # A GPU's kernel wants channels first, the convolutions around it want them last: with the change of type there
+        # and back, the change of layout costs no pass over memory of its own.
+        there, back = torch.preserve_format, torch.preserve_format
+        if input.is_cuda:
+            there, back = torch.contiguous_format, torch.channels_last
         with torch.autocast(input.device.type, enabled=False):
-            return functional.group_norm(input.to(dtype), self.num_groups, weight, bias, self.eps).to(input.dtype)
+            wide = input.to(dtype, memory_format=there)
+            normed = functional.group_norm(wide, self.num_groups, weight, bias, self.eps)
+        return normed.to(input.dtype, memory_format=back)
 
 
 class ResBlock(nn.Module):
