@@ -1,6 +1,6 @@
 """Training step of the 35.7M-parameter CIFAR-10 U-Net against diffusers' UNet2DModel of the same size; and sampling.
 
-Command: python -m tests.perf.ddpm_step [--batch 8] [--repeats 5] [--steps 1] [--compile]
+Command: python -m tests.perf.ddpm_step [--batch 8] [--repeats 5] [--steps 1]
 Both train in one bare loop (noise, squared error, backward, Adam), in turn, in the same process; ours with the fused
 Adam that the engines build, theirs with torch's default. Prints seconds per step, the ratio theirs / ours over the
 repeats, and what sampling costs beside as many evaluations of the bare network; on a GPU all in bf16, with images/s,
@@ -24,7 +24,6 @@ from pipeline.nn.conditioning import Conditions
 from pipeline.nn.diffusion.levels import add_noise, schedule
 from pipeline.nn.diffusion.model import Denoiser, Generator, SamplerConfig
 from pipeline.nn.diffusion.process import Discrete
-from pipeline.nn.encoder import compile_blocks
 from pipeline.nn.unet import UNet, UNetConfig
 from tests.perf.mae_gpu import peak_of
 
@@ -37,13 +36,6 @@ SAMPLED = 4
 def build_ours() -> UNet:
     """The default network."""
     return UNet(UNetConfig(), (32, 32), channels=3, out=3).to(DEVICE)
-
-
-def build_compiled() -> UNet:
-    """Ours with compiled blocks."""
-    net = build_ours()
-    compile_blocks(net)
-    return net
 
 
 def build_theirs() -> nn.Module:
@@ -124,16 +116,12 @@ def prepared(name: str, build: Callable[[], nn.Module], batch: int) -> tuple[nn.
     return net, step
 
 
-def train(batch: int, repeats: int, times: int, compiled: bool) -> UNet:
+def train(batch: int, repeats: int, times: int) -> UNet:
     """Measure and print training; returns our network."""
     net, step = prepared("ours", build_ours, batch)
     work = {"ours": step}
     if importlib.util.find_spec("diffusers"):
         work["theirs"] = prepared("theirs", build_theirs, batch)[1]
-    if compiled:
-        began = time.perf_counter()
-        work["compiled"] = prepared("ours, compiled", build_compiled, batch)[1]
-        print(f"compiling and the first steps: {time.perf_counter() - began:.0f} s")
     found = dict(zip(work, in_turn(list(work.values()), repeats, times), strict=True))
     flops = 3 * forward_flops(net) * batch
     peak = peak_of(torch.cuda.get_device_name()) if DEVICE == "cuda" else None
@@ -176,11 +164,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128 if DEVICE == "cuda" else 8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10 if DEVICE == "cuda" else 1, help="timed together")
-    parser.add_argument("--compile", action="store_true", help="ours with compiled blocks, too")
     args = parser.parse_args()
     where = torch.cuda.get_device_name() + ", bf16" if DEVICE == "cuda" else f"{torch.get_num_threads()} threads, fp32"
     print(f"{where}, torch {torch.__version__}, batch {args.batch}")
-    net = train(args.batch, args.repeats, args.steps, args.compile)
+    net = train(args.batch, args.repeats, args.steps)
     sample(net, args.batch, args.repeats, args.steps)
 
 
