@@ -29,7 +29,6 @@ from pipeline.nn.diffusion.samplers import Variance
 from pipeline.nn.diffusion.targets import Target, Weight
 from pipeline.nn.dit import DiT, DiTConfig
 from pipeline.nn.dropout import dropping_for
-from pipeline.nn.encoder import compile_blocks
 from pipeline.nn.images import tile
 from pipeline.nn.unet import UNet, UNetConfig
 
@@ -71,8 +70,6 @@ class Config(Strict):
     drop_condition: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Part of the samples that are not told their class or text, so that guidance has something to start from."""
     channels: Annotated[int, Field(ge=1)] = 3
-    compile: bool = False
-    """Compile each block of the network with torch.compile: a minute or two at the start, less time in every step."""
     sampler: SamplerConfig = SamplerConfig()
     """Of the showcase, and of evaluations that do not say otherwise."""
     feature_block: str = "middle_1"
@@ -335,8 +332,6 @@ def _denoiser(config: Config, facts: DataFacts) -> Denoiser:
         network = UNet(config.network, facts.image_size, **shape, token_width=width)
     else:
         network = DiT(config.network, facts.image_size, **shape)
-    if config.compile:
-        compile_blocks(network)
     always_told = config.drop_condition == 0
     if always_told and network.embedding.label is not None:
         # Features are taken without a class. Its row is never trained then, and zero is nearer to the classes' mean.
