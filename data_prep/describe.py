@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -123,12 +124,14 @@ def _tiles(store: Store, manifest: Manifest, rows: list[int]) -> Iterator[Tile]:
 
 
 def _picture(tiles: list[Tile]) -> Image.Image:
+    import matplotlib  # for its typeface: Pillow's own has no letters but those of ASCII
+
     columns = max(1, round((len(tiles) * 1.5) ** 0.5))
     lines = -(-len(tiles) // columns)
     w, h = TILE + MARGIN, TILE + MARGIN + 2 * LINE
     canvas = Image.new("RGB", (columns * w + MARGIN, lines * h + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(11)
+    font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
     for i, tile in enumerate(tiles):
         x, y = MARGIN + i % columns * w, MARGIN + i // columns * h
         if tile.picture is not None:

@@ -37,6 +37,8 @@ from pipeline.core.errors import ConfigError, DataError
 KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 PARQUET_ROWS = 32
 """Rows that are turned into Python objects together."""
+BUFFER = 1024**2
+"""Bytes of each Parquet column that are read at once; without such a limit whole row groups are held in memory."""
 CELL = 64 * 1024**2
 """Longest cell of a CSV file."""
 HEADER_ROWS = 1000
@@ -305,7 +307,7 @@ def _parquet(path: str) -> Iterator[Any]:
         raise ConfigError("reading Parquet needs pyarrow: install sluice[prep]") from error
     with places.opened(path) as f:
         try:
-            table = parquet.ParquetFile(f)
+            table = parquet.ParquetFile(f, buffer_size=BUFFER, pre_buffer=False)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(f"{path} is not a whole Parquet file: {error}") from error
         with table:
