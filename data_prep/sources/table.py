@@ -31,7 +31,17 @@ from typing import Any, BinaryIO, TextIO, cast
 from data_prep import places
 from data_prep.fetch import Failed, Remote
 from data_prep.places import UrlFile
-from data_prep.record import Inline, LocalFile, Payload, Record, Rejected, extension_of, file_stamp, number_classes
+from data_prep.record import (
+    Inline,
+    LocalFile,
+    Payload,
+    Record,
+    Rejected,
+    extension_of,
+    file_stamp,
+    number_classes,
+    readable,
+)
 from pipeline.core.errors import ConfigError, DataError
 
 KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -109,7 +119,7 @@ class TableSource:
         for path in self.tables:
             for row in _rows(str(path), (self.columns.label,)):
                 self.total += 1
-                value = _text(row.get(self.columns.label))
+                value = readable(_text(row.get(self.columns.label)))
                 if value:
                     names.add(value)
         return number_classes(names, self.known)
@@ -127,7 +137,7 @@ class TableSource:
     def _record(self, place: int, row: Row, root: str, table: str) -> Record:
         c = self.columns
         payload, identity, stamp, extension = self._image(row, root, table)
-        label = self._number.get(_text(row.get(c.label))) if c.label else None
+        label = self._number.get(readable(_text(row.get(c.label)))) if c.label else None
         if c.label and label is None and not isinstance(payload, Failed):
             payload = Failed(f"no label in column {c.label!r}")
         captions = dict(_captions(row, c.caption))
