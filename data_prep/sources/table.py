@@ -97,6 +97,10 @@ class TableSource:
                 raise ConfigError(f"{path} has no column {name!r}, only {', '.join(map(repr, there)) or 'nothing'}")
             for name in [name for name, times in Counter(there).items() if times > 1]:
                 raise ConfigError(f"{path} has several columns {name!r}: rename all but one")
+        stems = Counter(_stem(name) for name in c.caption[1:])
+        for stem in [stem for stem, times in stems.items() if times > 1]:
+            same = ", ".join(repr(name) for name in c.caption[1:] if _stem(name) == stem)
+            raise ConfigError(f"the captions {same} would all be .{stem}.txt: rename all but one")
         if self.columns.label:
             self.classes, self._number = self._labels()
         else:
@@ -242,11 +246,15 @@ def _captions(row: Row, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Extension and text of each caption; a cell with a list holds several."""
     for i, name in enumerate(columns):
         value = row.get(name)
-        stem = "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in name).lower()[:12]
         texts = [_text(v) for v in cast("list[Any]", value)] if isinstance(value, list) else [_text(value)]
         for j, text in enumerate(t for t in texts if t):
-            prefix = [stem] * (i > 0) + [str(j)] * (j > 0)
+            prefix = [_stem(name)] * (i > 0) + [str(j)] * (j > 0)
             yield ".".join([*prefix, "txt"]), text
+
+
+def _stem(column: str) -> str:
+    """What a further caption's column is called in a file's name."""
+    return "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in column).lower()[:40]
 
 
 def _kind(path: str) -> str:

@@ -199,6 +199,9 @@ def test_mistakes(tmp_path, rows):
     (tmp_path / "twice.csv").write_text("file,x,x\n")
     with pytest.raises(ConfigError, match="several columns 'x'"):
         TableSource([tmp_path / "twice.csv"], Columns("file"))
+    (tmp_path / "stems.csv").write_text("file,text,Alt text,alt-text\n")
+    with pytest.raises(ConfigError, match=r"'Alt text', 'alt-text' would all be \.alt_text\.txt"):
+        TableSource([tmp_path / "stems.csv"], Columns("file", ("text", "Alt text", "alt-text")))
     (tmp_path / "ids.csv").write_text("file,id\na,12345678901\n")
     with pytest.raises(DataError, match="no class numbers"):
         TableSource([tmp_path / "ids.csv"], Columns("file", label="id"))
