@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -33,7 +33,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def follow_parent() -> None:
+def processes(workers: int, module: str) -> ProcessPoolExecutor:
+    """Worker processes that end with this one, however it ends; ``module``, which they need, is imported once."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", module])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+
+
+def _follow_parent() -> None:
     """Leave Ctrl-C, which goes to the whole group, to the parent; and end with it, also when it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -310,10 +310,10 @@ class _Build:
         for writer in self.writers.values():
             writer.close_shard(self.places)
         assert self.counts.inputs == self.counts.samples + self.counts.rejects == self.places, self.counts
+        self._write_lines(REJECTS, "rejects")
         if self.counts.samples == 0:
             first = next((line["reason"] for w in self.writers.values() for line in w.rejects), "the source is empty")
-            raise DataError(f"no sample came out of {self.places} inputs; the first reason: {first}")
-        self._write_lines(REJECTS, "rejects")
+            raise DataError(f"no sample came out of {self.places} inputs, see {REJECTS}; the first reason: {first}")
         if self.options.duplicates.action == "report":
             self._write_lines(DUPLICATES, "duplicates")
         part = {

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from data_prep import images
+from data_prep.ahead import cores, in_order
 from data_prep.dataset import items, read_manifest
 from data_prep.record import Rejected
 from data_prep.statistics import Facts, Statistics, channel_sums
 from data_prep.store import Store, open_store
 from pipeline.core.errors import DataError
-from pipeline.core.manifest import FILE, Manifest
+from pipeline.core.manifest import FILE, Manifest, Shard
 
 TILE, MARGIN, LINE = 128, 8, 14
 
@@ -32,18 +36,29 @@ def renew_statistics(folder: str, progress: Callable[[int], None] | None = None)
     try:
         manifest = read_manifest(store)
         statistics = Statistics()
-        for done, item in enumerate(items(store, manifest, ("image", "caption", "label")), 1):
-            try:
-                statistics.add(_facts(item.fields))
-            except Rejected as reason:
-                raise DataError(f"{item.key}: {reason}; find all such samples with `sluice prep verify`") from reason
-            if progress is not None:
-                progress(done)
+        with ThreadPoolExecutor(cores()) as pool:
+            work = functools.partial(_shard_statistics, store, manifest)
+            for _, found in in_order(pool, work, manifest.shards, 2 * cores()):
+                statistics.merge(found)
+                if progress is not None:
+                    progress(statistics.samples)
         manifest = replace(manifest, statistics=statistics.as_json())
         store.write(FILE, manifest.as_json().encode())
         return manifest
     finally:
         store.close()
+
+
+def _shard_statistics(store: Store, manifest: Manifest, shard: Shard) -> Statistics:
+    statistics = Statistics()
+    for item in items(store, replace(manifest, shards=(shard,)), ("image", "caption", "label")):
+        try:
+            statistics.add(_facts(item.fields))
+        except Rejected as reason:
+            raise DataError(
+                f"{shard.name}: {item.key}: {reason}; find all such samples with `sluice prep verify --decode 1`"
+            ) from reason
+    return statistics
 
 
 def _facts(fields: dict[str, bytes]) -> Facts:
@@ -123,12 +138,14 @@ def _tiles(store: Store, manifest: Manifest, rows: list[int]) -> Iterator[Tile]:
 
 
 def _picture(tiles: list[Tile]) -> Image.Image:
+    import matplotlib  # for its typeface: Pillow's own has no letters but those of ASCII
+
     columns = max(1, round((len(tiles) * 1.5) ** 0.5))
     lines = -(-len(tiles) // columns)
     w, h = TILE + MARGIN, TILE + MARGIN + 2 * LINE
     canvas = Image.new("RGB", (columns * w + MARGIN, lines * h + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(11)
+    font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
     for i, tile in enumerate(tiles):
         x, y = MARGIN + i % columns * w, MARGIN + i // columns * h
         if tile.picture is not None:

@@ -178,6 +178,8 @@ class Fetcher:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, ValueError) as error:
+            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:  # a name server has much to do
+                raise _Again(f"{host!r}: {error}") from error
             raise Rejected(f"unknown host {host!r}: {error}") from error
         addresses = [entry[4] for entry in found]
         if not self.options.private:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing as mp
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.ahead import cores, follow_parent, in_order
+from data_prep.ahead import cores, in_order, processes
 from data_prep.record import check_classes
 from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
@@ -120,8 +119,7 @@ def _looked_through(store: Store, names: Sequence[str]) -> Iterator[tuple[str, F
     with ExitStack() as stack:
         pool: Executor
         if isinstance(store, LocalStore) and sum(store.size(name) for name in names) > MUCH:
-            context = mp.get_context("forkserver")
-            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
+            pool = processes(workers, __name__)
         else:
             pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)

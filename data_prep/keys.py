@@ -32,6 +32,8 @@ class Keys:
         self._sorted.sort()
 
     def __contains__(self, key: str) -> bool:
+        if not len(self._sorted):
+            return False
         wanted = np.asarray([_digest(key)], self._sorted.dtype)
         place = int(np.searchsorted(self._sorted, wanted)[0])
         return bool((self._sorted[place : place + 1] == wanted).any())

@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import multiprocessing as mp
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from data_prep import images
-from data_prep.ahead import follow_parent
+from data_prep.ahead import processes
 from data_prep.duplicates import perceptual_hash
 from data_prep.options import Filters, Options
 from data_prep.record import Inline, Record, Rejected
@@ -111,7 +110,7 @@ def prepared(tasks: Iterable[Task], options: Options) -> Iterator[tuple[Task, Sa
         for task in tasks:
             yield task, prepare(task[2], options)
         return
-    pool = ProcessPoolExecutor(options.workers, mp_context=mp.get_context("forkserver"), initializer=follow_parent)
+    pool = processes(options.workers, __name__)
     flying: deque[Flight] = deque()
     try:
         for batch in _batches(tasks):

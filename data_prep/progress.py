@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -81,5 +84,35 @@ class Progress:
         assert self._state is not None
         if not self._total or self._rate() <= 0:
             return ""
-        minutes, seconds = divmod(int(max(0, self._total - self._state[0]) / self._rate()), 60)
-        return f", {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+        return f", {_clock(max(0, self._total - self._state[0]) / self._rate())} left"
+
+
+def _clock(duration: float) -> str:
+    """Seconds as hours, minutes and seconds."""
+    minutes, seconds = divmod(int(duration), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+@contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Show that something is under way of which nobody knows how long it takes."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True).status(title):
+            yield
+        return
+    done = threading.Event()
+    began = time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(LINE_EVERY):
+            print(f"{title}: {_clock(time.monotonic() - began)} so far", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -170,11 +170,16 @@ def split_of(identity: str, splits: Mapping[str, float], seed: int) -> str:
     """
     left = 1.0
     for name, part in splits.items():
-        digest = hashlib.sha256(f"{seed}\0{name}\0{identity}".encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(f"{seed}\0{name}\0{identity}".encode("utf-8", "surrogatepass")).digest()
         if int.from_bytes(digest[:8], "big") / 2**64 * left < part:
             return name
         left -= part
     return "train"
+
+
+def readable(text: str) -> str:
+    """The same text where all of it is; bytes of a file's name that are no UTF-8 become ``\\udcXX``."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def extension_of(name: str) -> str:

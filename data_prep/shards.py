@@ -17,7 +17,7 @@ import numpy as np
 from data_prep.duplicates import Print, pack, prints_name
 from data_prep.options import Options
 from data_prep.prepare import Sample
-from data_prep.record import Record
+from data_prep.record import Record, readable
 from data_prep.statistics import Statistics
 from data_prep.store import Store
 from data_prep.ustar import Member, TarWriter, sample_bytes
@@ -117,7 +117,7 @@ class SplitWriter:
         return self._inputs.hexdigest()
 
     def _count(self, record: Record) -> None:
-        self._inputs.update(f"{record.key}\0{record.stamp}\n".encode("utf-8", "surrogateescape"))
+        self._inputs.update(f"{record.key}\0{record.stamp}\n".encode("utf-8", "surrogatepass"))
 
     def reject(self, place: int, record: Record, reason: str) -> None:
         """Note that a record is not written."""
@@ -133,8 +133,8 @@ class SplitWriter:
             "input": place,
             "split": self.split,
             "key": record.key,
-            "source": record.identity,
-            "reason": reason.encode("utf-8", "backslashreplace").decode(),
+            "source": readable(record.identity),
+            "reason": readable(reason),
         }
 
     def add(self, place: int, record: Record, sample: Sample) -> None:

@@ -163,6 +163,7 @@ def split(
     out: Annotated[str, typer.Argument(help="Folder that will hold train/ and the splits.", metavar="OUT")],
     part: Annotated[list[str], typer.Option("--split", help="Part of the samples in a split: val=0.05.")],
     seed: Annotated[int, typer.Option(help="Decides the splits.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that read and check; 0: none but this one.")] = 0,
 ) -> None:
     """Deal a data set out into splits, by a hash of each sample's key."""
     from data_prep.options import Options
@@ -170,7 +171,7 @@ def split(
 
     manifest = _manifest(folder)
     source = TarsSource([f"{folder}/{shard.name}" for shard in manifest.shards], known=manifest.classes)
-    prep_build.run_build(source, out, Options(splits=prep_build.parse_splits(part), seed=seed))
+    prep_build.run_build(source, out, Options(prep_build.parse_splits(part), seed, workers=workers))
 
 
 @_verb

@@ -114,9 +114,12 @@ def _source(make: Make) -> Make:
     options = [p for p in mine if p.default is not inspect.Parameter.empty]
 
     def command(**given: Any) -> None:
+        from data_prep.progress import waiting
+
         options = _shared(**{name: given[name] for name in shared})
         try:
-            made = make(**{name: given[name] for name in own})
+            with waiting("looking through the source"):
+                made = make(**{name: given[name] for name in own})
         except OSError as error:
             raise DataError(f"the source cannot be read: {error}") from error
         source, fetch = made if isinstance(made, tuple) else (made, None)

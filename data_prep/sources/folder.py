@@ -23,7 +23,7 @@ from data_prep import places
 from data_prep.fetch import Failed
 from data_prep.images import EXTENSIONS
 from data_prep.places import UrlFile
-from data_prep.record import LocalFile, Payload, Record, extension_of, file_stamp, json_table, safe_key
+from data_prep.record import LocalFile, Payload, Record, extension_of, file_stamp, json_table, readable, safe_key
 from pipeline.core.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -108,7 +108,7 @@ class FolderSource:
     def _class(self, found: _Found) -> str:
         """The class's name; empty for an image that is in no class folder."""
         inner = found.relative.removeprefix(f"{found.split}/") if found.split else found.relative
-        return inner.partition("/")[0] if "/" in inner else ""
+        return readable(inner.partition("/")[0]) if "/" in inner else ""
 
     def __iter__(self) -> Iterator[Record]:
         for found in self._files:

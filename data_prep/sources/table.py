@@ -31,12 +31,24 @@ from typing import Any, BinaryIO, TextIO, cast
 from data_prep import places
 from data_prep.fetch import Failed, Remote
 from data_prep.places import UrlFile
-from data_prep.record import Inline, LocalFile, Payload, Record, Rejected, extension_of, file_stamp, number_classes
+from data_prep.record import (
+    Inline,
+    LocalFile,
+    Payload,
+    Record,
+    Rejected,
+    extension_of,
+    file_stamp,
+    number_classes,
+    readable,
+)
 from pipeline.core.errors import ConfigError, DataError
 
 KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 PARQUET_ROWS = 32
 """Rows that are turned into Python objects together."""
+BUFFER = 1024**2
+"""Bytes of each Parquet column that are read at once; without such a limit whole row groups are held in memory."""
 CELL = 64 * 1024**2
 """Longest cell of a CSV file."""
 HEADER_ROWS = 1000
@@ -85,6 +97,10 @@ class TableSource:
                 raise ConfigError(f"{path} has no column {name!r}, only {', '.join(map(repr, there)) or 'nothing'}")
             for name in [name for name, times in Counter(there).items() if times > 1]:
                 raise ConfigError(f"{path} has several columns {name!r}: rename all but one")
+        stems = Counter(_stem(name) for name in c.caption[1:])
+        for stem in [stem for stem, times in stems.items() if times > 1]:
+            same = ", ".join(repr(name) for name in c.caption[1:] if _stem(name) == stem)
+            raise ConfigError(f"the captions {same} would all be .{stem}.txt: rename all but one")
         if self.columns.label:
             self.classes, self._number = self._labels()
         else:
@@ -107,7 +123,7 @@ class TableSource:
         for path in self.tables:
             for row in _rows(str(path), (self.columns.label,)):
                 self.total += 1
-                value = _text(row.get(self.columns.label))
+                value = readable(_text(row.get(self.columns.label)))
                 if value:
                     names.add(value)
         return number_classes(names, self.known)
@@ -125,7 +141,7 @@ class TableSource:
     def _record(self, place: int, row: Row, root: str, table: str) -> Record:
         c = self.columns
         payload, identity, stamp, extension = self._image(row, root, table)
-        label = self._number.get(_text(row.get(c.label))) if c.label else None
+        label = self._number.get(readable(_text(row.get(c.label)))) if c.label else None
         if c.label and label is None and not isinstance(payload, Failed):
             payload = Failed(f"no label in column {c.label!r}")
         captions = dict(_captions(row, c.caption))
@@ -230,11 +246,15 @@ def _captions(row: Row, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Extension and text of each caption; a cell with a list holds several."""
     for i, name in enumerate(columns):
         value = row.get(name)
-        stem = "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in name).lower()[:12]
         texts = [_text(v) for v in cast("list[Any]", value)] if isinstance(value, list) else [_text(value)]
         for j, text in enumerate(t for t in texts if t):
-            prefix = [stem] * (i > 0) + [str(j)] * (j > 0)
+            prefix = [_stem(name)] * (i > 0) + [str(j)] * (j > 0)
             yield ".".join([*prefix, "txt"]), text
+
+
+def _stem(column: str) -> str:
+    """What a further caption's column is called in a file's name."""
+    return "".join(ch if ch.isalnum() and ch.isascii() else "_" for ch in column).lower()[:40]
 
 
 def _kind(path: str) -> str:
@@ -305,7 +325,7 @@ def _parquet(path: str) -> Iterator[Any]:
         raise ConfigError("reading Parquet needs pyarrow: install sluice[prep]") from error
     with places.opened(path) as f:
         try:
-            table = parquet.ParquetFile(f)
+            table = parquet.ParquetFile(f, buffer_size=BUFFER, pre_buffer=False)
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(f"{path} is not a whole Parquet file: {error}") from error
         with table:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from data_prep import places
 from data_prep.fetch import Failed
-from data_prep.record import Inline, Payload, Record, json_table, number_classes, safe_key
+from data_prep.record import Inline, Payload, Record, json_table, number_classes, readable, safe_key
 from data_prep.shards import field_of
 from data_prep.ustar import NAME_LENGTH, Member
 from data_prep.walk import Damage, Parts, group, walk
@@ -71,7 +71,7 @@ class TarsSource:
 
     def _label(self, path: str, key: str, members: Sequence[Member]) -> str:
         if self.label == "folder":
-            return key.partition("/")[0] if "/" in key else ""
+            return readable(key.partition("/")[0]) if "/" in key else ""
         found = [m for m in members if m.extension == "cls"] if self.label == "cls" else []
         return _read(path, found[0]).decode("utf-8", "replace").strip() if found else ""
 

@@ -248,7 +248,8 @@ def test_disk_full_is_clear_and_can_be_mended(tmp_path, monkeypatch):
 
 def test_nothing_left_is_an_error(tmp_path):
     with pytest.raises(DataError, match="not an image"):
-        build(ListSource([Record("a", "a", Inline(b"x"))]), tmp_path / "a")
+        build(ListSource([Record("a", "a", Inline(b"x")), Record("b", "b", Inline(b""))]), tmp_path / "a")
+    assert [r["key"] for r in lines(tmp_path / "a/rejects.jsonl")] == ["a", "b"]
     with pytest.raises(DataError, match="source is empty"):
         build(ListSource([]), tmp_path / "b")
 

@@ -259,6 +259,24 @@ def test_the_next_address_is_tried(server, monkeypatch):
         assert Fetcher(QUICK).get(Remote(f"http://two.places:{server.server_port}/image")) == IMAGE
 
 
+@pytest.mark.parametrize(("number", "reason"), [(socket.EAI_AGAIN, ""), (socket.EAI_NONAME, "unknown host")])
+def test_names_are_asked_again_where_that_may_help(server, monkeypatch, number, reason):
+    resolve, asked = socket.getaddrinfo, []
+
+    def resolved(host, *args, **kwargs):
+        asked.append(host)
+        if len(asked) == 1:
+            raise socket.gaierror(number, "no answer")
+        return resolve("127.0.0.1", *args, **kwargs)
+
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", resolved)
+    if reason:
+        with pytest.raises(Rejected, match=reason):
+            Fetcher(QUICK).get(Remote(f"http://some.where:{server.server_port}/image"))
+    else:
+        assert Fetcher(QUICK).get(Remote(f"http://some.where:{server.server_port}/image")) == IMAGE
+
+
 @given(st.text(max_size=30) | st.text("[]:/@%#?\0\t.ax1-", max_size=20).map("http://".__add__))
 def test_no_address_escapes(text):
     """Whatever a table holds is rejected with a reason; nothing else is raised."""

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.build import build
+from data_prep.describe import sheet
 from data_prep.options import Options
 from data_prep.sources.folder import FolderSource
 from pipeline.core.errors import DataError
@@ -100,6 +101,27 @@ def test_inputs_that_are_no_images_are_rejected(tmp_path):
         "f": "a link to nothing",
         "g": "not a regular file",
     }
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """In a class, in an image that is rejected, in one that is written; and a caption in another encoding."""
+    for name, content in {
+        b"\xff/a.png": png(1),
+        b"b/\xfe.png": png(2),
+        b"b/\xfe.txt": b"caf\xe9",
+        b"b/\xfd.png": b"x",
+    }.items():
+        path = os.path.join(os.fsencode(tmp_path / "in"), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as f:
+            f.write(content)
+    built = build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    assert built.manifests["train"].classes == ("\\udcff", "b")
+    assert [r["source"] for r in lines(tmp_path / "out/rejects.jsonl")] == ["b/\\udcfd.png"]
+    content = members(tmp_path / "out/train")
+    assert (content["b/%FE.png"], content["b/%FE.txt"], content["%FF/a.cls"]) == (png(2), b"caf?", b"0")
+    assert build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({})).manifests == built.manifests
+    assert "udcff" in sheet(str(tmp_path / "out/train"), 2)[1].encode().decode()
 
 
 def test_files_too_large_for_an_image_are_not_read(tmp_path):

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep import walk as walking
@@ -46,6 +46,8 @@ KINDS = st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 
 
 @settings(max_examples=60, deadline=None)
+@example([(".h.jpg", b"1"), ("d/.h.jpg", b"2"), ("a.jpg", b"3")], tarfile.GNU_FORMAT, None, 1 << 20)
+@example([("__c.jpg", b"1"), ("__c__.jpg", b"2"), ("__c__", b"3")], tarfile.GNU_FORMAT, None, 1 << 20)
 @given(FILES, KINDS, st.sampled_from([None, (1.5,), (0, 1795327398.25)]), st.sampled_from([512, 1536, 1 << 20]))
 def test_scan_is_walk_and_group(tmp_path_factory, files, kind, times, chunk):
     data = archive(files, kind, times)

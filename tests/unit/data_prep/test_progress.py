@@ -5,12 +5,13 @@ import pty
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
 from data_prep import progress
 from data_prep.build import Counts
-from data_prep.progress import Progress
+from data_prep.progress import Progress, waiting
 from data_prep.sources.table import Columns, TableSource
 from tests.unit.data_prep.test_table import write
 
@@ -50,6 +51,13 @@ def test_a_total_that_comes_late_or_never(clock, capsys):
         "indexing: 62 tars, 1/s, 0:01:02 left",
         "indexing: 93 tars, 1/s, 0:00:00 left",
     ]
+
+
+def test_waiting_says_for_how_long(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.01)
+    with waiting("listing"):
+        time.sleep(0.1)
+    assert capsys.readouterr().err.splitlines()[0] == "listing: 0:00:00 so far"
 
 
 SHOW = """

@@ -171,6 +171,18 @@ def test_json_lines_may_lack_what_others_have(tmp_path, rows):
     assert [r.split(":")[0] for r in reasons] == ["line 1 is not JSON", "line 4 is not JSON"]
 
 
+def test_halves_of_characters(tmp_path):
+    """JSON can hold a half of a pair of UTF-16 that no file can."""
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"file": "a.png", "text": "x\ud800y", "kind": "\ud800", "n": "\udc00"}, {"file": "\ud800.png", "kind": "k"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TableSource([tmp_path / "t.jsonl"], Columns("file", ("text",), "kind"))
+    built = build(source, tmp_path / "out", Options({}))
+    assert (built.counts.samples, built.manifests["train"].classes) == (1, ("\\ud800", "k"))
+    assert members(tmp_path / "out/train")["000000000.txt"] == b"x?y"
+    assert lines(tmp_path / "out/rejects.jsonl")[0]["source"] == "\\ud800.png"
+
+
 def test_a_vanished_root_stops_the_build(tmp_path, rows):
     write(tmp_path / "t.csv", rows)
     source = TableSource([tmp_path / "t.csv"], COLUMNS, root=str(tmp_path / "mount"))
@@ -187,6 +199,9 @@ def test_mistakes(tmp_path, rows):
     (tmp_path / "twice.csv").write_text("file,x,x\n")
     with pytest.raises(ConfigError, match="several columns 'x'"):
         TableSource([tmp_path / "twice.csv"], Columns("file"))
+    (tmp_path / "stems.csv").write_text("file,text,Alt text,alt-text\n")
+    with pytest.raises(ConfigError, match=r"'Alt text', 'alt-text' would all be \.alt_text\.txt"):
+        TableSource([tmp_path / "stems.csv"], Columns("file", ("text", "Alt text", "alt-text")))
     (tmp_path / "ids.csv").write_text("file,id\na,12345678901\n")
     with pytest.raises(DataError, match="no class numbers"):
         TableSource([tmp_path / "ids.csv"], Columns("file", label="id"))
