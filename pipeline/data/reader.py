@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.core.errors import DataError
-from pipeline.core.manifest import Manifest, load_index
+from pipeline.core.manifest import Manifest, Shard, ShardIndex, load_index
 from pipeline.data.order import Ints
 from pipeline.data.storage import Storage
 
@@ -19,6 +20,8 @@ _INDEXES = 256
 _GAP = 8 * BLOCK
 """Bytes between members that are read along rather than skipped."""
 _NOWHERE = np.iinfo(np.int64).max
+_OFFSETS, _SIZES, _CHECKS = range(3)
+"""Of a table of members."""
 _SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)
 """Of a tar header."""
 
@@ -45,22 +48,6 @@ class Read(NamedTuple):
     found: list[Members | SampleError]
 
 
-class _Table(NamedTuple):
-    """Where the fields of some samples lie, sorted by shard and place in it. R samples, F fields of the manifest."""
-
-    rows: Ints
-    shard: Ints
-    offset: Ints
-    """int64[R,F]; -1 where absent, as in the next two."""
-    size: Ints
-    crc32: Ints
-    """-1 also where the index has none."""
-
-    def take(self, chosen: Ints | slice) -> _Table:
-        """Some of the samples."""
-        return _Table(*(t[chosen] for t in self))
-
-
 class Reader:
     """Samples of a data set by number.
 
@@ -84,7 +71,7 @@ class Reader:
         self._storage = storage
         self._budget = budget
         self._buffer = np.empty(0, np.uint8)
-        self._indexes: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
+        self._indexes: OrderedDict[int, Ints] = OrderedDict()
 
     def read(self, ids: Ints) -> Iterator[Read]:
         """The members of samples, a few at a time; all are delivered, in any order.
@@ -92,22 +79,23 @@ class Reader:
         Raises:
             DataError: a shard or its index is missing or damaged.
         """
-        table = self._table(ids)
-        total = np.cumsum(table.size.clip(min=0).sum(1))
+        order = np.argsort(ids, kind="stable")
+        ids = ids[order]
+        shard, table = self._table(ids)
+        total = np.cumsum(table[:, _SIZES].clip(min=0).sum(1))
         cuts = np.searchsorted(total, np.arange(self._budget, total[-1] + self._budget, self._budget), "right")
         begin = 0
         for end in [*cuts.tolist(), len(ids)]:
             end = max(end, begin + 1)
             if begin < len(ids):
-                yield self._fetch(table.take(slice(begin, end)), ids)
+                part = slice(begin, end)
+                yield Read(order[part], self._fetch(ids[part], shard[part], table[part]))
             begin = end
 
     def error(self, sample: int, reason: str) -> SampleError:
         """An error that names shard and key of a sample."""
-        number = int(np.searchsorted(self._starts, sample, "right")) - 1
-        shard = self._manifest.shards[number]
-        where = f"{self._manifest.root.rstrip('/')}/{shard.name}"
-        return SampleError(where, load_index(self._manifest, shard).keys[sample - self._starts[number]], reason)
+        shard, index, row = self._entry(sample)
+        return SampleError(f"{self._manifest.root.rstrip('/')}/{shard.name}", index.keys[row], reason)
 
     def prefetch(self, ids: Ints) -> None:
         """Samples that will be read soon."""
@@ -118,51 +106,80 @@ class Reader:
         """Release files."""
         self._storage.close()
 
-    def _index(self, shard: int) -> tuple[Ints, Ints, Ints]:
-        """Offsets, sizes and CRC-32 of a shard's members; the least recently used indexes are dropped."""
+    def _entry(self, sample: int) -> tuple[Shard, ShardIndex, int]:
+        """A sample's shard, the shard's index, and the sample's row in it."""
+        number = int(np.searchsorted(self._starts, sample, "right")) - 1
+        shard = self._manifest.shards[number]
+        return shard, load_index(self._manifest, shard), sample - int(self._starts[number])
+
+    def _index(self, shard: int) -> Ints:
+        """int64[S,3,F], see :meth:`_table`, of a shard's S samples; the least recently used are dropped."""
         if shard not in self._indexes:
             index = load_index(self._manifest, self._manifest.shards[shard])
-            crc32 = np.full_like(index.size, -1) if index.crc32 is None else index.crc32
-            self._indexes[shard] = (index.offset, index.size, crc32)
+            checks = np.full_like(index.size, -1) if index.crc32 is None else index.crc32
+            self._indexes[shard] = np.stack([t[:, self._columns] for t in (index.offset, index.size, checks)], 1)
             if len(self._indexes) > _INDEXES:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
 
-    def _table(self, ids: Ints) -> _Table:
-        """Look samples up in the indexes of their shards."""
-        shard = np.searchsorted(self._starts, ids, "right") - 1
-        shape = (len(ids), len(self._manifest.fields))
-        offset, size, crc32 = (np.empty(shape, np.int64) for _ in range(3))
-        for number in np.unique(shard).tolist():
-            rows = np.flatnonzero(shard == number)
-            inside = ids[rows] - self._starts[number]
-            offset[rows], size[rows], crc32[rows] = (t[inside] for t in self._index(number))
-        order = np.lexsort((offset.max(1, initial=-1), shard))
-        return _Table(order, shard[order], offset[order], size[order], crc32[order])
+    def _table(self, ids: Ints) -> tuple[Ints, Ints]:
+        """Look R samples up in the indexes of their shards.
 
-    def _fetch(self, table: _Table, ids: Ints) -> Read:
+        Args:
+            ids: ascending.
+
+        Returns:
+            int64[R], their shards; and int64[R,3,F]: offset, size and CRC-32 of the F wanted fields. -1 where a sample
+            lacks the field, and where the index has no CRC-32.
+        """
+        shard = np.searchsorted(self._starts, ids, "right") - 1
+        table = np.empty((len(ids), 3, len(self._fields)), np.int64)
+        cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(ids)]
+        for begin, end in pairwise(cuts):
+            number = int(shard[begin])
+            table[begin:end] = self._index(number)[ids[begin:end] - self._starts[number]]
+        return shard, table
+
+    def _fetch(self, ids: Ints, shard: Ints, table: Ints) -> list[Members | SampleError]:
         """Read some samples, neighbours in one go, then check the members and take them apart."""
-        offset = table.offset[:, self._columns]
-        usable = np.flatnonzero((offset[:, : self._needed] >= 0).all(1) & (offset >= 0).any(1))
-        found: list[Members | SampleError | None] = [None] * len(table.rows)
+        have = table[:, _OFFSETS] >= 0
+        if have.all():
+            return self._take_apart(ids, shard, table, None)
+        found: list[Members | SampleError | None] = [None] * len(ids)
+        usable = np.flatnonzero(have[:, : self._needed].all(1) & have.any(1))
         if len(usable):
-            part = table.take(usable)
-            offset, size, crc32 = (t[:, self._columns] for t in part[2:])
-            have = offset >= 0
-            data, at = self._load(part.shard, np.where(have, offset, _NOWHERE), np.where(have, size, 0))
-            problems = header_problems(np.frombuffer(data, np.uint8), np.where(have, at, BLOCK), size)
-            checks = crc32.tolist() if (crc32 >= 0).any() else None
-            places = zip(at.T.tolist(), (at + size).T.tolist(), strict=True)
-            columns = [[data[a:b] for a, b in zip(*column, strict=True)] for column in places]
-            absent = None if have.all() else ~have
-            for i, (row, values) in enumerate(zip(usable.tolist(), zip(*columns, strict=True), strict=True)):
-                members = dict(zip(self._fields, values, strict=True))
-                for field in () if absent is None else np.flatnonzero(absent[i]):
-                    del members[self._fields[field]]
-                bad = problems.get(i) or (checks and self._rotten(members, checks[i]))
-                found[row] = self._error(table, row, ids, bad) if bad else members
-        return Read(table.rows, [self._absent(table, row, ids) if f is None else f for row, f in enumerate(found)])
+            parts = self._take_apart(ids[usable], shard[usable], table[usable], ~have[usable])
+            for row, members in zip(usable.tolist(), parts, strict=True):
+                found[row] = members
+        return [self._absent(sample) if f is None else f for sample, f in zip(ids.tolist(), found, strict=True)]
+
+    def _take_apart(
+        self, ids: Ints, shard: Ints, table: Ints, absent: np.ndarray | None
+    ) -> list[Members | SampleError]:
+        """The samples that have at least one member; ``absent``, bool[R,F], says which they lack (None: none)."""
+        offset, size, checks = table[:, _OFFSETS], table[:, _SIZES], table[:, _CHECKS]
+        if absent is None:
+            data, at = self._load(shard, offset, size)
+        else:
+            data, at = self._load(shard, np.where(absent, _NOWHERE, offset), np.where(absent, 0, size))
+            at = np.where(absent, BLOCK, at)
+        problems = header_problems(np.frombuffer(data, np.uint8), at, size)
+        places = zip(at.T.tolist(), (at + size).T.tolist(), strict=True)
+        columns = [[data[a:b] for a, b in zip(*column, strict=True)] for column in places]
+        for name, column, promised in zip(self._fields, columns, checks.T, strict=True):
+            for row in _rotten(column, promised):
+                problems.setdefault(row, f"field {name!r} is not what was indexed (wrong CRC-32)")
+        found: list[Members | SampleError] = [
+            dict(zip(self._fields, values, strict=True)) for values in zip(*columns, strict=True)
+        ]
+        for row, column in () if absent is None else np.argwhere(absent).tolist():
+            members = found[row]
+            assert isinstance(members, dict)
+            del members[self._fields[column]]
+        for row, reason in problems.items():
+            found[row] = self.error(int(ids[row]), reason)
+        return found
 
     def _load(self, shard: Ints, offset: Ints, size: Ints) -> tuple[memoryview, Ints]:
         """Read members; their bytes, and where in them each member's data begin."""
@@ -174,31 +191,30 @@ class Reader:
         if len(self._buffer) < place[-1]:
             self._buffer = np.empty(place[-1], np.uint8)
         data, of_span = self._buffer.data, shard[spans]
-        for number in np.unique(of_span).tolist():
-            low, high = np.searchsorted(of_span, [number, number + 1]).tolist()
+        cuts = [0, *(np.flatnonzero(np.diff(of_span)) + 1).tolist(), len(spans)]
+        for low, high in pairwise(cuts):
             self._storage.read(
-                self._manifest.shards[number],
+                self._manifest.shards[of_span[low]],
                 starts[low:high].tolist(),
                 stops[low:high].tolist(),
                 data[place[low] : place[high]],
             )
         return data[: place[-1]], offset + (place[:-1] - starts)[np.cumsum(new) - 1][:, None]
 
-    def _rotten(self, members: Members, checks: Sequence[int]) -> str | None:
-        """Which field is not what was indexed."""
-        for name, check in zip(self._fields, checks, strict=True):
-            if check >= 0 and zlib.crc32(members[name]) != check:
-                return f"field {name!r} is not what was indexed (wrong CRC-32)"
-        return None
-
-    def _error(self, table: _Table, row: int, ids: Ints, reason: str) -> SampleError:
-        return self.error(int(ids[table.rows[row]]), reason)
-
-    def _absent(self, table: _Table, row: int, ids: Ints) -> SampleError:
+    def _absent(self, sample: int) -> SampleError:
         """The error of a sample that lacks a wanted field."""
-        names = [name for name, at in zip(self._manifest.fields, table.offset[row], strict=True) if at >= 0]
+        _, index, row = self._entry(sample)
+        names = [name for name, at in zip(self._manifest.fields, index.offset[row], strict=True) if at >= 0]
         lacking = " or ".join(repr(f) for f in self._fields[: self._needed] or self._fields if f not in names)
-        return self._error(table, row, ids, f"it has no field {lacking}, only {', '.join(names) or 'nothing'}")
+        return self.error(sample, f"it has no field {lacking}, only {', '.join(names) or 'nothing'}")
+
+
+def _rotten(members: Sequence[memoryview], promised: Ints) -> list[int]:
+    """Which members have another CRC-32 than the index says, int64[R]; -1 there: it says none."""
+    if not (promised >= 0).any():
+        return []
+    found = np.array([crc32(member) for member in members])
+    return np.flatnonzero((found != promised) & (promised >= 0)).tolist()
 
 
 def _unlike(text: np.ndarray, digits: int, value: Ints) -> list[int]:
