@@ -13,7 +13,7 @@ from zlib_ng.zlib_ng import crc32
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import Manifest, Shard, ShardIndex, load_index
 from pipeline.data.order import Ints
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Ranges, Storage
 
 BLOCK = 512
 _INDEXES = 256
@@ -48,6 +48,33 @@ class Read(NamedTuple):
     found: list[Members | SampleError]
 
 
+class _Part(NamedTuple):
+    """Samples that are read together, in ascending order. R of them."""
+
+    rows: Ints
+    """int64[R], their places among the numbers asked for."""
+    ids: Ints
+    """int64[R]."""
+    shard: Ints
+    """int64[R], their shards."""
+    table: Ints
+    """int64[R,3,F]: offset, size and CRC-32 of the F wanted fields. -1 where a sample lacks the field, and where the
+    index has no CRC-32."""
+
+    def take(self, chosen: Ints | slice) -> _Part:
+        """Some of them."""
+        return _Part(*(t[chosen] for t in self))
+
+
+class _Spans(NamedTuple):
+    """Where the members of R samples are read to."""
+
+    ranges: list[Ranges]
+    """One per shard; their bytes come to lie one after the other."""
+    shift: Ints
+    """int64[R], from places in the shard to places in memory."""
+
+
 class Reader:
     """Samples of a data set by number.
 
@@ -69,7 +96,7 @@ class Reader:
         self._needed = len(fields)
         self._columns = [names.index(name) for name in self._fields]
         self._storage = storage
-        self._budget = budget
+        self._budget = max(1, budget // storage.copies)
         self._buffer = np.empty(0, np.uint8)
         self._indexes: OrderedDict[int, Ints] = OrderedDict()
 
@@ -79,18 +106,18 @@ class Reader:
         Raises:
             DataError: a shard or its index is missing or damaged.
         """
-        order = np.argsort(ids, kind="stable")
-        ids = ids[order]
-        shard, table = self._table(ids)
-        total = np.cumsum(table[:, _SIZES].clip(min=0).sum(1))
-        cuts = np.searchsorted(total, np.arange(self._budget, total[-1] + self._budget, self._budget), "right")
-        begin = 0
-        for end in [*cuts.tolist(), len(ids)]:
-            end = max(end, begin + 1)
-            if begin < len(ids):
-                part = slice(begin, end)
-                yield Read(order[part], self._fetch(ids[part], shard[part], table[part]))
-            begin = end
+        for part in self._parts(ids):
+            yield Read(part.rows, self._fetch(part))
+
+    def expect(self, ids: Ints) -> None:
+        """These will be asked for after the ones that are read now.
+
+        Raises:
+            DataError: the index of a shard is missing or damaged.
+        """
+        part = next(self._parts(ids))
+        usable = self._usable(part.table[:, _OFFSETS] >= 0)
+        self._storage.expect(self._spans(part.take(usable)).ranges if len(usable) else [])
 
     def error(self, sample: int, reason: str) -> SampleError:
         """An error that names shard and key of a sample."""
@@ -98,7 +125,7 @@ class Reader:
         return SampleError(f"{self._manifest.root.rstrip('/')}/{shard.name}", index.keys[row], reason)
 
     def prefetch(self, ids: Ints) -> None:
-        """Samples that will be read soon."""
+        """The shards of these samples will be read soon."""
         shards = np.unique(np.searchsorted(self._starts, ids, "right") - 1)
         self._storage.prefetch([self._manifest.shards[i] for i in shards.tolist()])
 
@@ -113,7 +140,7 @@ class Reader:
         return shard, load_index(self._manifest, shard), sample - int(self._starts[number])
 
     def _index(self, shard: int) -> Ints:
-        """int64[S,3,F], see :meth:`_table`, of a shard's S samples; the least recently used are dropped."""
+        """int64[S,3,F], see :class:`_Part`, of a shard's S samples; the least recently used are dropped."""
         if shard not in self._indexes:
             index = load_index(self._manifest, self._manifest.shards[shard])
             checks = np.full_like(index.size, -1) if index.crc32 is None else index.crc32
@@ -123,16 +150,21 @@ class Reader:
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
 
+    def _parts(self, ids: Ints) -> Iterator[_Part]:
+        """Cut samples into parts that fit into the budget."""
+        order = np.argsort(ids, kind="stable")
+        whole = _Part(order, ids[order], *self._table(ids[order]))
+        total = np.cumsum(whole.table[:, _SIZES].clip(min=0).sum(1))
+        cuts = np.searchsorted(total, np.arange(self._budget, total[-1] + self._budget, self._budget), "right")
+        begin = 0
+        for end in [*cuts.tolist(), len(ids)]:
+            end = max(end, begin + 1)
+            if begin < len(ids):
+                yield whole.take(slice(begin, end))
+            begin = end
+
     def _table(self, ids: Ints) -> tuple[Ints, Ints]:
-        """Look R samples up in the indexes of their shards.
-
-        Args:
-            ids: ascending.
-
-        Returns:
-            int64[R], their shards; and int64[R,3,F]: offset, size and CRC-32 of the F wanted fields. -1 where a sample
-            lacks the field, and where the index has no CRC-32.
-        """
+        """Shards and members of samples in ascending order, see :class:`_Part`."""
         shard = np.searchsorted(self._starts, ids, "right") - 1
         table = np.empty((len(ids), 3, len(self._fields)), np.int64)
         cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(ids)]
@@ -141,65 +173,68 @@ class Reader:
             table[begin:end] = self._index(number)[ids[begin:end] - self._starts[number]]
         return shard, table
 
-    def _fetch(self, ids: Ints, shard: Ints, table: Ints) -> list[Members | SampleError]:
-        """Read some samples, neighbours in one go, then check the members and take them apart."""
-        have = table[:, _OFFSETS] >= 0
-        if have.all():
-            return self._take_apart(ids, shard, table, None)
-        found: list[Members | SampleError | None] = [None] * len(ids)
-        usable = np.flatnonzero(have[:, : self._needed].all(1) & have.any(1))
-        if len(usable):
-            parts = self._take_apart(ids[usable], shard[usable], table[usable], ~have[usable])
-            for row, members in zip(usable.tolist(), parts, strict=True):
-                found[row] = members
-        return [self._absent(sample) if f is None else f for sample, f in zip(ids.tolist(), found, strict=True)]
+    def _usable(self, have: np.ndarray) -> Ints:
+        """Which samples have all fields that are needed, and at least one; ``have`` is bool[R,F]."""
+        return np.flatnonzero(have[:, : self._needed].all(1) & have.any(1))
 
-    def _take_apart(
-        self, ids: Ints, shard: Ints, table: Ints, absent: np.ndarray | None
-    ) -> list[Members | SampleError]:
-        """The samples that have at least one member; ``absent``, bool[R,F], says which they lack (None: none)."""
-        offset, size, checks = table[:, _OFFSETS], table[:, _SIZES], table[:, _CHECKS]
-        if absent is None:
-            data, at = self._load(shard, offset, size)
-        else:
-            data, at = self._load(shard, np.where(absent, _NOWHERE, offset), np.where(absent, 0, size))
-            at = np.where(absent, BLOCK, at)
+    def _fetch(self, part: _Part) -> list[Members | SampleError]:
+        """Read some samples, neighbours in one go, then check the members and take them apart."""
+        usable = self._usable(part.table[:, _OFFSETS] >= 0)
+        if len(usable) == len(part.ids):
+            return self._take_apart(part)
+        found: dict[int, Members | SampleError] = {}
+        if len(usable):
+            found = dict(zip(usable.tolist(), self._take_apart(part.take(usable)), strict=True))
+        return [found.get(row) or self._absent(sample) for row, sample in enumerate(part.ids.tolist())]
+
+    def _take_apart(self, part: _Part) -> list[Members | SampleError]:
+        """The members of samples that have at least one."""
+        offset, size, checks = part.table[:, _OFFSETS], part.table[:, _SIZES], part.table[:, _CHECKS]
+        have = offset >= 0
+        spans = self._spans(part)
+        at = np.where(have, offset + spans.shift[:, None], BLOCK)
+        data = self._load(spans.ranges)
         problems = header_problems(np.frombuffer(data, np.uint8), at, size)
         places = zip(at.T.tolist(), (at + size).T.tolist(), strict=True)
         columns = [[data[a:b] for a, b in zip(*column, strict=True)] for column in places]
         for name, column, promised in zip(self._fields, columns, checks.T, strict=True):
             for row in _rotten(column, promised):
                 problems.setdefault(row, f"field {name!r} is not what was indexed (wrong CRC-32)")
-        found: list[Members | SampleError] = [
-            dict(zip(self._fields, values, strict=True)) for values in zip(*columns, strict=True)
-        ]
-        for row, column in () if absent is None else np.argwhere(absent).tolist():
-            members = found[row]
-            assert isinstance(members, dict)
-            del members[self._fields[column]]
+        members = [dict(zip(self._fields, values, strict=True)) for values in zip(*columns, strict=True)]
+        for row, column in () if have.all() else np.argwhere(~have).tolist():
+            del members[row][self._fields[column]]
+        found: list[Members | SampleError] = [*members]
         for row, reason in problems.items():
-            found[row] = self.error(int(ids[row]), reason)
+            found[row] = self.error(int(part.ids[row]), reason)
         return found
 
-    def _load(self, shard: Ints, offset: Ints, size: Ints) -> tuple[memoryview, Ints]:
-        """Read members; their bytes, and where in them each member's data begin."""
-        begin, end = offset.min(1) - BLOCK, np.where(offset < _NOWHERE, offset + size, 0).max(1)
-        new = np.concatenate([[True], (np.diff(shard) > 0) | (begin[1:] - end[:-1] > _GAP) | (begin[1:] < end[:-1])])
-        spans = np.flatnonzero(new)
-        starts, stops = begin[spans], np.maximum.reduceat(end, spans)
-        place = np.concatenate([[0], np.cumsum(stops - starts)])
-        if len(self._buffer) < place[-1]:
-            self._buffer = np.empty(place[-1], np.uint8)
-        data, of_span = self._buffer.data, shard[spans]
-        cuts = [0, *(np.flatnonzero(np.diff(of_span)) + 1).tolist(), len(spans)]
-        for low, high in pairwise(cuts):
-            self._storage.read(
-                self._manifest.shards[of_span[low]],
-                starts[low:high].tolist(),
-                stops[low:high].tolist(),
-                data[place[low] : place[high]],
-            )
-        return data[: place[-1]], offset + (place[:-1] - starts)[np.cumsum(new) - 1][:, None]
+    def _spans(self, part: _Part) -> _Spans:
+        """The bytes to read for some samples: what lies near each other in a shard is one span."""
+        offset, size = part.table[:, _OFFSETS], part.table[:, _SIZES]
+        begin, end = np.where(offset >= 0, offset, _NOWHERE).min(1) - BLOCK, (offset + size).max(1)
+        other = np.diff(part.shard) > 0
+        new = np.concatenate([[True], other | (begin[1:] - end[:-1] > _GAP) | (begin[1:] < end[:-1])])
+        rows = np.flatnonzero(new)
+        starts, stops = begin[rows], np.maximum.reduceat(end, rows)
+        shift = np.cumsum(stops - starts) - stops
+        shard = part.shard[rows]
+        cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(rows)]
+        ranges = [
+            Ranges(self._manifest.shards[shard[low]], starts[low:high].tolist(), stops[low:high].tolist())
+            for low, high in pairwise(cuts)
+        ]
+        return _Spans(ranges, shift[np.cumsum(new) - 1])
+
+    def _load(self, wanted: Sequence[Ranges]) -> memoryview:
+        """Read ranges, one after the other, into memory that is used again the next time."""
+        total = sum(r.bytes for r in wanted)
+        if len(self._buffer) < total:
+            self._buffer = np.empty(total, np.uint8)
+        data, at = self._buffer.data, 0
+        for ranges in wanted:
+            self._storage.read(ranges, data[at : at + ranges.bytes])
+            at += ranges.bytes
+        return data[:total]
 
     def _absent(self, sample: int) -> SampleError:
         """The error of a sample that lacks a wanted field."""

@@ -116,6 +116,7 @@ def _work(worker: int, workers: int, assembler: Filler, rank: Connection, buffer
                 number = None
         buffer = free.pop(0)
         try:
+            assembler.expect(number + workers)
             filled = assembler.fill(number, buffers[buffer])
         except DataError as error:
             answer = _Failed(generation, str(error), is_bug=False)
