@@ -70,7 +70,9 @@ class _Spans(NamedTuple):
     """Where the members of R samples are read to."""
 
     ranges: list[Ranges]
-    """One per shard; their bytes come to lie one after the other."""
+    """Their bytes come to lie one after the other."""
+    rows: list[slice]
+    """Which samples lie in each of them."""
     shift: Ints
     """int64[R], from places in the shard to places in memory."""
 
@@ -167,7 +169,7 @@ class Reader:
         """Shards and members of samples in ascending order, see :class:`_Part`."""
         shard = np.searchsorted(self._starts, ids, "right") - 1
         table = np.empty((len(ids), 3, len(self._fields)), np.int64)
-        cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(ids)]
+        cuts = [0, *(np.flatnonzero(_changes(shard)) + 1).tolist(), len(ids)]
         for begin, end in pairwise(cuts):
             number = int(shard[begin])
             table[begin:end] = self._index(number)[ids[begin:end] - self._starts[number]]
@@ -189,17 +191,25 @@ class Reader:
 
     def _take_apart(self, part: _Part) -> list[Members | SampleError]:
         """The members of samples that have at least one."""
-        offset, size, checks = part.table[:, _OFFSETS], part.table[:, _SIZES], part.table[:, _CHECKS]
-        have = offset >= 0
+        offset, size, promised = part.table[:, _OFFSETS], part.table[:, _SIZES], part.table[:, _CHECKS]
+        have, is_checked = offset >= 0, promised >= 0
         spans = self._spans(part)
         at = np.where(have, offset + spans.shift[:, None], BLOCK)
-        data = self._load(spans.ranges)
-        problems = header_problems(np.frombuffer(data, np.uint8), at, size)
+        data = self._memory(sum(r.bytes for r in spans.ranges))
         places = zip(at.T.tolist(), (at + size).T.tolist(), strict=True)
         columns = [[data[a:b] for a, b in zip(*column, strict=True)] for column in places]
-        for name, column, promised in zip(self._fields, columns, checks.T, strict=True):
-            for row in _rotten(column, promised):
-                problems.setdefault(row, f"field {name!r} is not what was indexed (wrong CRC-32)")
+        found_checks: list[list[int]] = [[] for _ in columns if is_checked.any()]
+        begin = 0
+        for ranges, rows in zip(spans.ranges, spans.rows, strict=True):
+            self._storage.read(ranges, data[begin : begin + ranges.bytes])
+            begin += ranges.bytes
+            # At once, while the bytes are near the processor.
+            for column, checks in zip(columns, found_checks, strict=False):
+                checks += [crc32(member) for member in column[rows]]
+        problems = header_problems(np.frombuffer(data, np.uint8), at, size)
+        if found_checks:
+            for row, column in np.argwhere(is_checked & (promised != np.array(found_checks).T)).tolist():
+                problems.setdefault(row, f"field {self._fields[column]!r} is not what was indexed (wrong CRC-32)")
         members = [dict(zip(self._fields, values, strict=True)) for values in zip(*columns, strict=True)]
         for row, column in () if have.all() else np.argwhere(~have).tolist():
             del members[row][self._fields[column]]
@@ -212,29 +222,26 @@ class Reader:
         """The bytes to read for some samples: what lies near each other in a shard is one span."""
         offset, size = part.table[:, _OFFSETS], part.table[:, _SIZES]
         begin, end = np.where(offset >= 0, offset, _NOWHERE).min(1) - BLOCK, (offset + size).max(1)
-        other = np.diff(part.shard) > 0
-        new = np.concatenate([[True], other | (begin[1:] - end[:-1] > _GAP) | (begin[1:] < end[:-1])])
-        rows = np.flatnonzero(new)
-        starts, stops = begin[rows], np.maximum.reduceat(end, rows)
+        other = _changes(part.shard) | _changes(np.cumsum(end - begin) // self._storage.piece)
+        apart = other | (begin[1:] - end[:-1] > _GAP) | (begin[1:] < end[:-1])
+        is_first = np.concatenate([[True], apart])
+        first = np.flatnonzero(is_first)
+        starts, stops = begin[first], np.maximum.reduceat(end, first)
         shift = np.cumsum(stops - starts) - stops
-        shard = part.shard[rows]
-        cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(rows)]
+        # Each range begins with a span.
+        rows = [0, *(np.flatnonzero(other) + 1).tolist(), len(part.ids)]
+        cuts = np.searchsorted(first, rows).tolist()
         ranges = [
-            Ranges(self._manifest.shards[shard[low]], starts[low:high].tolist(), stops[low:high].tolist())
-            for low, high in pairwise(cuts)
+            Ranges(self._manifest.shards[part.shard[row]], starts[low:high].tolist(), stops[low:high].tolist())
+            for row, (low, high) in zip(rows, pairwise(cuts), strict=False)
         ]
-        return _Spans(ranges, shift[np.cumsum(new) - 1])
+        return _Spans(ranges, [slice(*ends) for ends in pairwise(rows)], shift[np.cumsum(is_first) - 1])
 
-    def _load(self, wanted: Sequence[Ranges]) -> memoryview:
-        """Read ranges, one after the other, into memory that is used again the next time."""
-        total = sum(r.bytes for r in wanted)
-        if len(self._buffer) < total:
-            self._buffer = np.empty(total, np.uint8)
-        data, at = self._buffer.data, 0
-        for ranges in wanted:
-            self._storage.read(ranges, data[at : at + ranges.bytes])
-            at += ranges.bytes
-        return data[:total]
+    def _memory(self, size: int) -> memoryview:
+        """Memory that is used again the next time."""
+        if len(self._buffer) < size:
+            self._buffer = np.empty(size, np.uint8)
+        return self._buffer.data[:size]
 
     def _absent(self, sample: int) -> SampleError:
         """The error of a sample that lacks a wanted field."""
@@ -244,12 +251,9 @@ class Reader:
         return self.error(sample, f"it has no field {lacking}, only {', '.join(names) or 'nothing'}")
 
 
-def _rotten(members: Sequence[memoryview], promised: Ints) -> list[int]:
-    """Which members have another CRC-32 than the index says, int64[R]; -1 there: it says none."""
-    if not (promised >= 0).any():
-        return []
-    found = np.array([crc32(member) for member in members])
-    return np.flatnonzero((found != promised) & (promised >= 0)).tolist()
+def _changes(numbers: Ints) -> np.ndarray:
+    """bool[N-1], whether each of N numbers differs from the one before; the first has none."""
+    return numbers[1:] != numbers[:-1]
 
 
 def _unlike(text: np.ndarray, digits: int, value: Ints) -> list[int]:

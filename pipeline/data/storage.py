@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ _PAUSE = 1.0
 _WAIT = 0.05
 """Seconds between looks whether there is room in a cache."""
 _CHUNK = 8 << 20
+_IN_REACH = 1 << 20
+"""Bytes that stay in a processor's own cache until they are checked."""
 _CONNECTIONS = 8
 """Shards that are read at the same time; in each, all ranges at once."""
 
@@ -50,6 +53,8 @@ class Storage(Protocol):
 
     copies: int
     """How many times the bytes of a read may be in memory, those that are expected included."""
+    piece: int
+    """About the number of bytes that are best read at a time."""
 
     def read(self, ranges: Ranges, into: memoryview) -> None:
         """Write the bytes of some ranges into memory, one after the other.
@@ -105,6 +110,7 @@ class Local:
     """Shards in a local folder. The least recently used files are closed."""
 
     copies = 1
+    piece = _IN_REACH
 
     def __init__(self, root: str) -> None:
         self._root = root.rstrip("/")
@@ -183,6 +189,7 @@ class Remote:
     """Shards at a URL, read by ranges: all ranges of a call at the same time where the server's package can."""
 
     copies = 3
+    piece = sys.maxsize
 
     def __init__(self, root: str) -> None:
         self._root = root.rstrip("/")
@@ -255,6 +262,7 @@ class Cached:
     """
 
     copies = 1
+    piece = _IN_REACH
 
     def __init__(self, root: str, folder: str, limit: int) -> None:
         self._root = root.rstrip("/")
