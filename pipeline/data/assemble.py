@@ -69,6 +69,10 @@ class Filler(Protocol):
     plan: Plan
     columns: dict[str, Column]
 
+    def expect(self, number: int) -> None:
+        """Micro-batch ``number`` will be filled after the next one: its bytes may be fetched meanwhile."""
+        ...
+
     def fill(self, number: int, arrays: Arrays) -> Filled:
         """Write micro-batch ``number`` into arrays of [B, *column.shape]."""
         ...
@@ -144,6 +148,12 @@ class Assembler:
         self._readers = [Reader(p, needed, captions, open_storage(p, data.cache), budget) for p in parts]
         self._bases = np.cumsum([0, *(p.samples for p in parts)])
 
+    def expect(self, number: int) -> None:
+        """See :class:`Filler`."""
+        if self.plan.count is None or number < self.plan.count:
+            for reader, ids in self._shares(self.plan.place(number).id):
+                reader.expect(ids)
+
     def fill(self, number: int, arrays: Arrays) -> Filled:
         """See :class:`Filler`.
 
@@ -188,9 +198,15 @@ class Assembler:
 
     def _prefetch(self, number: int) -> None:
         if self._cached and (self.plan.count is None or number < self.plan.count):
-            ids = self.plan.place(number).id
-            for reader, first, last in zip(self._readers, self._bases[:-1], self._bases[1:], strict=True):
-                reader.prefetch(ids[(ids >= first) & (ids < last)] - first)
+            for reader, ids in self._shares(self.plan.place(number).id):
+                reader.prefetch(ids)
+
+    def _shares(self, ids: Ints) -> Iterator[tuple[Reader, Ints]]:
+        """The readers that have some of these samples, and their own numbers for them."""
+        for reader, first, last in zip(self._readers, self._bases[:-1], self._bases[1:], strict=True):
+            own = ids[(ids >= first) & (ids < last)] - first
+            if len(own):
+                yield reader, own
 
     def _decode(self, row: int, sample: int, members: Members, numbers: _Numbers, arrays: Arrays) -> SampleError | None:
         """Write one sample into its row, or say what is wrong with it."""

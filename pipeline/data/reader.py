@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from pipeline.core.errors import DataError
-from pipeline.core.manifest import Manifest, load_index
+from pipeline.core.manifest import Manifest, Shard, ShardIndex, load_index
 from pipeline.data.order import Ints
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Ranges, Storage
 
 BLOCK = 512
 _INDEXES = 256
 _GAP = 8 * BLOCK
 """Bytes between members that are read along rather than skipped."""
 _NOWHERE = np.iinfo(np.int64).max
+_OFFSETS, _SIZES, _CHECKS = range(3)
+"""Of a table of members."""
 _SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)
 """Of a tar header."""
 
@@ -45,20 +48,33 @@ class Read(NamedTuple):
     found: list[Members | SampleError]
 
 
-class _Table(NamedTuple):
-    """Where the fields of some samples lie, sorted by shard and place in it. R samples, F fields of the manifest."""
+class _Part(NamedTuple):
+    """Samples that are read together, in ascending order. R of them."""
 
     rows: Ints
+    """int64[R], their places among the numbers asked for."""
+    ids: Ints
+    """int64[R]."""
     shard: Ints
-    offset: Ints
-    """int64[R,F]; -1 where absent, as in the next two."""
-    size: Ints
-    crc32: Ints
-    """-1 also where the index has none."""
+    """int64[R], their shards."""
+    table: Ints
+    """int64[R,3,F]: offset, size and CRC-32 of the F wanted fields. -1 where a sample lacks the field, and where the
+    index has no CRC-32."""
 
-    def take(self, chosen: Ints | slice) -> _Table:
-        """Some of the samples."""
-        return _Table(*(t[chosen] for t in self))
+    def take(self, chosen: Ints | slice) -> _Part:
+        """Some of them."""
+        return _Part(*(t[chosen] for t in self))
+
+
+class _Spans(NamedTuple):
+    """Where the members of R samples are read to."""
+
+    ranges: list[Ranges]
+    """Their bytes come to lie one after the other."""
+    rows: list[slice]
+    """Which samples lie in each of them."""
+    shift: Ints
+    """int64[R], from places in the shard to places in memory."""
 
 
 class Reader:
@@ -82,9 +98,9 @@ class Reader:
         self._needed = len(fields)
         self._columns = [names.index(name) for name in self._fields]
         self._storage = storage
-        self._budget = budget
+        self._budget = max(1, budget // storage.copies)
         self._buffer = np.empty(0, np.uint8)
-        self._indexes: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
+        self._indexes: OrderedDict[int, Ints] = OrderedDict()
 
     def read(self, ids: Ints) -> Iterator[Read]:
         """The members of samples, a few at a time; all are delivered, in any order.
@@ -92,25 +108,26 @@ class Reader:
         Raises:
             DataError: a shard or its index is missing or damaged.
         """
-        table = self._table(ids)
-        total = np.cumsum(table.size.clip(min=0).sum(1))
-        cuts = np.searchsorted(total, np.arange(self._budget, total[-1] + self._budget, self._budget), "right")
-        begin = 0
-        for end in [*cuts.tolist(), len(ids)]:
-            end = max(end, begin + 1)
-            if begin < len(ids):
-                yield self._fetch(table.take(slice(begin, end)), ids)
-            begin = end
+        for part in self._parts(ids):
+            yield Read(part.rows, self._fetch(part))
+
+    def expect(self, ids: Ints) -> None:
+        """These will be asked for after the ones that are read now.
+
+        Raises:
+            DataError: the index of a shard is missing or damaged.
+        """
+        part = next(self._parts(ids))
+        usable = self._usable(part.table[:, _OFFSETS] >= 0)
+        self._storage.expect(self._spans(part.take(usable)).ranges if len(usable) else [])
 
     def error(self, sample: int, reason: str) -> SampleError:
         """An error that names shard and key of a sample."""
-        number = int(np.searchsorted(self._starts, sample, "right")) - 1
-        shard = self._manifest.shards[number]
-        where = f"{self._manifest.root.rstrip('/')}/{shard.name}"
-        return SampleError(where, load_index(self._manifest, shard).keys[sample - self._starts[number]], reason)
+        shard, index, row = self._entry(sample)
+        return SampleError(f"{self._manifest.root.rstrip('/')}/{shard.name}", index.keys[row], reason)
 
     def prefetch(self, ids: Ints) -> None:
-        """Samples that will be read soon."""
+        """The shards of these samples will be read soon."""
         shards = np.unique(np.searchsorted(self._starts, ids, "right") - 1)
         self._storage.prefetch([self._manifest.shards[i] for i in shards.tolist()])
 
@@ -118,87 +135,125 @@ class Reader:
         """Release files."""
         self._storage.close()
 
-    def _index(self, shard: int) -> tuple[Ints, Ints, Ints]:
-        """Offsets, sizes and CRC-32 of a shard's members; the least recently used indexes are dropped."""
+    def _entry(self, sample: int) -> tuple[Shard, ShardIndex, int]:
+        """A sample's shard, the shard's index, and the sample's row in it."""
+        number = int(np.searchsorted(self._starts, sample, "right")) - 1
+        shard = self._manifest.shards[number]
+        return shard, load_index(self._manifest, shard), sample - int(self._starts[number])
+
+    def _index(self, shard: int) -> Ints:
+        """int64[S,3,F], see :class:`_Part`, of a shard's S samples; the least recently used are dropped."""
         if shard not in self._indexes:
             index = load_index(self._manifest, self._manifest.shards[shard])
-            crc32 = np.full_like(index.size, -1) if index.crc32 is None else index.crc32
-            self._indexes[shard] = (index.offset, index.size, crc32)
+            checks = np.full_like(index.size, -1) if index.crc32 is None else index.crc32
+            self._indexes[shard] = np.stack([t[:, self._columns] for t in (index.offset, index.size, checks)], 1)
             if len(self._indexes) > _INDEXES:
                 self._indexes.popitem(last=False)
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
 
-    def _table(self, ids: Ints) -> _Table:
-        """Look samples up in the indexes of their shards."""
+    def _parts(self, ids: Ints) -> Iterator[_Part]:
+        """Cut samples into parts that fit into the budget."""
+        order = np.argsort(ids, kind="stable")
+        whole = _Part(order, ids[order], *self._table(ids[order]))
+        total = np.cumsum(whole.table[:, _SIZES].clip(min=0).sum(1))
+        cuts = np.searchsorted(total, np.arange(self._budget, total[-1] + self._budget, self._budget), "right")
+        begin = 0
+        for end in [*cuts.tolist(), len(ids)]:
+            end = max(end, begin + 1)
+            if begin < len(ids):
+                yield whole.take(slice(begin, end))
+            begin = end
+
+    def _table(self, ids: Ints) -> tuple[Ints, Ints]:
+        """Shards and members of samples in ascending order, see :class:`_Part`."""
         shard = np.searchsorted(self._starts, ids, "right") - 1
-        shape = (len(ids), len(self._manifest.fields))
-        offset, size, crc32 = (np.empty(shape, np.int64) for _ in range(3))
-        for number in np.unique(shard).tolist():
-            rows = np.flatnonzero(shard == number)
-            inside = ids[rows] - self._starts[number]
-            offset[rows], size[rows], crc32[rows] = (t[inside] for t in self._index(number))
-        order = np.lexsort((offset.max(1, initial=-1), shard))
-        return _Table(order, shard[order], offset[order], size[order], crc32[order])
+        table = np.empty((len(ids), 3, len(self._fields)), np.int64)
+        cuts = [0, *(np.flatnonzero(_changes(shard)) + 1).tolist(), len(ids)]
+        for begin, end in pairwise(cuts):
+            number = int(shard[begin])
+            table[begin:end] = self._index(number)[ids[begin:end] - self._starts[number]]
+        return shard, table
 
-    def _fetch(self, table: _Table, ids: Ints) -> Read:
+    def _usable(self, have: np.ndarray) -> Ints:
+        """Which samples have all fields that are needed, and at least one; ``have`` is bool[R,F]."""
+        return np.flatnonzero(have[:, : self._needed].all(1) & have.any(1))
+
+    def _fetch(self, part: _Part) -> list[Members | SampleError]:
         """Read some samples, neighbours in one go, then check the members and take them apart."""
-        offset = table.offset[:, self._columns]
-        usable = np.flatnonzero((offset[:, : self._needed] >= 0).all(1) & (offset >= 0).any(1))
-        found: list[Members | SampleError | None] = [None] * len(table.rows)
+        usable = self._usable(part.table[:, _OFFSETS] >= 0)
+        if len(usable) == len(part.ids):
+            return self._take_apart(part)
+        found: dict[int, Members | SampleError] = {}
         if len(usable):
-            part = table.take(usable)
-            offset, size, crc32 = (t[:, self._columns] for t in part[2:])
-            have = offset >= 0
-            data, at = self._load(part.shard, np.where(have, offset, _NOWHERE), np.where(have, size, 0))
-            problems = header_problems(np.frombuffer(data, np.uint8), np.where(have, at, BLOCK), size)
-            checks = crc32.tolist() if (crc32 >= 0).any() else None
-            places = zip(at.T.tolist(), (at + size).T.tolist(), strict=True)
-            columns = [[data[a:b] for a, b in zip(*column, strict=True)] for column in places]
-            absent = None if have.all() else ~have
-            for i, (row, values) in enumerate(zip(usable.tolist(), zip(*columns, strict=True), strict=True)):
-                members = dict(zip(self._fields, values, strict=True))
-                for field in () if absent is None else np.flatnonzero(absent[i]):
-                    del members[self._fields[field]]
-                bad = problems.get(i) or (checks and self._rotten(members, checks[i]))
-                found[row] = self._error(table, row, ids, bad) if bad else members
-        return Read(table.rows, [self._absent(table, row, ids) if f is None else f for row, f in enumerate(found)])
+            found = dict(zip(usable.tolist(), self._take_apart(part.take(usable)), strict=True))
+        return [found.get(row) or self._absent(sample) for row, sample in enumerate(part.ids.tolist())]
 
-    def _load(self, shard: Ints, offset: Ints, size: Ints) -> tuple[memoryview, Ints]:
-        """Read members; their bytes, and where in them each member's data begin."""
-        begin, end = offset.min(1) - BLOCK, np.where(offset < _NOWHERE, offset + size, 0).max(1)
-        new = np.concatenate([[True], (np.diff(shard) > 0) | (begin[1:] - end[:-1] > _GAP) | (begin[1:] < end[:-1])])
-        spans = np.flatnonzero(new)
-        starts, stops = begin[spans], np.maximum.reduceat(end, spans)
-        place = np.concatenate([[0], np.cumsum(stops - starts)])
-        if len(self._buffer) < place[-1]:
-            self._buffer = np.empty(place[-1], np.uint8)
-        data, of_span = self._buffer.data, shard[spans]
-        for number in np.unique(of_span).tolist():
-            low, high = np.searchsorted(of_span, [number, number + 1]).tolist()
-            self._storage.read(
-                self._manifest.shards[number],
-                starts[low:high].tolist(),
-                stops[low:high].tolist(),
-                data[place[low] : place[high]],
-            )
-        return data[: place[-1]], offset + (place[:-1] - starts)[np.cumsum(new) - 1][:, None]
+    def _take_apart(self, part: _Part) -> list[Members | SampleError]:
+        """The members of samples that have at least one."""
+        offset, size, promised = part.table[:, _OFFSETS], part.table[:, _SIZES], part.table[:, _CHECKS]
+        have, is_checked = offset >= 0, promised >= 0
+        spans = self._spans(part)
+        at = np.where(have, offset + spans.shift[:, None], BLOCK)
+        data = self._memory(sum(r.bytes for r in spans.ranges))
+        places = zip(at.T.tolist(), (at + size).T.tolist(), strict=True)
+        columns = [[data[a:b] for a, b in zip(*column, strict=True)] for column in places]
+        found_checks: list[list[int]] = [[] for _ in columns if is_checked.any()]
+        begin = 0
+        for ranges, rows in zip(spans.ranges, spans.rows, strict=True):
+            self._storage.read(ranges, data[begin : begin + ranges.bytes])
+            begin += ranges.bytes
+            # At once, while the bytes are near the processor.
+            for column, checks in zip(columns, found_checks, strict=False):
+                checks += [crc32(member) for member in column[rows]]
+        problems = header_problems(np.frombuffer(data, np.uint8), at, size)
+        if found_checks:
+            for row, column in np.argwhere(is_checked & (promised != np.array(found_checks).T)).tolist():
+                problems.setdefault(row, f"field {self._fields[column]!r} is not what was indexed (wrong CRC-32)")
+        members = [dict(zip(self._fields, values, strict=True)) for values in zip(*columns, strict=True)]
+        for row, column in () if have.all() else np.argwhere(~have).tolist():
+            del members[row][self._fields[column]]
+        found: list[Members | SampleError] = [*members]
+        for row, reason in problems.items():
+            found[row] = self.error(int(part.ids[row]), reason)
+        return found
 
-    def _rotten(self, members: Members, checks: Sequence[int]) -> str | None:
-        """Which field is not what was indexed."""
-        for name, check in zip(self._fields, checks, strict=True):
-            if check >= 0 and zlib.crc32(members[name]) != check:
-                return f"field {name!r} is not what was indexed (wrong CRC-32)"
-        return None
+    def _spans(self, part: _Part) -> _Spans:
+        """The bytes to read for some samples: what lies near each other in a shard is one span."""
+        offset, size = part.table[:, _OFFSETS], part.table[:, _SIZES]
+        begin, end = np.where(offset >= 0, offset, _NOWHERE).min(1) - BLOCK, (offset + size).max(1)
+        other = _changes(part.shard) | _changes(np.cumsum(end - begin) // self._storage.piece)
+        apart = other | (begin[1:] - end[:-1] > _GAP) | (begin[1:] < end[:-1])
+        is_first = np.concatenate([[True], apart])
+        first = np.flatnonzero(is_first)
+        starts, stops = begin[first], np.maximum.reduceat(end, first)
+        shift = np.cumsum(stops - starts) - stops
+        # Each range begins with a span.
+        rows = [0, *(np.flatnonzero(other) + 1).tolist(), len(part.ids)]
+        cuts = np.searchsorted(first, rows).tolist()
+        ranges = [
+            Ranges(self._manifest.shards[part.shard[row]], starts[low:high].tolist(), stops[low:high].tolist())
+            for row, (low, high) in zip(rows, pairwise(cuts), strict=False)
+        ]
+        return _Spans(ranges, [slice(*ends) for ends in pairwise(rows)], shift[np.cumsum(is_first) - 1])
 
-    def _error(self, table: _Table, row: int, ids: Ints, reason: str) -> SampleError:
-        return self.error(int(ids[table.rows[row]]), reason)
+    def _memory(self, size: int) -> memoryview:
+        """Memory that is used again the next time."""
+        if len(self._buffer) < size:
+            self._buffer = np.empty(size, np.uint8)
+        return self._buffer.data[:size]
 
-    def _absent(self, table: _Table, row: int, ids: Ints) -> SampleError:
+    def _absent(self, sample: int) -> SampleError:
         """The error of a sample that lacks a wanted field."""
-        names = [name for name, at in zip(self._manifest.fields, table.offset[row], strict=True) if at >= 0]
+        _, index, row = self._entry(sample)
+        names = [name for name, at in zip(self._manifest.fields, index.offset[row], strict=True) if at >= 0]
         lacking = " or ".join(repr(f) for f in self._fields[: self._needed] or self._fields if f not in names)
-        return self._error(table, row, ids, f"it has no field {lacking}, only {', '.join(names) or 'nothing'}")
+        return self.error(sample, f"it has no field {lacking}, only {', '.join(names) or 'nothing'}")
+
+
+def _changes(numbers: Ints) -> np.ndarray:
+    """bool[N-1], whether each of N numbers differs from the one before; the first has none."""
+    return numbers[1:] != numbers[:-1]
 
 
 def _unlike(text: np.ndarray, digits: int, value: Ints) -> list[int]:

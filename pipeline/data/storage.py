@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from pipeline.config.schema import Cache
 from pipeline.core.errors import ConfigError, DataError
@@ -25,19 +26,46 @@ _PAUSE = 1.0
 _WAIT = 0.05
 """Seconds between looks whether there is room in a cache."""
 _CHUNK = 8 << 20
+_IN_REACH = 1 << 20
+"""Bytes that stay in a processor's own cache until they are checked."""
+_CONNECTIONS = 8
+"""Shards that are read at the same time; in each, all ranges at once."""
 
 T = TypeVar("T")
+
+
+class Ranges(NamedTuple):
+    """Parts of a shard, in bytes."""
+
+    shard: Shard
+    starts: list[int]
+    stops: list[int]
+    """Each one after the last byte."""
+
+    @property
+    def bytes(self) -> int:
+        """How many they are together."""
+        return sum(self.stops) - sum(self.starts)
 
 
 class Storage(Protocol):
     """Reads parts of shards."""
 
-    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int], into: memoryview) -> None:
+    copies: int
+    """How many times the bytes of a read may be in memory, those that are expected included."""
+    piece: int
+    """About the number of bytes that are best read at a time."""
+
+    def read(self, ranges: Ranges, into: memoryview) -> None:
         """Write the bytes of some ranges into memory, one after the other.
 
         Raises:
             DataError: the shard is missing, not of the manifest's size, or cannot be read.
         """
+        ...
+
+    def expect(self, wanted: Sequence[Ranges]) -> None:
+        """After what is read now, these will be read."""
         ...
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
@@ -81,12 +109,16 @@ def check_shard(manifest: Manifest, shard: Shard) -> None:
 class Local:
     """Shards in a local folder. The least recently used files are closed."""
 
+    copies = 1
+    piece = _IN_REACH
+
     def __init__(self, root: str) -> None:
         self._root = root.rstrip("/")
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int], into: memoryview) -> None:
+    def read(self, ranges: Ranges, into: memoryview) -> None:
         """See :class:`Storage`."""
+        shard, starts, stops = ranges
         descriptor = self._descriptor(shard)
         at = 0
         for start, stop in zip(starts, stops, strict=True):
@@ -95,6 +127,13 @@ class Local:
                 if not count:
                     raise _wrong_size(f"{self._root}/{shard.name}", os.fstat(descriptor).st_size, shard)
                 start, at = start + count, at + count
+
+    def expect(self, wanted: Sequence[Ranges]) -> None:
+        """See :class:`Storage`: the system reads them from the disk meanwhile."""
+        for shard, starts, stops in wanted:
+            descriptor = self._descriptor(shard)
+            for start, stop in zip(starts, stops, strict=True):
+                os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """See :class:`Storage`."""
@@ -149,17 +188,38 @@ def patiently(where: str, action: Callable[[], T]) -> T:
 class Remote:
     """Shards at a URL, read by ranges: all ranges of a call at the same time where the server's package can."""
 
+    copies = 3
+    piece = sys.maxsize
+
     def __init__(self, root: str) -> None:
         self._root = root.rstrip("/")
+        self._pool: ThreadPoolExecutor | None = None
+        self._now: dict[tuple[str, ...], Future[list[bytes]]] = {}
+        self._next: dict[tuple[str, ...], Future[list[bytes]]] = {}
 
-    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int], into: memoryview) -> None:
+    def read(self, ranges: Ranges, into: memoryview) -> None:
         """See :class:`Storage`."""
+        key = _key(ranges)
+        coming = self._now.pop(key, None) or self._next.pop(key, None)
+        at = 0
+        for part in coming.result() if coming else self._fetch(ranges):
+            into[at : at + len(part)] = part
+            at += len(part)
+
+    def expect(self, wanted: Sequence[Ranges]) -> None:
+        """See :class:`Storage`: they are fetched in the background. What was expected in vain is forgotten."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_CONNECTIONS, "ahead")
+        self._now, self._next = self._next, {_key(r): self._pool.submit(self._fetch, r) for r in wanted}
+
+    def _fetch(self, ranges: Ranges) -> list[bytes]:
+        """The bytes of each range."""
+        shard, starts, stops = ranges
         files, path = filesystem(self._root)
         where, name = f"{self._root}/{shard.name}", f"{path.rstrip('/')}/{shard.name}"
-        names = [name] * len(starts)
 
         def fetch() -> list[bytes]:
-            parts = files.cat_ranges(names, list(starts), list(stops), on_error="raise")
+            parts = files.cat_ranges([name] * len(starts), starts, stops, on_error="raise")
             for part, start, stop in zip(parts, starts, stops, strict=True):
                 if len(part) != stop - start:
                     raise DataError(
@@ -169,7 +229,7 @@ class Remote:
             return parts
 
         try:
-            into[:] = b"".join(patiently(where, fetch))
+            return patiently(where, fetch)
         except OSError as error:
             raise _missing(where, error) from error
 
@@ -178,6 +238,14 @@ class Remote:
 
     def close(self) -> None:
         """See :class:`Storage`."""
+        self._now, self._next = {}, {}
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+
+def _key(ranges: Ranges) -> tuple[str, ...]:
+    return (ranges.shard.name, str(ranges.starts), str(ranges.stops))
 
 
 class Cached:
@@ -193,6 +261,9 @@ class Cached:
         limit: bytes.
     """
 
+    copies = 1
+    piece = _IN_REACH
+
     def __init__(self, root: str, folder: str, limit: int) -> None:
         self._root = root.rstrip("/")
         self._folder = Path(folder)
@@ -201,17 +272,20 @@ class Cached:
         self._ahead: ThreadPoolExecutor | None = None
         self._asked: OrderedDict[str, None] = OrderedDict()
 
-    def read(self, shard: Shard, starts: Sequence[int], stops: Sequence[int], into: memoryview) -> None:
+    def read(self, ranges: Ranges, into: memoryview) -> None:
         """See :class:`Storage`."""
         while True:
-            self._ensure(shard)
+            self._ensure(ranges.shard)
             try:
-                self._local.read(shard, starts, stops, into)
+                self._local.read(ranges, into)
                 return
             except DataError:
                 # Another process may have made room in between.
-                if (self._folder / shard.name).exists():
+                if (self._folder / ranges.shard.name).exists():
                     raise
+
+    def expect(self, wanted: Sequence[Ranges]) -> None:
+        """See :class:`Storage`."""
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """See :class:`Storage`: they are fetched in the background."""

@@ -39,6 +39,7 @@ def assemble_here(filler: Filler, first: int, receive: Receive | None = None) ->
     count = filler.plan.count
     for number in itertools.count(first) if count is None else range(first, count):
         arrays = {n: np.empty((filler.plan.size, *c.shape), c.dtype) for n, c in filler.columns.items()}
+        filler.expect(number + 1)
         filled = filler.fill(number, arrays)
         arrays = {name: array[: filled.samples] for name, array in arrays.items()}
         # Nobody writes to these arrays again, so they can be the batch.

@@ -21,6 +21,11 @@ class Together:
         self.plan = next(iter(self._parts.values())).plan
         self.columns = {prefix + name: c for prefix, part in parts.items() for name, c in part.columns.items()}
 
+    def expect(self, number: int) -> None:
+        """See :class:`pipeline.data.assemble.Filler`."""
+        for part in self._parts.values():
+            part.expect(number)
+
     def fill(self, number: int, arrays: Arrays) -> Filled:
         """See :meth:`Assembler.fill`. Ids go on where those of the part before end."""
         samples, base = 0, 0

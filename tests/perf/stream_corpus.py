@@ -13,8 +13,10 @@ import platform
 import statistics
 import tarfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,8 @@ from PIL import Image
 from pipeline.core.manifest import Manifest, Shard, ShardIndex, index_bytes, index_name, save
 
 _SIZES = [(375, 500)] * 6 + [(480, 640)] * 2 + [(500, 375), (768, 1024)]
+_FOREIGN = 0.15
+"""Cores that others may use during a trial."""
 FIELDS = {"image": ("jpg",), "label": ("cls",)}
 
 
@@ -52,22 +56,55 @@ def shards(folder: Path, contents: list[bytes], per_shard: int) -> Manifest:
     for first in range(0, len(contents), per_shard):
         path = folder / f"x-{first // per_shard:06d}.tar"
         rows = contents[first : first + per_shard]
-        offset, size = (np.zeros((len(rows), 2), np.int64) for _ in range(2))
+        offset, size, crc32 = (np.zeros((len(rows), 2), np.int64) for _ in range(3))
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, content in enumerate(rows):
                 for column, (extension, data) in enumerate((("jpg", content), ("cls", b"%d" % (row % 10)))):
                     info = tarfile.TarInfo(f"{first + row:08d}.{extension}")
                     info.size = size[row, column] = len(data)
-                    offset[row, column] = tar.offset + 512
+                    offset[row, column], crc32[row, column] = tar.offset + 512, zlib.crc32(data)
                     tar.addfile(info, io.BytesIO(data))
         content = path.read_bytes()
         shard = Shard(path.name, len(rows), len(content), hashlib.sha256(content).hexdigest())
         keys = tuple(f"{first + row:08d}" for row in range(len(rows)))
-        (folder / index_name(path.name)).write_bytes(index_bytes(ShardIndex(keys, offset, size), shard, ["jpg", "cls"]))
+        index = ShardIndex(keys, offset, size, crc32)
+        (folder / index_name(path.name)).write_bytes(index_bytes(index, shard, ["jpg", "cls"]))
         made.append(shard)
     manifest = Manifest(str(folder), tuple(made), dict(FIELDS), tuple("0123456789"))
     save(manifest, folder)
     return manifest
+
+
+def _own_ticks(pid: int) -> int:
+    """Ticks of processor time that a process, and those that it has started, have had."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        started = [Path(f"/proc/{pid}/task/{task}/children").read_text() for task in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return 0  # it has just ended
+    return sum(map(int, fields[11:15])) + sum(_own_ticks(int(child)) for part in started for child in part.split())
+
+
+def _foreign() -> float:
+    """Seconds of processor time that others on this machine have had."""
+    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest) - _own_ticks(os.getpid())) / os.sysconf("SC_CLK_TCK")
+
+
+class Timed(NamedTuple):
+    """How long something took."""
+
+    seconds: float
+    is_clean: bool
+    """Others had hardly any of the machine meanwhile."""
+
+
+def timed(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Timed:
+    """Do it once."""
+    others, begin, start = _foreign(), time.perf_counter(), clock()
+    action()
+    seconds = clock() - start
+    return Timed(seconds, _foreign() - others <= _FOREIGN * (time.perf_counter() - begin))
 
 
 def compare(
@@ -80,24 +117,35 @@ def compare(
 ) -> None:
     """Print the rate of each way, median of trials run in turns, and its ratio to the first one.
 
-    One-core work is timed by this process's CPU time, so that other load on the machine counts less; work in other
-    processes by the wall clock (name the way with a trailing "*"). ``before`` is called before each, untimed.
+    One-core work is timed by this process's CPU time; work in other processes by the wall clock (name the way with a
+    trailing "*"); a way may also time itself and return that. Trials that others disturbed by more than 0.15 of a core
+    do not count and are run again, four times as many at most. ``before`` is called before each way, untimed.
     """
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for trial in range(trials + 1):
+    clean: list[dict[str, float]] = []
+    disturbed: list[dict[str, float]] = []
+    while len(clean) < trials + 1 and len(clean) + len(disturbed) < 4 * trials:
+        rates: dict[str, float] = {}
+        is_clean = True
         for name, way in ways.items():
             before()
-            clock = time.perf_counter if name.endswith("*") else time.process_time
-            start = clock()
-            way()
-            if trial:
-                rates[name].append(count / (clock() - start))
-    first = next(iter(rates.values()))
-    print(f"\n{title} ({trials} trials in turns; ratio: median and range of the trials' own)")
-    for name, values in rates.items():
-        ratios = sorted(v / f for v, f in zip(values, first, strict=True))
+            results: list[object] = []
+            whole = timed(
+                lambda way=way, results=results: results.append(way()),
+                time.perf_counter if name.endswith("*") else time.process_time,
+            )
+            own = results[0] if isinstance(results[0], Timed) else whole
+            rates[name] = count / own.seconds
+            is_clean &= own.is_clean
+        (clean if is_clean else disturbed).append(rates)
+    # The first one warms up.
+    counted = clean[1:] or disturbed[1:]
+    words = f"{len(counted)} clean trials" if clean[1:] else f"NO CLEAN TRIAL, {len(counted)} disturbed ones"
+    print(f"\n{title} ({words} in turns, {len(disturbed)} disturbed; ratio: median and range of the trials' own)")
+    first = next(iter(ways))
+    for name in ways:
+        ratios = sorted(rates[name] / rates[first] for rates in counted)
         print(
-            f"  {name:42s} {statistics.median(values):10,.0f} {unit}/s"
+            f"  {name:42s} {statistics.median(rates[name] for rates in counted):10,.0f} {unit}/s"
             f"   x{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         )
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -83,11 +84,9 @@ def open_at(root: str, rank: int = 0, world: int = 1, **settings):
 
 def epoch_of(root: str, **settings):
     """Ids of an epoch, and the ledger."""
-    stream = open_at(root, **settings)
-    ids = torch.cat([m["id"] for parts in itertools.islice(stream.batches(0), 3) for m in parts])
-    lines = stream.ledger()
-    stream.close()
-    return ids.numpy(), lines
+    with closing(open_at(root, **settings)) as stream:
+        ids = torch.cat([m["id"] for parts in itertools.islice(stream.batches(0), 3) for m in parts])
+        return ids.numpy(), stream.ledger()
 
 
 @pytest.mark.parametrize("name", STOPS)

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import fsspec
@@ -14,8 +14,8 @@ from pipeline.core import location
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import load
 from pipeline.data import storage
-from pipeline.data.storage import Cached, Local, check_shard
-from pipeline.data.stream import open_stream
+from pipeline.data.storage import Cached, Local, Ranges, Remote, check_shard
+from pipeline.data.stream import assemble_here, open_stream
 from tests.unit.data.server import Server
 from tests.unit.data.shards import write_data
 
@@ -63,6 +63,36 @@ def test_loader_processes_over_http(local, server):
     assert_same(first(open_at(local.root), 4), first(open_at(server.url, workers=2), 4))
 
 
+def test_the_next_micro_batch_is_fetched_while_one_is_made(local, server):
+    """The server goes away after the first one, and the second comes all the same."""
+    stream = open_at(server.url)
+    made = assemble_here(stream._filler, 0)
+    expected = assemble_here(open_at(local.root)._filler, 0)
+    assert_same([next(expected).batch], [next(made).batch])
+    ahead = stream._filler._readers[0]._storage._next.values()
+    assert ahead and not wait(ahead, 20).not_done
+    server.faults = {s.name: "missing" for s in local.shards}
+    assert_same([next(expected).batch], [next(made).batch])
+    with pytest.raises(DataError, match="cannot open shard"):
+        next(made)
+
+
+def test_what_was_expected_in_vain_is_forgotten(local, server):
+    """A stream that starts elsewhere neither waits for it nor keeps it."""
+    storage_of, wanted = Remote(server.url), [Ranges(s, [0], [512]) for s in local.shards]
+    for _ in range(3):
+        storage_of.expect(wanted[:1])
+    storage_of.expect(wanted[1:2])
+    storage_of.expect(wanted[2:3])
+    assert [name for name, *_ in (*storage_of._now, *storage_of._next)] == [s.name for s in local.shards[1:3]]
+    into = memoryview(bytearray(512))
+    for ranges in wanted:
+        storage_of.read(ranges, into)
+        assert bytes(into) == (Path(local.root) / ranges.shard.name).read_bytes()[:512]
+    assert not storage_of._now and not storage_of._next
+    storage_of.close()
+
+
 def test_any_fsspec_url(local):
     files = fsspec.filesystem("memory")
     files.put(local.root + "/", "/bucket/data", recursive=True)
@@ -93,7 +123,7 @@ def test_what_a_killed_process_left_in_the_cache_is_removed(local, server, tmp_p
     (tmp_path / ".x-000009.tar.part").write_bytes(bytes(2 * max(s.bytes for s in local.shards)))
     cached = Cached(server.url, str(tmp_path), 2 * max(s.bytes for s in local.shards))
     for shard in local.shards:
-        cached.read(shard, [0], [512], memoryview(bytearray(512)))
+        cached.read(Ranges(shard, [0], [512]), memoryview(bytearray(512)))
     assert not list(tmp_path.glob(".*.part"))
     cached.close()
 
@@ -107,7 +137,11 @@ def test_a_shard_is_fetched_once_for_all_who_want_it(local, server, tmp_path):
     """Eight threads with eight caches over the same folder, as the ranks of a node have."""
     caches = [Cached(server.url, str(tmp_path), 10**9) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda c: [c.read(s, [0], [512], memoryview(bytearray(512))) for s in local.shards], caches))
+        list(
+            pool.map(
+                lambda c: [c.read(Ranges(s, [0], [512]), memoryview(bytearray(512))) for s in local.shards], caches
+            )
+        )
     whole = [name for name, wanted in server.asked if wanted is None or wanted.startswith("bytes=0-")]
     assert sorted(whole) == [s.name for s in local.shards]
     assert not list(tmp_path.glob(".*.part"))
@@ -163,10 +197,10 @@ def test_missing_manifest_and_unknown_scheme(server):
 def test_shard_that_shrinks_while_it_is_read(local, tmp_path):
     copy = write_data(tmp_path, SIZES)
     reader, shard = Local(copy.root), copy.shards[2]
-    reader.read(shard, [0], [512], memoryview(bytearray(512)))
+    reader.read(Ranges(shard, [0], [512]), memoryview(bytearray(512)))
     os.truncate(f"{copy.root}/{shard.name}", 1024)
     with pytest.raises(DataError, match=r"x-000002\.tar has 1024 bytes, its manifest says"):
-        reader.read(shard, [0], [4096], memoryview(bytearray(4096)))
+        reader.read(Ranges(shard, [0], [4096]), memoryview(bytearray(4096)))
     with pytest.raises(DataError, match=r"x-000002\.tar has 1024 bytes"):
         check_shard(copy, shard)
     reader.close()
