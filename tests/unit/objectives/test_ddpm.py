@@ -266,6 +266,17 @@ def test_bits_do_not_depend_on_the_batch_and_noise_is_bad_at_them():
     assert whole.sum(dim=1).min() > 8  # uniform noise cannot be known by less than 8 bits
 
 
+def test_bits_are_of_clipped_images():
+    model, data = build(steps=20, target="image").eval(), batch(samples=2)
+    last, found = model.denoiser.network.conv_out, []
+    with torch.no_grad():
+        last.weight.zero_()
+        for said in (1.0, 3.0, 0.9):
+            last.bias.fill_(said)
+            found.append(model.generator().bits(data["image"], data["id"], None, 0, None))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 def test_the_transformer_is_trained_and_sampled_alike():
     dit = {"name": "dit", "patch": 4, "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2}
     network = Config(network=dit, feature_block="block_1", condition="class", variance="learned", sampler=SAMPLER)
