@@ -184,13 +184,14 @@ def test_samples_are_the_same_in_any_batch(sampler):
     """O13: to rounding, since convolutions may take another algorithm for another size of batch."""
     model = build(condition="class").eval()
     config = SamplerConfig(**sampler, steps=5)
-    ids = torch.arange(6) * 7
+    ids = torch.arange(16) * 7
     with torch.no_grad():
         whole = model.generator().sample(ids, ids % 5, 3, config)
-        parts = torch.cat([model.generator().sample(i, i % 5, 3, config) for i in ids.split(4)])
         other = model.generator().sample(ids, ids % 5, 4, config)
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
-    assert torch.equal(to_pixels(parts), to_pixels(whole)) and (whole - other).abs().mean() > 0.05
+        for size, some in ((8, ids), (1, ids[:4])):
+            parts = torch.cat([model.generator().sample(i, i % 5, 3, config) for i in some.split(size)])
+            torch.testing.assert_close(parts, whole[: len(some)], rtol=0, atol=1e-4)
+    assert (whole - other).abs().mean() > 0.05
 
 
 def test_guidance_of_zero_and_one_are_the_bare_networks():
