@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.faults import matrix
 from tests.ranks import start_ranks
+
+# Speed is never asserted by a clock in a test, and a busy machine would break hypothesis' deadline.
+settings.register_profile("sluice", deadline=None)
+settings.load_profile("sluice")
 
 
 def run_ranks(world: int, body: Callable[..., None], **kwargs: Any) -> None:

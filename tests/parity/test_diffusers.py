@@ -59,7 +59,9 @@ def test_schedules_and_noising(name, zero, start):
     torch.testing.assert_close(mine, other.add_noise(start, start.flip(0), index), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("variance", "name"), [("small", "fixed_small"), ("large", "fixed_large")])
+@pytest.mark.parametrize(
+    ("variance", "name"), [("small", "fixed_small"), ("large", "fixed_large"), ("learned", "learned_range")]
+)
 def test_ancestral_steps(variance, name, start):
     """One step from each of a few levels, with the noise taken out of the difference of two."""
     other = scheduler(diffusers.DDPMScheduler, variance_type=name)
@@ -67,11 +69,13 @@ def test_ancestral_steps(variance, name, start):
         level = LINEAR.at(torch.tensor(i))
         image = ours("noise")(start, level).image
         mean = LINEAR.image_part[i] * image + LINEAR.noised_part[i] * start
-        answer = network(start, torch.tensor(float(i)))
+        answer, part = network(start, torch.tensor(float(i))), torch.sin(start)
+        if variance == "learned":
+            answer = torch.cat([answer, part], dim=1)
         generator = torch.Generator().manual_seed(1)
         found = other.step(answer, i, start, generator=generator).prev_sample
         noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(1), dtype=start.dtype)
-        log = samplers.log_variance(LINEAR, torch.tensor(i), variance, None, start)
+        log = samplers.log_variance(LINEAR, torch.tensor(i), variance, (part + 1) / 2, start)
         torch.testing.assert_close(mean + (log / 2).exp() * noise, found, rtol=2e-4, atol=2e-4)
 
 
@@ -96,6 +100,20 @@ def test_dpm_solver(spacing, start):
         start, lv.spaced(LINEAR, 20, spacing) if spacing == "trailing" else _visited(other), ours("velocity")
     )
     torch.testing.assert_close(mine, theirs(other, start, 20), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_heun(start):
+    """Theirs keeps x / a, and visits every level but the noisiest twice."""
+    other = diffusers.HeunDiscreteScheduler(
+        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing"
+    )
+    other.set_timesteps(20)
+    levels = lv.spaced(LINEAR, 20, "trailing")
+    y = start / levels.a[-1]
+    for t in other.timesteps:
+        y = other.step(network(other.scale_model_input(y, t), t), t, y).prev_sample
+    torch.testing.assert_close(samplers.heun(start, levels, ours("noise")), y, rtol=2e-3, atol=2e-3)
 
 
 def _visited(scheduler):

@@ -20,7 +20,7 @@ from pipeline.core.random import SampleRandom
 from pipeline.nn.conditioning import Conditions, Prompt, Text, TextReader, Told
 from pipeline.nn.diffusion import likelihood, samplers
 from pipeline.nn.diffusion.levels import Level, Levels, Spacing, add_noise
-from pipeline.nn.diffusion.process import Process
+from pipeline.nn.diffusion.process import Discrete, Process
 from pipeline.nn.diffusion.samplers import Denoised, Variance
 from pipeline.nn.diffusion.targets import Target, to_image, to_input
 
@@ -174,7 +174,7 @@ class Generator(nn.Module):
                 "to be guided away from; leave guidance out, or train with drop_condition = 0.1"
             )
         levels = self.process.chain(config.steps, config.spacing)
-        if config.name == "heun" and not levels.a.all():
+        if config.name == "heun" and isinstance(self.process, Discrete) and not levels.a.all():
             raise ConfigError(
                 "Heun's sampler needs some signal at every noise level, and zero_terminal_snr leaves none at the last; "
                 'use sampler.name = "dpm_solver" or "ddim"'

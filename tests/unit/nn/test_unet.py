@@ -85,14 +85,21 @@ def test_attention_is_where_it_was_asked_for():
 
 
 def test_norm_is_fp32_under_autocast_and_with_bf16_weights():
+    torch.manual_seed(0)
     norm = Norm(8)
+    with torch.no_grad():  # values that bf16 rounds
+        norm.weight.copy_(1 + torch.randn(8) / 100)
+        norm.bias.copy_(torch.randn(8))
     x = (torch.randn(2, 8, 16, 16) * 3 + 100).bfloat16()
-    exact = functional.group_norm(x.float(), norm.num_groups, eps=norm.eps)
+
+    def exact():
+        return functional.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = norm(x)
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, exact.bfloat16(), rtol=0, atol=0)
-    torch.testing.assert_close(norm.bfloat16()(x), exact.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(found, exact().bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(norm.bfloat16()(x), exact().bfloat16(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("channels", [4, 12, 20, 48, 128, 136, 192])

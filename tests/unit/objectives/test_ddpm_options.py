@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Clock, DataFacts, StepContext
 from pipeline.dist.group import process_group
-from pipeline.nn.conditioning import Text
+from pipeline.nn.conditioning import Text, Told
 from pipeline.nn.diffusion.importance import REMEMBERED
 from pipeline.nn.diffusion.model import SamplerConfig, to_model
 from pipeline.objectives.ddpm import DDPM, Config
@@ -74,13 +74,19 @@ def test_importance_draws_hard_levels_more_often_and_keeps_the_expectation():
     p = model.importance.probabilities()
     assert p.max() > p.min()
     many = batch((8, 8), samples=2000)
-    quantile, _, _, _, factor, _ = model.noised(many, CTX)
+    quantile, level, x, noise, factor, _ = model.noised(many, CTX)
     index = model.process.index(quantile)
     torch.testing.assert_close(factor, 1 / (8 * p[index]))
     share = torch.bincount(index, minlength=8).double() / 2000
     assert (share - p).abs().max() < 5 * (0.25 / 2000) ** 0.5
     # the mean over levels of any loss of a level stays as it was
     assert abs(float((factor * index).mean()) - 3.5) < 0.2
+    with torch.no_grad():
+        error = (model.denoiser(x, level, Told())[0] - noise).square().mean(dim=(1, 2, 3))
+        loss, metrics = model(many, CTX)
+    assert float(loss) == pytest.approx(float((factor * error).mean()), rel=1e-5)
+    assert float(metrics["mse"]) == pytest.approx(float(loss), rel=1e-5)
+    assert abs(float(loss) - float(error.mean())) > 1e-5 * float(loss)
 
 
 def taught(folder):

@@ -73,6 +73,21 @@ def test_rescaled_guidance_brings_the_spread_back():
     torch.testing.assert_close(made.flatten(1).std(dim=1), plain.flatten(1).std(dim=1))
 
 
+def test_guidance_leaves_the_variance_as_it_is_told():
+    """Of what is asked for, and not of nothing."""
+
+    class Learned(Known):
+        def denoise(self, x, level, told):
+            part = (told.label.double() / 2).view(-1, 1, 1, 1).expand_as(x)
+            return super().denoise(x, level, told)._replace(log_variance_part=part)
+
+    generator = Generator(Learned(), Discrete(LEVELS), (1, 2, 2), "learned", SamplerConfig())
+    told, x = torch.tensor([0, 1, 0]), torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    said = generator.denoiser.read(told, 3, x.device)
+    found = generator._guided(x, LEVELS.at(torch.tensor(500)), said, SamplerConfig(guidance=3.0), guided=True)
+    assert found.log_variance_part[:, 0, 0, 0].tolist() == [0.0, 0.5, 0.0]
+
+
 def test_a_model_of_classes_is_not_asked_for_texts():
     texts = Text(torch.zeros(6, 3, dtype=torch.int64), torch.ones(6, dtype=torch.int64))
     with pytest.raises(ConfigError, match='texts are asked of a model trained without; train with condition = "text"'):
