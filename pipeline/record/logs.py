@@ -36,6 +36,8 @@ _ERROR = re.compile(
     rb"|terminate called|Segmentation fault|^sluice: "
 )
 _WARNING = re.compile(rb"\b\w*Warning\b|\bWARN(ING)?\b|\bwarning:")
+_FRAME = re.compile(rb"\s*frame #\d+: |Exception raised from ")
+"""Of the stacks that C++ adds to its messages: they name errors, and tell nobody anything."""
 _TRACEBACK = b"Traceback (most recent call last)"
 
 _terminal: list[TextIO] = []
@@ -197,7 +199,7 @@ class _Alarms:
         if self._in_traceback:
             self._in_traceback = line.startswith(b" ")
             return True
-        if line in self._seen or not (_ERROR.search(line) or _WARNING.search(line)):
+        if line in self._seen or _FRAME.match(line) or not (_ERROR.search(line) or _WARNING.search(line)):
             return False
         self._seen.add(line)
         return True
@@ -215,6 +217,6 @@ def last_error(folder: Path, rank: int) -> str | None:
     for line in reversed(lines):
         if line.startswith(HEADER.encode()):
             return None
-        if _ERROR.search(line) and not line.startswith(b" "):
+        if _ERROR.search(line) and not line.startswith(b" ") and not _FRAME.match(line):
             return line.decode(errors="replace").strip()
     return None
