@@ -95,7 +95,7 @@ def check_run(folder: Path) -> None:
 
 
 def read_status(runs: Sequence[Path]) -> list[Status]:
-    """Of each run.
+    """Of each run; the errors of its ranks, which stand in many files, only of a run alone.
 
     Raises:
         LaunchError: SLURM is there but does not answer.
@@ -104,10 +104,12 @@ def read_status(runs: Sequence[Path]) -> list[Status]:
     last = {run: next((e.job for e in reversed(k) if isinstance(e, Submitted)), None) for run, k in known.items()}
     jobs = [job for job in last.values() if job is not None]
     states = slurm.states(jobs) if shutil.which("squeue") else {}
-    return [_status(run, known[run], last[run], states) for run in runs]
+    return [_status(run, known[run], last[run], states, alone=len(runs) == 1) for run in runs]
 
 
-def _status(run: Path, entries: Sequence[Submitted | Attempt], job: str | None, states: dict[str, str]) -> Status:
+def _status(
+    run: Path, entries: Sequence[Submitted | Attempt], job: str | None, states: dict[str, str], alone: bool
+) -> Status:
     state, beats = read_state(run), read_beats(run)
     line = last_line(run)
     phase, detail = _phase(state, beats, job, states.get(job or ""))
@@ -116,7 +118,7 @@ def _status(run: Path, entries: Sequence[Submitted | Attempt], job: str | None, 
         detail = "; ".join(filter(None, [detail, f"requeued {again} {'time' if again == 1 else 'times'}"]))
     plan = provenance.read(run).get("plan", {})
     errors: dict[str, list[int]] = {}
-    if phase != "finished":
+    if phase != "finished" and alone:
         for rank in logs.log_ranks(run):
             if (text := logs.last_error(run, rank)) is not None:
                 errors.setdefault(text, []).append(rank)

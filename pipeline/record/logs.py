@@ -35,7 +35,14 @@ _ERROR = re.compile(
     rb"\b\w*(Error|Exception)\b|\b(ERROR|FATAL|CRITICAL)\b|\b(error|fatal):"
     rb"|terminate called|Segmentation fault|^sluice: "
 )
+_ERROR_WORDS = (
+    *(b"Error", b"Exception", b"ERROR", b"FATAL", b"CRITICAL", b"error:", b"fatal:"),
+    *(b"terminate called", b"Segmentation fault", b"sluice: "),
+)
+"""One of them is in every line that :data:`_ERROR` finds; looking for them is a hundred times faster."""
 _WARNING = re.compile(rb"\b\w*Warning\b|\bWARN(ING)?\b|\bwarning:")
+_FRAME = re.compile(rb"\s*frame #\d+: |Exception raised from ")
+"""Of the stacks that C++ adds to its messages: they name errors, and tell nobody anything."""
 _TRACEBACK = b"Traceback (most recent call last)"
 
 _terminal: list[TextIO] = []
@@ -197,7 +204,7 @@ class _Alarms:
         if self._in_traceback:
             self._in_traceback = line.startswith(b" ")
             return True
-        if line in self._seen or not (_ERROR.search(line) or _WARNING.search(line)):
+        if line in self._seen or _FRAME.match(line) or not (_ERROR.search(line) or _WARNING.search(line)):
             return False
         self._seen.add(line)
         return True
@@ -211,10 +218,11 @@ def last_error(folder: Path, rank: int) -> str | None:
             tail = file.read()
     except FileNotFoundError:
         return None
-    lines = tail.split(b"\n")
-    for line in reversed(lines):
+    if not any(word in tail for word in _ERROR_WORDS):
+        return None
+    for line in reversed(tail.split(b"\n")):
         if line.startswith(HEADER.encode()):
             return None
-        if _ERROR.search(line) and not line.startswith(b" "):
+        if _ERROR.search(line) and not line.startswith(b" ") and not _FRAME.match(line):
             return line.decode(errors="replace").strip()
     return None

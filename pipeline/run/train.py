@@ -18,7 +18,7 @@ from pipeline.core.contract import check_batch
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.protocols import Batch, Clock, StepContext, Stream
 from pipeline.data.stream import facts
-from pipeline.dist.group import Place, process_group, sum_over_ranks
+from pipeline.dist.group import Place, from_first, process_group, sum_over_ranks
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CheckpointStore
@@ -124,6 +124,7 @@ class Job:
             name = "finished" if outcome is Outcome.FINISHED else "requeue"
             close_state(self.folder, name, code, step=clock.step)
             self.recorder.note(f"report: {write_report(self.folder)}")
+        from_first(None)  # srun ends all ranks as soon as one has left with another code than 0
         return code
 
 

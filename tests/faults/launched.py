@@ -20,7 +20,8 @@ from tests.integration.runs import SMOKE, overrides
 ROOT = Path(__file__).parents[2]
 PATIENCE = 200.0
 STEPS = 150
-LONG = [f"run.length={STEPS}ba", "every.checkpoint=25ba", "engine.precision=fp32", "run.keep=9"]
+ZERO = ("engine.name=deepspeed", "engine.zero=1", "engine.precision=fp32")
+LONG = [*ZERO, f"run.length={STEPS}ba", "every.checkpoint=25ba", "run.keep=9"]
 """Long enough to be met in the middle."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from pipeline.engine import checkpoint, saving
 from tests.faults.conftest import OWN
 from tests.faults.launched import die as kill_me
-from tests.faults.launched import note_first_step, recovery
+from tests.faults.launched import note_first_step, note_time, recovery
 from tests.integration.runs import codes, metrics, notes, overrides, run, steps_of
 
 POINTS = ("before anything", "half a file", "before the manifest", "before the rename", "before latest")
@@ -101,26 +102,32 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(damage, whole, gly
     fault_row.case = f"2 ranks, {damage}"
     folder = up_to_the_second(whole, tmp_path / "run")
     DAMAGE[damage](folder / "checkpoints")
-    assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0, 0]
+    note_time(folder, "fault")
+    assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN), hurt=note_first_step)) == [0, 0]
     said = notes(folder)
     assert f"passed over checkpoint {folder}/checkpoints/{NEWEST}" in said
     assert "resumed from" in said and "at step 3" in said
     assert metrics(folder) == metrics(whole)
     fault_row.outcome = "passed over and named; same batches and losses from the one before"
+    fault_row.seconds = recovery(folder)
 
 
 @pytest.mark.fault(8, "`latest` missing, empty or garbage")
 @pytest.mark.parametrize("latest", [None, "", "step-99999999\n"], ids=["missing", "empty", "garbage"])
 def test_latest_that_is_missing_or_wrong_changes_nothing(latest, whole, glyphs, tmp_path, fault_row):
-    fault_row.case = "missing" if latest is None else "garbage" if latest else "empty"
+    fault_row.case = "2 ranks, " + ("missing" if latest is None else "garbage" if latest else "empty")
     folder = up_to_the_second(whole, tmp_path / "run")
     pointer = folder / "checkpoints" / "latest"
     pointer.unlink()
     if latest is not None:
         pointer.write_text(latest)
-    assert codes(run(1, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0]
+    note_time(folder, "fault")
+    assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN), hurt=note_first_step)) == [0, 0]
     assert f"resumed from {folder}/checkpoints/{NEWEST} at step 6" in notes(folder)
-    fault_row.outcome = "resumes from the newest whole checkpoint"
+    assert metrics(folder) == metrics(whole)
+    assert pointer.read_text() == "step-00000012\n"
+    fault_row.outcome = "resumes from the newest whole checkpoint; same batches and losses"
+    fault_row.seconds = recovery(folder)
 
 
 @pytest.mark.fault(8, "every checkpoint damaged")
@@ -129,8 +136,10 @@ def test_it_never_starts_anew_while_there_are_checkpoints(whole, glyphs, tmp_pat
     for one in (folder / "checkpoints").glob("step-*"):
         flip(one / "rank-00000.safetensors")
     before = (folder / "metrics.jsonl").read_bytes()
+    began = time.monotonic()
     assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [2, 2]
     assert (folder / "metrics.jsonl").read_bytes() == before
+    fault_row.seconds, fault_row.until = time.monotonic() - began, "stopped"
     fault_row.case, fault_row.outcome = "2 ranks", "exit 2; does not start from step 0"
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.record.beats import read_beats
+from tests.faults.launched import ZERO
 from tests.faults.network import ROOT, Hosts, missing, two_hosts
 from tests.integration.runs import codes, metrics, overrides, run
 
 REASON = missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 CONFIG = str(ROOT / "configs" / "smoke" / "supervised.toml")
-ZERO = "engine.precision=fp32"
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ ODD = 'it\'s $(touch oops) "x"; `touch oops` | y'
 @pytest.mark.timeout(280)
 def test_over_ssh_from_one_host_and_stopped_from_there(hosts, glyphs, tmp_path):
     folder = tmp_path / ODD
-    settings = overrides(folder, glyphs / "train", ZERO, "run.length=100000ba", "every.checkpoint=0ba")
+    settings = overrides(folder, glyphs / "train", *ZERO, "run.length=100000ba", "every.checkpoint=0ba")
     settings[0] = f"run.folder={json.dumps(str(folder))}"
     starter = over_ssh(hosts, settings)
     wait_for(lambda: step(folder) >= 3 or starter.poll() is not None, "training")
@@ -101,7 +101,7 @@ def test_over_ssh_from_one_host_and_stopped_from_there(hosts, glyphs, tmp_path):
 @pytest.mark.timeout(280)
 def test_rank_killed_on_one_host_ends_both_started_by_hand(hosts, glyphs, tmp_path):
     folder = tmp_path / "run"
-    settings = overrides(folder, glyphs / "train", ZERO, "run.length=100000ba", "every.checkpoint=0ba")
+    settings = overrides(folder, glyphs / "train", *ZERO, "run.length=100000ba", "every.checkpoint=0ba")
     processes = by_hand(hosts, settings)
     wait_for(lambda: step(folder) >= 3 or any(p.poll() is not None for p in processes), "training")
     os.kill(read_beats(folder)[1].pid, signal.SIGKILL)
@@ -117,7 +117,7 @@ def test_port_of_the_master_taken(hosts, glyphs, tmp_path, fault_row):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as squatter:
         assert squatter.stdout is not None and squatter.stdout.readline() == b"up\n"
         began = time.monotonic()
-        settings = overrides(tmp_path / "run", glyphs / "train", ZERO)
+        settings = overrides(tmp_path / "run", glyphs / "train", *ZERO)
         master = f"{hosts.addresses[0]}:29512"
         first = hosts.sluice(0, "train", CONFIG, "--nodes", "2", "--master", master, *words(settings), log="taken")
         assert first.wait(timeout=60) == 2
@@ -126,7 +126,7 @@ def test_port_of_the_master_taken(hosts, glyphs, tmp_path, fault_row):
     said = (hosts.folder / "taken").read_text()
     assert f"port 29512 of {hosts.addresses[0]} cannot be taken" in said and "--master" in said
     assert "Traceback" not in said
-    fault_row.case = "by hand; over ssh a free one is asked for"
+    fault_row.case = "2 hosts, by hand; over ssh a free one is asked for"
     fault_row.outcome = "exit 2, names the port"
 
 
@@ -136,9 +136,9 @@ def test_port_of_the_master_taken(hosts, glyphs, tmp_path, fault_row):
 def test_link_cut(hosts, glyphs, tmp_path, fault_row):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     length, every = "run.length=400ba", "every.checkpoint=10ba"
-    assert codes(run(1, "supervised", overrides(whole, glyphs / "train", ZERO, length, every))) == [0]
+    assert codes(run(1, "supervised", overrides(whole, glyphs / "train", *ZERO, length, every))) == [0]
 
-    settings = overrides(folder, glyphs / "train", ZERO, length, every, "engine.timeout_minutes=0.5")
+    settings = overrides(folder, glyphs / "train", *ZERO, length, every, "engine.timeout_minutes=0.5")
     starter = over_ssh(hosts, settings)
     wait_for(lambda: step(folder) >= 15 or starter.poll() is not None, "training")
     hosts.cable("down")
@@ -156,5 +156,5 @@ def test_link_cut(hosts, glyphs, tmp_path, fault_row):
     fault_row.seconds = stopped + time.monotonic() - mended
     assert starter.wait(timeout=120) == 0
     assert digests(folder) == digests(whole)
-    fault_row.case = "collectives time out after 30 s"
+    fault_row.case = "2 hosts, over ssh, ZeRO 1; collectives time out after 30 s"
     fault_row.outcome = f"all ranks and the starter gone after {stopped:.0f} s; started again: same batches"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def test_the_fourth_start_is_refused(whole: Path, glyphs: Path, tmp_path: Path, 
     assert ends == [[1], [-9], [1]]
     state = (tmp_path / "state.json").read_bytes()
     for _ in range(2):  # however often
+        began = time.monotonic()
         assert codes(run(1, "supervised", settings)) == [2]
+        fault_row.seconds, fault_row.until = time.monotonic() - began, "stopped"
     said = log_path(tmp_path, 0).read_text()
     assert f"step 5 of {tmp_path} has failed 3 times in a row" in said and "a bad cable" in said
     assert f"remove {tmp_path}/failures.jsonl" in said

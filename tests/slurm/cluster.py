@@ -6,7 +6,6 @@ that runs here anyhow is left alone. It needs root (slurmd does) and no systemd.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,10 +13,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CONF = """
@@ -184,13 +182,21 @@ class Cluster:
         self._daemon(name, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """Lose a node: its slurmd and all that runs on it are killed at once."""
+        """Lose a node: its slurmd and all that runs on it are gone at once.
+
+        All are stopped before the first is killed: a slurmstepd that lived for a moment longer than its job would tell
+        the controller that the job has failed, which no node does that loses power.
+        """
         slurmd = self._daemons.pop(name)
+        slurmd.send_signal(signal.SIGSTOP)
+        tasks = self.processes("SLURMD_NODENAME", name)
+        lost = {pid for pid in map(parent, tasks) if command_of(pid) == "slurmstepd"} | set(tasks)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in sorted(lost, key=tasks.__contains__):  # the slurmstepds first
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
         slurmd.kill()
         slurmd.wait()
-        for pid in self.processes("SLURMD_NODENAME", name):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
     def wait_nodes(self) -> None:
         """Until all nodes are up and idle."""
@@ -217,12 +223,6 @@ class Cluster:
         )
         return done.stdout.strip()
 
-    def job(self, job: str) -> Mapping[str, Any]:
-        """What slurmctld says of a job."""
-        found = json.loads(self.run("squeue", "--json", "--jobs", job, "--states=all"))["jobs"]
-        assert len(found) == 1, f"no job {job}"
-        return found[0]
-
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, ..."""
         return self.run("squeue", "-h", "--jobs", job, "--states=all", "-o", "%T")
@@ -244,6 +244,20 @@ def wait_for(
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:.0f} s for {what}: {now()}")
         time.sleep(0.1)
+
+
+def parent(pid: int) -> int:
+    """Of a process; 0 when it is gone."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
+
+
+def command_of(pid: int) -> str:
+    """Name of a process's program; empty when it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def free_ports(count: int) -> list[int]:

@@ -20,7 +20,7 @@ from pipeline.record.beats import Beat, read_beats
 from tests.integration.runs import SMOKE, metrics, overrides
 from tests.slurm.cluster import Cluster, wait_for
 
-OWN = ("engine.name=accelerate", "engine.precision=fp32")
+OWN = ("engine.name=deepspeed", "engine.zero=1", "engine.precision=fp32")
 START_SECONDS = 400.0
 """How long ranks may take to start on a machine that has other things to do."""
 
@@ -76,9 +76,12 @@ class Run:
         printed = "\n".join(log.read_text() for log in logs)
         return f"{self.cluster.state(self.job)}\n{printed[-4000:]}"
 
-    def digests(self) -> dict[int, int]:
-        """Of each step's global batch."""
-        return {step: line["data_digest"] for step, line in metrics(self.folder).items()}
+    def same_to_the_end(self, whole: Path) -> None:
+        """Wait until it has ended as the undisturbed run did, and nothing of it is left."""
+        self.wait("COMPLETED")
+        assert metrics(self.folder) == metrics(whole), self.said()
+        assert '"finished"' in (self.folder / "state.json").read_text()
+        wait_for(lambda: not self.cluster.processes("SLURM_JOB_ID", self.job), 20, "nothing left")
 
 
 @contextmanager

@@ -17,34 +17,11 @@ import pytest
 from launch import history
 from launch.agent import port_of
 from tests.faults.matrix import Row
-from tests.integration.runs import codes, metrics, overrides, run
-from tests.slurm.cluster import ADDRESS, Cluster, wait_for
-from tests.slurm.jobs import OWN, Run, environment, train
+from tests.integration.runs import metrics, overrides
+from tests.slurm.cluster import ADDRESS, wait_for
+from tests.slurm.jobs import OWN, START_SECONDS, Run, environment, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def whole(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert codes(run(2, "supervised", overrides(folder, glyphs / "train", *OWN))) == [0, 0]
-    return folder
-
-
-@pytest.fixture
-def shards(glyphs: Path, cluster: Cluster) -> Path:
-    """Data, and a cluster on which nobody else is."""
-    cluster.empty()
-    return glyphs / "train"
-
-
-def same_to_the_end(disturbed: Run, whole: Path) -> None:
-    """It has ended as the undisturbed run, and nothing of it is left."""
-    disturbed.wait("COMPLETED")
-    assert metrics(disturbed.folder) == metrics(whole), disturbed.said()
-    assert '"finished"' in (disturbed.folder / "state.json").read_text()
-    wait_for(lambda: not disturbed.cluster.processes("SLURM_JOB_ID", disturbed.job), 20, "nothing left")
 
 
 @pytest.mark.fault(1, "SIGKILL a rank mid-step")
@@ -54,7 +31,7 @@ def test_killed_rank(cluster, shards, whole, tmp_path, fault_row: Row):
     os.kill(job.beat(1).pid, signal.SIGKILL)
     killed = time.time()
     fault_row.seconds = job.seconds_to_next_step(killed)
-    same_to_the_end(job, whole)
+    job.same_to_the_end(whole)
     assert job.decisions == ["restart", "finished"]
     assert job.attempts[0].exit_code == 1 and "all nodes are sound" in job.attempts[0].reason
     fault_row.case, fault_row.outcome = "SLURM, 2 nodes", "restart inside the allocation, same batches"
@@ -68,7 +45,7 @@ def test_lost_node(cluster, shards, whole, tmp_path, fault_row: Row):
         cluster.kill_node("n2")
         killed = time.time()
         fault_row.seconds = job.seconds_to_next_step(killed)
-        same_to_the_end(job, whole)
+        job.same_to_the_end(whole)
     finally:
         cluster.start_node("n2")
         cluster.wait_nodes()
@@ -88,7 +65,7 @@ def test_lost_first_node(cluster, shards, whole, tmp_path, fault_row: Row):
         cluster.kill_node("n1")
         killed = time.time()
         fault_row.seconds = job.seconds_to_next_step(killed)
-        same_to_the_end(job, whole)
+        job.same_to_the_end(whole)
     finally:
         cluster.start_node("n1")
         cluster.wait_nodes()
@@ -121,17 +98,18 @@ def preempt(job: Run) -> None:
     ids=["scancel --signal=USR1", "scancel --batch --signal=USR1", "scontrol requeue", "preempted"],
 )
 def test_asked_to_stop(ask, cluster, shards, whole, tmp_path, fault_row: Row, request):
-    job = train(cluster, tmp_path / "run", shards, "every.checkpoint=100ba")
+    job = train(cluster, tmp_path / "run", shards, "every.checkpoint=100ba", "data.workers=1")
     job.wait_step(4)
     ask(job)
     asked = time.time()
     fault_row.seconds = job.seconds_to_next_step(asked)
-    same_to_the_end(job, whole)
+    job.same_to_the_end(whole)
     first = job.attempts[0]
     assert job.decisions == ["requeue", "finished"] and first.exit_code == 75, job.said()
     resumed = next(line["step"] for line in job.lines() if line["attempt"] == 1)
     assert first.step is not None and resumed == first.step + 1 > 5, "steps were made twice"
-    fault_row.case = request.node.callspec.id
+    assert "starts again in two minutes" not in job.said()
+    fault_row.case = f"{request.node.callspec.id}; SLURM, 2 nodes, loader workers"
     fault_row.outcome = "saved, requeued without the two minutes, no step made twice"
 
 
@@ -169,19 +147,24 @@ def test_what_is_cancelled_stays_cancelled(cluster, shards, tmp_path):
 @pytest.mark.fault(10, "the same step fails three times")
 def test_same_step_three_times(cluster, shards, tmp_path, fault_row: Row):
     job = train(cluster, tmp_path / "run", shards, die="1:5", pause=0.0)
+    wait_for(lambda: len(job.attempts) == 2, START_SECONDS, "the second failure", job.said)
+    second = time.time()
     job.wait("FAILED")
     assert job.decisions == ["restart", "restart", "stop"], job.said()
     assert job.attempts[-1].reason == "failed 3 times in a row at step 5"
     fault_row.case, fault_row.outcome = "SLURM, 2 nodes", "stopped after the third time, exit code 1"
-    fault_row.seconds, fault_row.until = 0.0, "stopped"
+    fault_row.seconds, fault_row.until = time.time() - second, "stopped"
 
 
 @pytest.mark.slow
 @pytest.mark.fault(9, "NaN on one rank")
 def test_not_finite(cluster, shards, tmp_path, fault_row: Row):
     job = train(cluster, tmp_path / "run", shards, "optimizer.lr=1e30", "optimizer.weight_decay=1e30", pause=0.0)
+    wait_for((job.folder / "beats" / "00001").exists, START_SECONDS, "a start", job.said)
+    began = time.time()
     job.wait("FAILED")
     assert job.decisions == ["stop"] and job.attempts[0].exit_code == 70, job.said()
+    fault_row.seconds, fault_row.until = time.time() - began, "stopped"
     fault_row.case, fault_row.outcome = "SLURM, 2 nodes", "stopped at once, exit code 70, not requeued"
 
 
@@ -193,9 +176,11 @@ def test_port_taken(cluster, shards, whole, tmp_path, fault_row: Row):
     upcoming = int(cluster.run("sbatch", "--parsable", "-N1", "--output=/dev/null", "--wrap", "true")) + 1
     wanted = port_of(upcoming)
     with socket.create_server(("", wanted)):
+        submitted = time.time()
         job = train(cluster, tmp_path / "run", shards, pause=0.0)
         assert int(job.job) == upcoming
-        same_to_the_end(job, whole)
+        fault_row.seconds = job.seconds_to_next_step(submitted, attempt=0)
+        job.same_to_the_end(whole)
     assert job.decisions == ["finished"]
     fault_row.case, fault_row.outcome = f"{ADDRESS}, SLURM", "takes the next port, trains"
 
@@ -203,7 +188,7 @@ def test_port_taken(cluster, shards, whole, tmp_path, fault_row: Row):
 @pytest.mark.slow
 def test_deepspeeds_launcher_on_each_node(cluster, shards, whole, tmp_path):
     job = train(cluster, tmp_path / "run", shards, nodes=2, launcher="deepspeed", interface="lo")
-    same_to_the_end(job, whole)
+    job.same_to_the_end(whole)
     assert job.decisions == ["finished"]
 
 
@@ -221,7 +206,7 @@ def test_a_node_that_fails_the_preflight_is_left_out(cluster, shards, whole, tmp
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLUICE_TEST_HOOK", str(hook))
         job = train(cluster, tmp_path / "run", shards, pause=0.0, setup=str(setup_file(tmp_path, hook)))
-    same_to_the_end(job, whole)
+    job.same_to_the_end(whole)
     assert job.decisions == ["requeue", "finished"], job.said()
     assert job.attempts[0].excluded == ["n2"] and job.attempts[1].nodes == ["n1", "n3"]
     assert "timm 0.0" in history.bad_nodes(job.folder)["n2"]

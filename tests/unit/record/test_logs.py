@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.record.logs import HEADER, last_error, log_path, log_ranks
+import pytest
+
+from pipeline.record.logs import HEADER, _Alarms, last_error, log_path, log_ranks
 
 ROOT = Path(__file__).parents[3]
 
@@ -109,6 +111,41 @@ def test_attempts_follow_each_other_and_only_the_last_one_counts(tmp_path):
     assert last_error(tmp_path, 0) is None
     assert last_error(tmp_path, 5) is None
     assert log_ranks(tmp_path) == [0]
+
+
+def test_the_stack_that_cpp_adds_to_an_error_is_not_taken_for_it(tmp_path):
+    said = [
+        "RuntimeError: Connection closed by peer",
+        "Exception raised from throwSocketError at TCPStore.cpp:1 (most recent call first):",
+        "frame #2: c10::DistNetworkError::DistNetworkError(c10::SourceLocation) + 0x72 (0x7f in libc10.so)",
+    ]
+    path = log_path(tmp_path, 1)
+    path.parent.mkdir()
+    path.write_text("\n".join(["=== rank 1", *said, ""]))
+    assert last_error(tmp_path, 1) == said[0]
+    assert _Alarms(1)("\n".join([*said, ""]).encode()) == f"rank 1 | {said[0]}\n".encode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ValueError: x",
+        "Exception: x",
+        "[ERROR] x",
+        "FATAL x",
+        "CRITICAL x",
+        "srun: error: x",
+        "fatal: x",
+        "terminate called after x",
+        "Segmentation fault (core dumped)",
+        "sluice: make room",
+    ],
+)
+def test_each_kind_of_error_is_found_among_ordinary_lines(tmp_path, line):
+    path = log_path(tmp_path, 0)
+    path.parent.mkdir()
+    path.write_text("=== rank 0\n" + "mean error 0.3\n" * 50 + f"{line}\n" + "bye\n" * 50)
+    assert last_error(tmp_path, 0) == line
 
 
 def test_the_umask_of_the_user_holds(tmp_path):
