@@ -7,7 +7,8 @@ Shape letters: B samples, C channels, H height, W width, T levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -23,6 +24,9 @@ from pipeline.nn.diffusion.levels import Level, Levels, Spacing, add_noise
 from pipeline.nn.diffusion.process import Discrete, Process
 from pipeline.nn.diffusion.samplers import Denoised, Variance
 from pipeline.nn.diffusion.targets import Target, to_image, to_input
+
+AHEAD = 2**15
+"""Numbers of noise that are drawn for a sample at a time on an accelerator, where a draw is some 300 small kernels."""
 
 
 class SamplerConfig(Strict):
@@ -209,9 +213,8 @@ class Generator(nn.Module):
         levels = self.chain(config)
         told = self.denoiser.read(prompt, len(ids), ids.device)
         random = SampleRandom(seed, "diffusion.sample", torch.zeros_like(ids), ids)
-
-        def noise() -> Tensor:
-            return random.normal(*self.image_shape).double()
+        has_noise = config.name == "ancestral" or (config.name == "ddim" and config.eta > 0)
+        noise = _draws(random, self.image_shape, len(levels) if has_noise else 1, ids.device).__next__
 
         def denoise(x: Tensor, level: Level) -> Denoised:
             found = self._guided(x, level, told, config, guided=prompt is not None)
@@ -272,6 +275,15 @@ class Generator(nn.Module):
             log = samplers.log_variance(levels, index, self.variance, found.log_variance_part, x)
             terms.append(likelihood.term(clean, x, levels, index, found.image.clamp(-1, 1), log))
         return torch.stack([*terms, likelihood.prior(clean, levels)], dim=1)
+
+
+def _draws(random: SampleRandom, shape: tuple[int, ...], count: int, device: torch.device) -> Iterator[Tensor]:
+    """``count`` times standard normal numbers, float64[B,*shape]; the same, drawn one by one or several at once."""
+    size = math.prod(shape)
+    # A draw takes whole blocks of four numbers, so that only such sizes may be drawn together.
+    most = max(1, AHEAD // size) if device.type == "cuda" and size % 4 == 0 else 1
+    for first in range(0, count, most):
+        yield from random.normal(min(most, count - first), *shape).double().unbind(1)
 
 
 def _std(image: Tensor) -> Tensor:

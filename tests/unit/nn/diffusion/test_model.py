@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.random import SampleRandom
 from pipeline.nn.conditioning import Text
+from pipeline.nn.diffusion import model
 from pipeline.nn.diffusion.levels import schedule
 from pipeline.nn.diffusion.model import Denoiser, Generator, SamplerConfig
 from pipeline.nn.diffusion.process import Discrete
@@ -92,3 +94,17 @@ def test_a_model_of_classes_is_not_asked_for_texts():
     texts = Text(torch.zeros(6, 3, dtype=torch.int64), torch.ones(6, dtype=torch.int64))
     with pytest.raises(ConfigError, match='texts are asked of a model trained without; train with condition = "text"'):
         sample(texts)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (3, 64, 64), (1, 7, 7)])
+def test_noise_drawn_ahead_is_that_drawn_one_by_one(shape):
+    """What decides is only the name of the device; the numbers are made where the ids are."""
+
+    def draws(device: str) -> list[torch.Tensor]:
+        random = SampleRandom(5, "test", torch.zeros(3, dtype=torch.int64), torch.arange(3))
+        return list(model._draws(random, shape, 7, torch.device(device)))
+
+    one_by_one = SampleRandom(5, "test", torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    expected = [one_by_one.normal(*shape).double() for _ in range(7)]
+    for found in (draws("cpu"), draws("cuda")):
+        assert len(found) == 7 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
