@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import (
     Average,
     Batch,
@@ -63,16 +64,26 @@ class Config(EncoderConfig):
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
     """What the copy keeps of itself in each update; version 3 raises it to 1 on a cosine."""
     temperature: Annotated[float, Field(gt=0)] = 0.2
+    norm_batch: Annotated[int, Field(ge=2)] | None = None
+    """Images whose statistics batch norm takes together (version 2; the paper's 8 GPUs had 32 each); left out: a
+    rank's micro-batch. On one rank it is needed: else a query and its key share their statistics, which older keys in
+    the queue do not, and the loss is met by telling batches apart."""
     colour: Colour = MOCO_COLOUR
     colour2: Colour | None = None
     """Of the second view; left out: the same."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.version == 3 and self.norm_batch is not None:
+            raise ValueError("norm_batch: version 3 takes the statistics over all ranks; leave it out")
+        return self
 
 
 class MoCo(PairwiseObjective):
     """Encoder, heads, momentum copies and queue.
 
-    Batch norm: version 2 keeps it per rank and shuffles the keys' images over the ranks, so that the statistics do not
-    betray which key belongs to a query; version 3 takes it over all ranks.
+    Batch norm: version 2 keeps it per rank, or per ``norm_batch`` images, and shuffles the keys' images over all of
+    these, so that the statistics do not betray which key belongs to a query; version 3 takes it over all ranks.
     """
 
     queue: Tensor
@@ -115,7 +126,17 @@ class MoCo(PairwiseObjective):
         return augment(batch[name], batch, ctx, colour, f"moco.{name}")
 
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
-        """Unit vectors float32[B,E]: queries with gradient, keys without."""
+        """Unit vectors float32[B,E]: queries with gradient, keys without.
+
+        Raises:
+            ConfigError: ``norm_batch`` does not divide the micro-batch.
+        """
+        size, count = self.config.norm_batch, len(batch["id"])
+        if size and count % size:
+            raise ConfigError(
+                f"objective.norm_batch = {size} does not divide the {count} images of a micro-batch; change one of "
+                "objective.norm_batch and engine.micro_batch"
+            )
         with dropping_for(batch, ctx):
             if self.predictor is None:
                 queries = {"query": self._query(self.view(batch, ctx, "image"))}
@@ -126,17 +147,22 @@ class MoCo(PairwiseObjective):
         return {"query": first, "query2": second, "key": key, "key2": key2}
 
     def _query(self, x: Tensor) -> Tensor:
-        z = self.head(self.encoder(x))
+        z = torch.cat([self.head(self.encoder(part)) for part in self._parts(x)])
         return functional.normalize((z if self.predictor is None else self.predictor(z)).float(), dim=1)
 
     @torch.no_grad()
     def _key(self, x: Tensor) -> Tensor:
-        return functional.normalize(self.momentum["head"](self.momentum["encoder"](x)).float(), dim=1)
+        z = torch.cat([self.momentum["head"](self.momentum["encoder"](part)) for part in self._parts(x)])
+        return functional.normalize(z.float(), dim=1)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What goes through batch norm together."""
+        return x.split(self.config.norm_batch or len(x))
 
     def _shuffled_keys(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Keys of the second views, each made on a rank that chance decides, in the company that chance decides."""
         rank, world = rank_and_world()
-        if world == 1:
+        if world == 1 and self.config.norm_batch is None:
             return self._key(self.view(batch, ctx, "image2"))
         everyone = {name: all_gather(batch[name]) for name in ("id", "epoch", "image2")}
         # A random number of each sample sorts them: the same order on all ranks, without a message.

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from pipeline.config.schema import EngineConfig
 from pipeline.config.schema import Optimizer as OptimizerConfig
+from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext
 from pipeline.core.random import SampleRandom
 from pipeline.dist.group import process_group
@@ -170,3 +171,22 @@ def test_keys_are_normalised_in_other_company_than_their_queries():
     # Per rank in training, the same on all ranks in what is saved.
     running = [n for n in ended[0].value if "running" in n]
     assert running and all(np.array_equal(ended[0].value[n], ended[1].value[n]) for n in running)
+
+
+def test_one_rank_with_norm_batch_is_as_good_as_two(lone_group):
+    """What goes through batch norm together, and in which company, is the same as on two ranks of as many images."""
+    ended = start_ranks(2, shuffled)
+    assert [e.problem for e in ended] == [None, None]
+    rows = build(encoder="resnet18", encoder_args=RESNET, small_stem=True, norm_batch=4).embed(batch(0), context(0))
+    for name in ("query", "key"):
+        together = np.concatenate([e.value[name] for e in ended])
+        np.testing.assert_allclose(rows[name].detach().numpy(), together, rtol=1e-4, atol=1e-5)
+    alone = build(encoder="resnet18", encoder_args=RESNET, small_stem=True).embed(batch(0), context(0))
+    assert not np.allclose(alone["query"].detach(), rows["query"].detach(), atol=1e-3)
+
+
+def test_norm_batch_that_does_not_fit(lone_group):
+    with pytest.raises(ConfigError, match=r"norm_batch = 3 does not divide the 8 images"):
+        build(norm_batch=3).embed(batch(0), context(0))
+    with pytest.raises(ValueError, match="version 3 takes the statistics over all ranks"):
+        Config(version=3, norm_batch=4)
