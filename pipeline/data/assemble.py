@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -149,10 +150,11 @@ class Assembler:
         self._bases = np.cumsum([0, *(p.samples for p in parts)])
 
     def expect(self, number: int) -> None:
-        """See :class:`Filler`."""
+        """See :class:`Filler`. What is wrong with those samples is said when it is their turn."""
         if self.plan.count is None or number < self.plan.count:
             for reader, ids in self._shares(self.plan.place(number).id):
-                reader.expect(ids)
+                with suppress(DataError):
+                    reader.expect(ids)
 
     def fill(self, number: int, arrays: Arrays) -> Filled:
         """See :class:`Filler`.

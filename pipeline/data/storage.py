@@ -1,17 +1,13 @@
-"""Where the bytes of shards come from: local files, URLs by ranges, or URLs through a cache of whole shards."""
+"""Where the bytes of shards come from: local files, or URLs by ranges; see ``cache.py`` for whole shards of URLs."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from pipeline.config.schema import Cache
@@ -23,10 +19,7 @@ _OPEN_FILES = 256
 _ATTEMPTS = 3
 _PAUSE = 1.0
 """Seconds before the second attempt at a server; twice as long before each next one."""
-_WAIT = 0.05
-"""Seconds between looks whether there is room in a cache."""
-_CHUNK = 8 << 20
-_IN_REACH = 1 << 20
+IN_REACH = 1 << 20
 """Bytes that stay in a processor's own cache until they are checked."""
 _CONNECTIONS = 8
 """Shards that are read at the same time; in each, all ranges at once."""
@@ -77,14 +70,16 @@ class Storage(Protocol):
         ...
 
 
-def _wrong_size(where: str, found: int, shard: Shard) -> DataError:
+def wrong_size(where: str, found: int, shard: Shard) -> DataError:
+    """A shard that is shorter or longer than promised."""
     return DataError(
         f"shard {where} has {found} bytes, its manifest says {shard.bytes}: it was cut or changed; "
         "restore it, or renew the manifest with `sluice prep index`"
     )
 
 
-def _missing(where: str, error: OSError) -> DataError:
+def missing(where: str, error: OSError) -> DataError:
+    """A shard that cannot be opened."""
     return DataError(
         f"cannot open shard {where} ({reason(error)}); put it back, or renew the manifest with `sluice prep index`"
     )
@@ -100,17 +95,17 @@ def check_shard(manifest: Manifest, shard: Shard) -> None:
         else:
             found = os.stat(where).st_size
     except OSError as error:
-        raise _missing(where, error) from error
+        raise missing(where, error) from error
     # A server need not say how long a file is.
     if found is not None and found != shard.bytes:
-        raise _wrong_size(where, found, shard)
+        raise wrong_size(where, found, shard)
 
 
 class Local:
     """Shards in a local folder. The least recently used files are closed."""
 
     copies = 1
-    piece = _IN_REACH
+    piece = IN_REACH
 
     def __init__(self, root: str) -> None:
         self._root = root.rstrip("/")
@@ -125,7 +120,7 @@ class Local:
             while start < stop:
                 count = os.preadv(descriptor, [into[at : at + stop - start]], start)
                 if not count:
-                    raise _wrong_size(f"{self._root}/{shard.name}", os.fstat(descriptor).st_size, shard)
+                    raise wrong_size(f"{self._root}/{shard.name}", os.fstat(descriptor).st_size, shard)
                 start, at = start + count, at + count
 
     def expect(self, wanted: Sequence[Ranges]) -> None:
@@ -149,11 +144,11 @@ class Local:
             try:
                 descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise _missing(where, error) from error
+                raise missing(where, error) from error
             found = os.fstat(descriptor).st_size
             if found != shard.bytes:
                 os.close(descriptor)
-                raise _wrong_size(where, found, shard)
+                raise wrong_size(where, found, shard)
             self._open[shard.name] = descriptor
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
@@ -231,7 +226,7 @@ class Remote:
         try:
             return patiently(where, fetch)
         except OSError as error:
-            raise _missing(where, error) from error
+            raise missing(where, error) from error
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """See :class:`Storage`."""
@@ -246,162 +241,6 @@ class Remote:
 
 def _key(ranges: Ranges) -> tuple[str, ...]:
     return (ranges.shard.name, str(ranges.starts), str(ranges.stops))
-
-
-class Cached:
-    """Shards at a URL through a folder of whole ones, shared by all processes of a node.
-
-    A shard is fetched by one process while the others wait, hashed on the way, and appears under its name when it is
-    whole. The folder is kept below its limit by removing the shards that were not used for longest; whoever has one
-    open keeps reading it.
-
-    Args:
-        root: URL.
-        folder: local folder, used for this data set alone.
-        limit: bytes.
-    """
-
-    copies = 1
-    piece = _IN_REACH
-
-    def __init__(self, root: str, folder: str, limit: int) -> None:
-        self._root = root.rstrip("/")
-        self._folder = Path(folder)
-        self._limit = limit
-        self._local = Local(folder)
-        self._ahead: ThreadPoolExecutor | None = None
-        self._asked: OrderedDict[str, None] = OrderedDict()
-
-    def read(self, ranges: Ranges, into: memoryview) -> None:
-        """See :class:`Storage`."""
-        while True:
-            self._ensure(ranges.shard)
-            try:
-                self._local.read(ranges, into)
-                return
-            except DataError:
-                # Another process may have made room in between.
-                if (self._folder / ranges.shard.name).exists():
-                    raise
-
-    def expect(self, wanted: Sequence[Ranges]) -> None:
-        """See :class:`Storage`."""
-
-    def prefetch(self, shards: Sequence[Shard]) -> None:
-        """See :class:`Storage`: they are fetched in the background."""
-        if self._ahead is None:
-            self._ahead = ThreadPoolExecutor(2, "fetch")
-        for shard in shards:
-            if shard.name not in self._asked:
-                self._asked[shard.name] = None
-                self._ahead.submit(self._ensure, shard)
-                if len(self._asked) > _OPEN_FILES:
-                    self._asked.popitem(last=False)
-
-    def close(self) -> None:
-        """See :class:`Storage`."""
-        if self._ahead is not None:
-            self._ahead.shutdown(cancel_futures=True)
-        self._local.close()
-
-    def _ensure(self, shard: Shard) -> None:
-        """Bring a shard into the folder, unless it is there."""
-        path = self._folder / shard.name
-        if not self._touch(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_name(f".{path.name}.lock")):
-                if not self._touch(path):
-                    self._fetch(shard, path)
-
-    def _touch(self, path: Path) -> bool:
-        """Note that a shard is in use. False: it is not there."""
-        try:
-            os.utime(path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def _fetch(self, shard: Shard, path: Path) -> None:
-        files, root = filesystem(self._root)
-        where, part = f"{self._root}/{shard.name}", path.with_name(f".{path.name}.part")
-
-        def fetch() -> None:
-            digest, size = hashlib.sha256(), 0
-            self._reserve(part, shard.bytes)
-            with (
-                files.open(f"{root.rstrip('/')}/{shard.name}", "rb", block_size=_CHUNK) as source,
-                open(part, "wb") as f,
-            ):
-                while chunk := source.read(_CHUNK):
-                    f.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-            if size != shard.bytes or digest.hexdigest() != shard.sha256:
-                raise (
-                    _wrong_size(where, size, shard)
-                    if size != shard.bytes
-                    else DataError("its sha256 is not the manifest's")
-                )
-            os.replace(part, path)
-
-        try:
-            patiently(where, fetch)
-        except OSError as error:
-            raise _missing(where, error) from error
-        finally:
-            part.unlink(missing_ok=True)
-
-    def _reserve(self, part: Path, size: int) -> None:
-        """Make a file of ``size`` bytes for a shard to come, once the limit allows, removing shards for it."""
-        while not self._fits(part, size):
-            time.sleep(_WAIT)
-
-    def _fits(self, part: Path, size: int) -> bool:
-        """Whether the space could be had; if not, shards that are on their way take it and will be usable soon."""
-        with _locked(self._folder / ".lock"):
-            kept: list[tuple[float, int, Path]] = []
-            coming = 0
-            for path in self._folder.rglob("*"):
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue
-                if path.name.endswith(".part") and path != part:
-                    coming += status.st_size * self._is_coming(path)
-                elif path.is_file() and not path.name.startswith("."):
-                    kept.append((status.st_mtime, status.st_size, path))
-            excess = coming + sum(s for _, s, _ in kept) + size - self._limit
-            for _, freed, path in sorted(kept):
-                if excess <= 0:
-                    break
-                path.unlink(missing_ok=True)
-                excess -= freed
-            if excess <= 0:
-                with open(part, "wb") as f:
-                    f.truncate(size)
-            return excess <= 0
-
-    @staticmethod
-    def _is_coming(part: Path) -> bool:
-        """Whether someone fetches this; what a killed process left is removed."""
-        with open(part.with_suffix(".lock"), "ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            part.unlink(missing_ok=True)
-            return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock among the processes and threads of this node; a process that dies lets go of it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def open_storage(manifest: Manifest, cache: Cache | None = None) -> Storage:
@@ -421,5 +260,7 @@ def open_storage(manifest: Manifest, cache: Cache | None = None) -> Storage:
     largest, limit = max((s.bytes for s in manifest.shards), default=0), int(cache.limit_gb * 10**9)
     if largest > limit:
         raise ConfigError(f"data.cache.limit_gb = {cache.limit_gb:g} is less than a shard of {largest / 1e9:.3g} GB")
+    from pipeline.data.cache import Cached  # it builds on this module
+
     # Of the shards that are alike in two data sets, each set keeps its own: only then is the name enough to know one.
-    return Cached(manifest.root, str(Path(cache.folder) / manifest.fingerprint), limit)
+    return Cached(manifest.root, f"{cache.folder}/{manifest.fingerprint}", limit)

@@ -19,8 +19,10 @@ from pipeline.core import location
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import load
 from pipeline.data import storage
+from pipeline.data.assemble import Assembler
 from pipeline.data.order import Order
-from pipeline.data.stream import open_stream
+from pipeline.data.plan import EvalPlan
+from pipeline.data.stream import assemble_here, open_stream
 from tests.unit.data.server import Server
 from tests.unit.data.shards import write_data
 
@@ -101,6 +103,18 @@ def test_a_shard_that_is_not_the_promised_one_stops_the_run(tmp_path, name):
     if "index" not in name:
         with pytest.raises(DataError, match=r"x-000002\.tar"):
             [open_at(manifest.root, rank, 2) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["missing", "no index"])
+def test_all_that_comes_before_a_lost_shard_is_delivered(tmp_path, name):
+    """Its bytes are asked for early, but nothing is said of it before its turn."""
+    manifest = write_data(tmp_path, SIZES)
+    STOPS[name][0](str(tmp_path / BAD_SHARD))
+    data = Data(train=manifest.root, fields=("label",))
+    made = assemble_here(Assembler(manifest, data, 0, EvalPlan(0, 48, 7)), 0)
+    assert [next(made).batch["id"].tolist() for _ in range(2)] == [list(range(7)), list(range(7, 14))]
+    with pytest.raises(DataError, match="x-000002"):
+        next(made)
 
 
 @pytest.mark.parametrize("name", REPLACED)

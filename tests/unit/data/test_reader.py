@@ -50,8 +50,10 @@ def header_of(path, name):
 
 
 @pytest.mark.parametrize("budget", [1, 700, 10**6])
+@pytest.mark.parametrize("piece", [1, 1500, 10**6])
 @pytest.mark.parametrize("ids", [[7, 0, 3, 6, 2, 1, 5, 4], [0, 1, 2, 3, 4, 5, 6, 7], [5], [2, 2, 6, 2]])
-def test_members_in_any_order_and_budget(data, ids, budget):
+def test_members_in_any_order_budget_and_pieces(data, ids, budget, piece, monkeypatch):
+    monkeypatch.setattr(storage.Local, "piece", piece)
     reader = open_reader(data, ("image", "label"), budget=budget)
     assert read(reader, ids) == [expected(i) for i in ids]
     reader.close()

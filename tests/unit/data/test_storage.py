@@ -14,7 +14,8 @@ from pipeline.core import location
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import load
 from pipeline.data import storage
-from pipeline.data.storage import Cached, Local, Ranges, Remote, check_shard
+from pipeline.data.cache import Cached
+from pipeline.data.storage import Local, Ranges, Remote, check_shard
 from pipeline.data.stream import assemble_here, open_stream
 from tests.unit.data.server import Server
 from tests.unit.data.shards import write_data
