@@ -139,7 +139,8 @@ def _look_through(store: Store, name: str) -> Found:
         raise DataError(f"cannot read {store.where}/{name}: {error}") from error
     shard = Shard(name, len(found.rows.keys), found.bytes, found.sha256)
     if not found.problem:
-        store.write(index_name(name), index_bytes(found.rows, shard, found.extensions))
+        # Waiting for the disk after each takes longer than hashing; a reader notices an index that is not whole.
+        store.write(index_name(name), index_bytes(found.rows, shard, found.extensions), renewable=True)
     present = np.unique(found.rows.offset >= 0, axis=0) if shard.samples else ()
     together = {frozenset(e for e, there in zip(found.extensions, row, strict=True) if there) for row in present}
     return Found(shard, statistics, together, found.problem)

@@ -44,8 +44,8 @@ class Store(Protocol):
         """A large file as a local one, for as long as the context lasts. Raises FileNotFoundError."""
         ...
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file atomically."""
+    def write(self, name: str, data: bytes, renewable: bool = False) -> None:
+        """Write a small file atomically; one that is ``renewable`` may be lost if the power fails soon after."""
         ...
 
     def staging(self, name: str) -> Path:
@@ -110,11 +110,19 @@ class LocalStore:
         """See :class:`Store`."""
         return nullcontext(self.root / name)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, renewable: bool = False) -> None:
         """See :class:`Store`."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, data)
+        if not renewable:
+            replace_file(path, data)
+            return
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def staging(self, name: str) -> Path:
         """See :class:`Store`. Always the same name, so that what a killed process left is overwritten."""
@@ -187,7 +195,7 @@ class RemoteStore:
         finally:
             path.unlink()
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, renewable: bool = False) -> None:
         """See :class:`Store`."""
         staged = self.staging(name)
         staged.write_bytes(data)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.index import index
-from tests.perf.prep_write import _theirs
 from tests.perf.stream_corpus import compare, trials
 
 
@@ -43,6 +42,8 @@ def _hashed(path: Path) -> None:
 
 
 def main() -> None:
+    from tests.perf.prep_write import _theirs  # brings webdataset and torch, which worker processes need not import
+
     wanted = trials(__doc__)
     rng = np.random.default_rng(0)
     pool = ProcessPoolExecutor(mp_context=mp.get_context("forkserver"))
