@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -73,7 +74,8 @@ class SampleDropout(nn.Module):
         """[V*B,...] to the same shape."""
         if not self.training or self.p == 0:
             return x
-        keys = _mixed(self._keys(len(x)) ^ self._layer)
+        own: Any = self._keys(len(x))  # to a type checker, what torch's decorator returns may be another decorator
+        keys = _mixed(own ^ self._layer)
         shape = (1,) * (x.ndim - 1) if self.whole else tuple(x.shape[1:])
         place = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=x.device)
         kept = _mixed(place ^ keys) >= int(self.p * 2**32) - 2**31
