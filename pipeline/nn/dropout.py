@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -74,7 +73,7 @@ class SampleDropout(nn.Module):
         """[V*B,...] to the same shape."""
         if not self.training or self.p == 0:
             return x
-        own: Any = self._keys(len(x))  # to a type checker, what torch's decorator returns may be another decorator
+        own: Tensor = self._keys(len(x))  # pyright: ignore  (torch's decorator may, to it, be called in two ways)
         keys = _mixed(own ^ self._layer)
         shape = (1,) * (x.ndim - 1) if self.whole else tuple(x.shape[1:])
         place = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=x.device)
