@@ -73,7 +73,8 @@ class SampleDropout(nn.Module):
         """[V*B,...] to the same shape."""
         if not self.training or self.p == 0:
             return x
-        keys = _mixed(self._keys(len(x)) ^ self._layer)
+        own: Tensor = self._keys(len(x))  # pyright: ignore  (torch's decorator may, to it, be called in two ways)
+        keys = _mixed(own ^ self._layer)
         shape = (1,) * (x.ndim - 1) if self.whole else tuple(x.shape[1:])
         place = torch.arange(torch.Size(shape).numel(), dtype=torch.int32, device=x.device)
         kept = _mixed(place ^ keys) >= int(self.p * 2**32) - 2**31
