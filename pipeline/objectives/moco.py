@@ -8,7 +8,7 @@ Vision Transformers" (ICCV 2021). Shape letters: B samples, K keys in the queue,
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -137,39 +137,44 @@ class MoCo(PairwiseObjective):
                 f"objective.norm_batch = {size} does not divide the {count} images of a micro-batch; change one of "
                 "objective.norm_batch and engine.micro_batch"
             )
+        if self.predictor is None:
+            queries = {"query": self._in_parts(self._query, batch, ctx, "image")}
+            return queries | {"key": self._shuffled_keys(batch, ctx)}
         with dropping_for(batch, ctx):
-            if self.predictor is None:
-                queries = {"query": self._query(self.view(batch, ctx, "image"))}
-                return queries | {"key": self._shuffled_keys(batch, ctx)}
             views = torch.cat([self.view(batch, ctx, name) for name in ("image", "image2")])
             first, second = self._query(views).chunk(2)
             key, key2 = self._key(views).chunk(2)
         return {"query": first, "query2": second, "key": key, "key2": key2}
 
     def _query(self, x: Tensor) -> Tensor:
-        z = torch.cat([self.head(self.encoder(part)) for part in self._parts(x)])
+        z = self.head(self.encoder(x))
         return functional.normalize((z if self.predictor is None else self.predictor(z)).float(), dim=1)
 
     @torch.no_grad()
     def _key(self, x: Tensor) -> Tensor:
-        z = torch.cat([self.momentum["head"](self.momentum["encoder"](part)) for part in self._parts(x)])
-        return functional.normalize(z.float(), dim=1)
+        return functional.normalize(self.momentum["head"](self.momentum["encoder"](x)).float(), dim=1)
 
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What goes through batch norm together."""
-        return x.split(self.config.norm_batch or len(x))
+    def _in_parts(self, encode: Callable[[Tensor], Tensor], batch: Batch, ctx: StepContext, name: str) -> Tensor:
+        """Unit vectors of a view of each sample, float32[B,E]; what goes through batch norm together is a part."""
+        count = len(batch["id"])
+        size = self.config.norm_batch or count
+        vectors = []
+        for first in range(0, count, size):
+            part = {field: value[first : first + size] for field, value in batch.items()}
+            with dropping_for(part, ctx):
+                vectors.append(encode(self.view(part, ctx, name)))
+        return torch.cat(vectors)
 
     def _shuffled_keys(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Keys of the second views, each made on a rank that chance decides, in the company that chance decides."""
         rank, world = rank_and_world()
         if world == 1 and self.config.norm_batch is None:
-            return self._key(self.view(batch, ctx, "image2"))
+            return self._in_parts(self._key, batch, ctx, "image2")
         everyone = {name: all_gather(batch[name]) for name in ("id", "epoch", "image2")}
         # A random number of each sample sorts them: the same order on all ranks, without a message.
         order = ctx.random(everyone, "moco.shuffle").uniform().argsort(stable=True)
         mine = {name: value[order.chunk(world)[rank]] for name, value in everyone.items()}
-        with dropping_for(mine, ctx):
-            keys = all_gather(self._key(self.view(mine, ctx, "image2")))
+        keys = all_gather(self._in_parts(self._key, mine, ctx, "image2"))
         return keys[order.argsort().chunk(world)[rank]]
 
     def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:

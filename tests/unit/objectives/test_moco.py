@@ -185,6 +185,17 @@ def test_one_rank_with_norm_batch_is_as_good_as_two(lone_group):
     assert not np.allclose(alone["query"].detach(), rows["query"].detach(), atol=1e-3)
 
 
+def test_parts_drop_for_their_own_samples(lone_group):
+    dropping = {"encoder": "resnet18", "encoder_args": RESNET | {"drop_path_rate": 0.5}, "small_stem": True}
+    whole, ctx = batch(0), context(0)
+    found = build(**dropping, norm_batch=4).embed(whole, ctx)["query"]
+    halves, model = [], build(**dropping)
+    for rows in (slice(0, 4), slice(4, 8)):
+        part = {n: v[rows] for n, v in whole.items()}
+        halves.append(model.embed(part, ctx)["query"])
+    torch.testing.assert_close(found, torch.cat(halves))
+
+
 def test_norm_batch_that_does_not_fit(lone_group):
     with pytest.raises(ConfigError, match=r"norm_batch = 3 does not divide the 8 images"):
         build(norm_batch=3).embed(batch(0), context(0))
