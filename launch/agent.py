@@ -115,7 +115,7 @@ class Agent:
 
     def _check_nodes(self, alive: bool) -> dict[str, str]:
         """Nodes of the allocation that are lost; remembered. Only while the job is ``alive`` can they be tried out."""
-        bad = slurm.unsound(self.nodes, alive=alive)
+        bad = slurm.patiently(lambda: slurm.unsound(self.nodes, alive=alive))
         if bad:
             history.add_bad_nodes(self.run_folder, bad)
         return bad

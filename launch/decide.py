@@ -8,9 +8,7 @@ from typing import Literal
 
 from launch.history import Action, Attempt
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
-
-SAME_STEP = 3
-"""Failures in a row at one step after which the job is stopped."""
+from pipeline.record.failures import LIMIT, repeated
 
 Queue = Literal["ours", "requeueing", "cancelled", "timeout"]
 """What SLURM does with the job: nothing; queues it again by itself; ends it because somebody cancelled it; ends it
@@ -64,7 +62,7 @@ def decide(ended: Ended, before: Sequence[Attempt], budget: Budget) -> Decision:
         (code == REQUEUE, "requeue", "asked to stop, and saved"),
         (code == NONFINITE, "stop", "a loss or gradient was not finite; starting again would fail again"),
         (code == CONFIG and not bad, "stop", "something has to be mended; the message is in the log"),
-        (_same_step(ended, before), "stop", f"failed {SAME_STEP} times in a row {_at(ended.step)}"),
+        (_same_step(ended, before), "stop", f"failed {LIMIT} times in a row {_at(ended.step)}"),
     ]
     for holds, action, reason in settled:
         if holds:
@@ -98,9 +96,9 @@ def _crashed(attempt: Attempt) -> bool:
 
 def _same_step(ended: Ended, before: Sequence[Attempt]) -> bool:
     """Whether this crash and the last ones were all at the same step, on sound nodes."""
-    last = before[max(0, len(before) - SAME_STEP + 1) :]
-    same = [a for a in last if _crashed(a) and a.step == ended.step and not a.excluded]
-    return not ended.bad_nodes and len(same) == SAME_STEP - 1
+    last = before[max(0, len(before) - LIMIT + 1) :]
+    own_fault = not ended.bad_nodes and all(_crashed(a) and not a.excluded for a in last)
+    return own_fault and repeated([*(a.step for a in last), ended.step])
 
 
 def _at(step: int | None) -> str:

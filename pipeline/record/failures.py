@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,6 +52,22 @@ def remember(folder: Path, before: State) -> None:
     lines.close()
 
 
+def repeated(steps: Sequence[int | None]) -> bool:
+    """Whether the last failures were :data:`LIMIT` of the same step.
+
+    Ranks may be one step apart when one of them dies, and whose step is known is chance: so steps next to each other
+    count as the same.
+
+    Args:
+        steps: at which failures in a row happened, the last one last; None: before the first.
+    """
+    last = steps[-LIMIT:]
+    known = [step for step in last if step is not None]
+    if len(last) < LIMIT or len(known) not in (0, LIMIT):
+        return False
+    return not known or max(known) - min(known) <= 1
+
+
 def refuse_repetition(folder: Path) -> None:
     """Do not start again what has just failed several times at the same step.
 
@@ -58,9 +75,9 @@ def refuse_repetition(folder: Path) -> None:
         LaunchError: it has.
     """
     last = read_failures(folder)[-LIMIT:]
-    if len(last) == LIMIT and len({failure.step for failure in last}) == 1:
+    if repeated([failure.step for failure in last]):
         error = next((f.error for f in reversed(last) if f.error), "the processes were killed without a word")
         raise LaunchError(
-            f"step {last[0].step} of {folder} has failed {LIMIT} times in a row, last with: {error}. "
+            f"step {last[-1].step} of {folder} has failed {LIMIT} times in a row, last with: {error}. "
             f"Starting again would fail again; mend the cause, then remove {folder / FILE} and start again"
         )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.decide import SAME_STEP, Budget, Ended, decide
+from launch.decide import Budget, Ended, decide
 from launch.history import Attempt
 
 CODES = st.sampled_from([0, 1, 2, 70, 75, 137])
@@ -81,12 +81,29 @@ def test_what_has_finished_is_never_started_again_and_what_was_saved_always_is(e
 @pytest.mark.parametrize("step", [None, 0, 7])
 def test_the_same_step_three_times_stops(step):
     history = play([Ended(1, step, {})] * 10, Budget(100, 100))
-    assert [a.decision for a in history] == ["restart"] * (SAME_STEP - 1) + ["stop"]
+    assert [a.decision for a in history] == ["restart", "restart", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "stops"),
+    [
+        ((5, 6, 5), True),
+        ((6, 5, 5), True),
+        ((0, 1, 1), True),
+        ((5, 6, 7), False),
+        ((7, 5, 6), False),
+        ((0, None, 0), False),
+    ],
+)
+def test_steps_next_to_each_other_are_the_same(steps, stops):
+    """Which of two ranks, a step apart, was heard last is chance."""
+    history = play([Ended(1, step, {}) for step in steps], Budget(100, 100))
+    assert [a.decision for a in history] == ["restart", "restart", "stop" if stops else "restart"]
 
 
 @pytest.mark.parametrize(
     "between",
-    [Ended(1, 8, {}), Ended(75, 7, {}), Ended(1, 7, {"n1": "is down"})],
+    [Ended(1, 9, {}), Ended(75, 7, {}), Ended(1, 7, {"n1": "is down"})],
     ids=["another step", "a save", "a bad node"],
 )
 def test_other_ends_between_them_begin_the_count_anew(between):

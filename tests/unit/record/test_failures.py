@@ -27,6 +27,16 @@ def test_three_times_the_same_step_is_refused_and_says_how_to_go_on(tmp_path):
     refuse_repetition(tmp_path)
 
 
+@pytest.mark.parametrize(("steps", "refused"), [((7, 8, 7), True), ((8, 8, 7), True), ((7, 8, 9), False)])
+def test_of_two_ranks_a_step_apart_either_may_be_heard(tmp_path, steps, refused):
+    for attempt, step in enumerate(steps):
+        fail(tmp_path, attempt, step)
+    if not refused:
+        return refuse_repetition(tmp_path)
+    with pytest.raises(LaunchError, match=f"step {steps[-1]} of .* has failed 3 times in a row"):
+        refuse_repetition(tmp_path)
+
+
 def test_progress_between_failures_is_no_repetition(tmp_path):
     for attempt, step in enumerate((7, 7, 9, 7, 7)):
         fail(tmp_path, attempt, step)
