@@ -84,7 +84,11 @@ def _plain_name(heads: np.ndarray) -> np.ndarray:
 def _sound(heads: np.ndarray) -> np.ndarray:
     """Whether the checksums are right: the sum of all bytes, the checksum's own taken as blanks."""
     words = heads.view("<u8")
-    lanes = ((words & _EVEN) + ((words >> np.uint64(8)) & _EVEN)).sum(1)  # four sums of 128 bytes, 16 bits each
+    odd = words >> np.uint64(8)
+    odd &= _EVEN
+    even = words & _EVEN
+    even += odd
+    lanes = even.sum(1)  # four sums of 128 bytes, 16 bits each
     added = sum(((lanes >> np.uint64(shift)) & _LANE).astype(np.int64) for shift in (0, 16, 32, 48))
     promised, well_formed = _octal(heads[:, 148:155])
     return well_formed & (promised == added - heads[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" "))

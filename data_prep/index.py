@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -155,21 +156,27 @@ def _measure(path: os.PathLike[str], found: Scan) -> Statistics:
     if images:
         size = functools.reduce(lambda one, other: np.where(one < 0, other, one), images)
         statistics.measure("image_bytes", size[size >= 0])
-    with open(path, "rb") as f:
-
-        def texts(extension: str) -> Iterator[bytes]:
-            if extension in column:
-                sizes = found.rows.size[:, column[extension]].tolist()
-                for offset, length in zip(found.rows.offset[:, column[extension]].tolist(), sizes, strict=True):
-                    if offset >= 0:
-                        kept = found.texts.get(offset)
-                        yield os.pread(f.fileno(), length, offset) if kept is None else kept
-
-        captions = np.fromiter((len(text.decode("utf-8", "replace")) for text in texts("txt")), np.int64)
-        statistics.measure("caption_length", captions)
-        numbers = (text.strip() for text in texts("cls"))
-        statistics.labels.update(int(text) for text in numbers if text.isdigit() and len(text) < 19)
+    texts = {e: _texts(path, found, column[e]) for e in ("txt", "cls") if e in column}
+    captions = np.fromiter((len(text.decode("utf-8", "replace")) for text in texts.get("txt", ())), np.int64)
+    statistics.measure("caption_length", captions)
+    # There are few different labels: the bytes are counted first, and understood then.
+    for text, count in Counter(texts.get("cls", ())).items():
+        digits = text.strip()
+        if digits.isdigit() and len(digits) < 19:
+            statistics.labels[int(digits)] += count
     return statistics
+
+
+def _texts(path: os.PathLike[str], found: Scan, column: int) -> list[bytes]:
+    """Contents of one column's members."""
+    present = found.rows.offset[:, column] >= 0
+    places, sizes = found.rows.offset[present, column].tolist(), found.rows.size[present, column].tolist()
+    kept = [found.texts.get(place) for place in places]
+    with open(path, "rb") as f:
+        return [
+            os.pread(f.fileno(), size, place) if text is None else text
+            for text, place, size in zip(kept, places, sizes, strict=True)
+        ]
 
 
 def _manifest(

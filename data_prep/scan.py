@@ -6,12 +6,12 @@ Plain members are taken many at a time (``headers.py``), others one by one (``wa
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from data_prep.headers import Run, plain_run
 from data_prep.shards import shard_index
@@ -34,41 +34,63 @@ class Scan:
     rows: ShardIndex
     """S samples; its columns are the extensions."""
     texts: dict[int, bytes]
-    """Contents of the members whose names end as was asked for, by their offset."""
+    """Contents of members whose names end as was asked for, by their offset; not of all, where there are odd ones."""
     problem: str
     """What is wrong with it; empty when nothing is. The samples before the damage are listed."""
 
 
-@dataclass
 class _Members:
-    """The members of a shard so far, in columns."""
+    """The members of a shard so far, in columns of parts.
 
-    names: list[np.ndarray] = field(default_factory=list[np.ndarray])
-    """S100[N] each."""
-    offset: list[int] = field(default_factory=list[int])
-    size: list[int] = field(default_factory=list[int])
-    crc32: list[int] = field(default_factory=list[int])
-    odd: dict[int, str] = field(default_factory=dict[int, str])
-    """Names, by their number, that are longer."""
+    Args:
+        data: The shard.
+        texts: Ends of the names of those members whose content is kept.
+    """
 
-    def add(self, run: Run, data: HashedFile, window: memoryview, at: int) -> None:
+    def __init__(self, data: HashedFile, texts: tuple[bytes, ...]) -> None:
+        self._data, self._ends = data, texts
+        self.names: list[np.ndarray] = []
+        """S100[N] each."""
+        self.offset: list[np.ndarray] = []
+        self.size: list[np.ndarray] = []
+        """int64[N] each."""
+        self.crc32: list[int] = []
+        self.odd: dict[int, str] = {}
+        """Names, by their number, that are longer."""
+        self.texts: dict[int, bytes] = {}
+        """See :attr:`Scan.texts`."""
+
+    def add(self, run: Run, window: memoryview, at: int) -> None:
         """Add many; ``window`` holds the archive from ``at`` on, perhaps but for the end of the last one."""
-        begins = (run.offset - at).tolist()
-        ends = (run.offset + run.size - at).tolist()
-        self.names.append(run.names)
-        self.offset += run.offset.tolist()
-        self.size += run.size.tolist()
-        checks = [zlib.crc32(window[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+        begins, ends = (run.offset - at).tolist(), (run.offset + run.size - at).tolist()
+        contents: list[bytes | memoryview] = [window[begin:end] for begin, end in zip(begins, ends, strict=True)]
         if ends[-1] > len(window):
-            checks[-1] = zlib.crc32(data.read(self.offset[-1], self.size[-1]))
-        self.crc32 += checks
+            contents[-1] = self._data.read(int(run.offset[-1]), int(run.size[-1]))
+        self.names.append(run.names)
+        self.offset.append(run.offset)
+        self.size.append(run.size)
+        self.crc32 += map(crc32, contents)
+        if self._ends:
+            chosen = [i for i, name in enumerate(run.names.tolist()) if name.endswith(self._ends)]
+            self.texts.update(zip(run.offset[chosen].tolist(), [bytes(contents[i]) for i in chosen], strict=True))
+
+    def add_one(self, entry: Entry) -> None:
+        """Add a member that is not plain; of these no content is kept."""
+        name = entry.name.encode("utf-8", "surrogateescape")
+        if len(name) > NAME_LENGTH or b"\0" in name:
+            self.odd[len(self.crc32)] = entry.name
+        self.names.append(np.asarray([name], f"S{NAME_LENGTH}"))
+        self.offset.append(np.asarray([entry.offset]))
+        self.size.append(np.asarray([entry.size]))
+        self.crc32.append(entry.crc32)
 
     def entries(self) -> list[Entry]:
         """The same, one by one."""
         names = [name.decode("utf-8", "surrogateescape") for part in self.names for name in part.tolist()]
         for number, name in self.odd.items():
             names[number] = name
-        return [Entry(*row) for row in zip(names, self.offset, self.size, self.crc32, strict=True)]
+        offset, size = ([n for part in parts for n in part.tolist()] for parts in (self.offset, self.size))
+        return [Entry(*row) for row in zip(names, offset, size, self.crc32, strict=True)]
 
 
 def scan(path: Path, texts: tuple[bytes, ...] = ()) -> Scan:
@@ -78,14 +100,13 @@ def scan(path: Path, texts: tuple[bytes, ...] = ()) -> Scan:
         path: A tar.
         texts: Ends of the names of those members whose content is kept: ``b".txt"``.
     """
-    members = _Members()
-    kept: dict[int, bytes] = {}
     problem = ""
     with open(path, "rb", buffering=0) as f:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         data = HashedFile(f)
+        members = _Members(data, texts)
         try:
-            _walk(data, members, texts, kept)
+            _walk(data, members)
         except Damage as damage:
             problem = str(damage)
         size, sha256 = len(data), data.sha256()
@@ -94,7 +115,7 @@ def scan(path: Path, texts: tuple[bytes, ...] = ()) -> Scan:
         table, again = _one_by_one(members, whole=not problem)
         problem = again or problem
     problem = problem or _not_text((*table[0], *table[1].keys))
-    return Scan(size, sha256, *table, kept, problem)
+    return Scan(size, sha256, *table, members.texts, problem)
 
 
 def _not_text(names: Sequence[str]) -> str:
@@ -106,32 +127,19 @@ def _not_text(names: Sequence[str]) -> str:
     return ""
 
 
-def _walk(data: HashedFile, members: _Members, texts: tuple[bytes, ...], kept: dict[int, bytes]) -> None:
+def _walk(data: HashedFile, members: _Members) -> None:
     at = 0
     while True:
         window = data.window(at)
         run = plain_run(np.frombuffer(window, np.uint8), at, len(data))
-        if run is None:
-            step = next_file(data, at)
-            if step is None:
-                return
-            entry, until = step
-            name = entry.name.encode("utf-8", "surrogateescape")
-            if len(name) > NAME_LENGTH or b"\0" in name:
-                members.odd[len(members.offset)] = entry.name
-            members.names.append(np.asarray([name], f"S{NAME_LENGTH}"))
-            members.offset.append(entry.offset)
-            members.size.append(entry.size)
-            members.crc32.append(entry.crc32)
+        if run is not None:
+            members.add(run, window, at)
+            at = run.until
+        elif (step := next_file(data, at)) is not None:
+            entry, at = step
+            members.add_one(entry)
         else:
-            until = run.until
-            members.add(run, data, window, at)
-            names = run.names.tolist() if texts else []
-            for i in [i for i, name in enumerate(names) if name.endswith(texts)]:
-                offset, size = members.offset[i - len(names)], members.size[i - len(names)]
-                content = window[offset - at : offset - at + size]
-                kept[offset] = bytes(content) if len(content) == size else data.read(offset, size)
-        at = until
+            return
 
 
 Table = tuple[list[str], ShardIndex]
@@ -177,11 +185,13 @@ def _columns(members: _Members, whole: bool) -> Table | None:
     keys = [key.decode("utf-8", "surrogateescape") for key in prefix[first].view(f"S{width}")[:, 0].tolist()]
     row = first.cumsum() - 1
     shape = (len(keys), len(extensions))
-    offset, size, crc32 = (np.full(shape, -1, np.int64) for _ in range(3))
-    offset[row, codes], size[row, codes], crc32[row, codes] = members.offset, members.size, members.crc32
+    offset, size, checks = (np.full(shape, -1, np.int64) for _ in range(3))
+    offset[row, codes] = np.concatenate(members.offset)
+    size[row, codes] = np.concatenate(members.size)
+    checks[row, codes] = members.crc32
     if len(set(keys)) < len(keys) or (offset >= 0).sum() < len(names):
         return None
-    index = ShardIndex(tuple(keys), offset, size, crc32)
+    index = ShardIndex(tuple(keys), offset, size, checks)
     return (extensions, index) if whole else _without_last(extensions, index)
 
 

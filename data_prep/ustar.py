@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from zlib_ng.zlib_ng import crc32
 
 BLOCK = 512
 RECORD = 20 * BLOCK
@@ -56,7 +57,7 @@ class TarWriter:
         for extension, data in members:
             size = len(data)
             pieces += (header(f"{key}.{extension}".encode(), size), data, bytes(-size % BLOCK))
-            places.append(Member(extension, position + BLOCK, size, zlib.crc32(data)))
+            places.append(Member(extension, position + BLOCK, size, crc32(data)))
             position += BLOCK + size + -size % BLOCK
         self._write(b"".join(pieces))
         return places
