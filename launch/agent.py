@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +26,7 @@ from launch.decide import Decision, Ended, Queue, decide
 from launch.history import Attempt
 from launch.job import MASTER, TASK, Job
 from launch.local import child_environment
-from launch.supervise import STATE, STOP, clear_stop, outcome, stamp
+from launch.supervise import CRASH, STATE, STOP, clear_stop, outcome, stamp
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
 from pipeline.record.beats import read_beats
@@ -60,19 +60,27 @@ class Agent:
 
     def run(self) -> int:
         """Until the job is over, or is queued again. Returns the exit code of the batch script."""
-        for number in SIGNALS:
-            signal.signal(number, self._asked)
         refuse_second(self.run_folder)
         clear_stop(self.run_folder)
+        _listen(self._asked)
         while True:
             decision, code = self._attempt()
-            say(f"{decision.action}: {decision.reason}")
-            if decision.action == "requeue":
-                self._requeue()
-            elif decision.action == "stop" and history.asked_to_end(self.run_folder, self.id):
-                self._end_cancelled()
+            self._follow(decision)
             if decision.action != "restart":
                 return code
+
+    def replace(self, start: str) -> int:
+        """Instead of :meth:`run`, once another agent of this start of the job was killed."""
+        self._follow(self._decide(Ended(CRASH, self._newest_beat()[1], {}, self._queue(), has_agent=False), start))
+        return CRASH
+
+    def _follow(self, decision: Decision) -> None:
+        """Do what was decided, but for starting the ranks."""
+        say(f"{decision.action}: {decision.reason}")
+        if decision.action == "requeue":
+            self._requeue()
+        elif decision.action == "stop" and history.asked_to_end(self.run_folder, self.id):
+            self._end_cancelled()
 
     def _attempt(self) -> tuple[Decision, int]:
         """Start the ranks once, wait until they have ended, and decide."""
@@ -83,10 +91,13 @@ class Agent:
         code = outcome(self.run_folder, stamp_before, status) if self.job.kind == "pretrain" else status
         attempt, step = self._newest_beat()
         bad = {n: why for n, why in history.bad_nodes(self.run_folder).items() if n not in known_bad}
-        queue = "cancelled" if history.asked_to_end(self.run_folder, self.id) else self._queue()
+        queue = self._queue()
         if code not in (FINISHED, CONFIG, NONFINITE, REQUEUE) and not bad:
             bad = self._check_nodes(alive=queue == "ours")
-        ended = Ended(code, step if attempt != attempt_before else None, bad, queue)
+        return self._decide(Ended(code, step if attempt != attempt_before else None, bad, queue), start), code
+
+    def _decide(self, ended: Ended, start: str) -> Decision:
+        """What follows, written down."""
         before = [a for a in history.attempts(self.run_folder) if a.job == self.id]
         decision = decide(ended, before, self.job.budget)
         entry = Attempt(
@@ -95,17 +106,19 @@ class Agent:
             nodes=self.nodes,
             start=start,
             end=history.now(),
-            exit_code=code,
+            exit_code=ended.exit_code,
             step=ended.step,
             decision=decision.action,
             reason=decision.reason,
             excluded=decision.exclude,
         )
         history.append(self.run_folder, entry)
-        return decision, code
+        return decision
 
     def _queue(self) -> Queue:
-        """What SLURM does with the job."""
+        """What SLURM, or the job's owner, does with it."""
+        if history.asked_to_end(self.run_folder, self.id):
+            return "cancelled"
         return slurm.queue_of(slurm.patiently(lambda: slurm.facts(self.id)), self.restart)
 
     def _newest_beat(self) -> tuple[int | None, int | None]:
@@ -167,7 +180,9 @@ class Agent:
         return {"MASTER_ADDR": address, "MASTER_PORT": str(port_of(int(self.id)))} | names
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """The signal handler; SLURM may send a signal to this process and to the one that hands it on."""
+        if self.stop_reason is not None:
+            return
         self.stop_reason = signal.Signals(number).name
         self._hand_on()
 
@@ -178,8 +193,7 @@ class Agent:
 
     def _requeue(self) -> None:
         """Back into the queue, for a start without SLURM's two minutes of waiting where it allows that."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # what ends this job now must not end this as well; inherited
+        _listen(signal.SIG_IGN)  # what ends this job now must not end this as well; inherited
         if self._queue() != "requeueing":
             slurm.patiently(lambda: slurm.requeue(self.id))
         own = (a for a in history.attempts(self.run_folder) if a.job == self.id)
@@ -190,8 +204,7 @@ class Agent:
 
     def _end_cancelled(self) -> None:
         """Have SLURM say that the job was cancelled, and not that it failed."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        _listen(signal.SIG_IGN)
         slurm.patiently(lambda: slurm.call("scancel", self.id))
 
 
@@ -214,10 +227,33 @@ def say(text: str) -> None:
     os.write(2, f"sluice: {history.now()} {text}\n".encode())
 
 
+def _listen(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    """Have a handler for the signals, those included that came since the process began."""
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _supervised(job: Job) -> int:
+    """Run the agent in a child process, so that somebody is left to queue the job again should it be killed."""
+    start = history.now()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    child = os.fork()
+    if not child:
+        return Agent(job, os.environ).run()
+    _listen(lambda number, frame: os.kill(child, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code >= 0:
+        return code
+    _listen(signal.SIG_IGN)
+    say(f"the agent was killed by {signal.Signals(-code).name}")
+    return Agent(job, os.environ).replace(start)
+
+
 def main(argv: Sequence[str]) -> int:
     """Exit code of the batch script."""
     try:
-        return Agent(Job.read(Path(argv[0])), os.environ).run()
+        return _supervised(Job.read(Path(argv[0])))
     except LaunchError as error:
         say(str(error))
         return error.exit_code

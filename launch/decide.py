@@ -35,6 +35,8 @@ class Ended:
     bad_nodes: Mapping[str, str]
     """Nodes that were lost or failed the preflight in this attempt, with the reason."""
     queue: Queue = "ours"
+    has_agent: bool = True
+    """Without an agent only queueing the job again ends what is left of the ranks."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def decide(ended: Ended, before: Sequence[Attempt], budget: Budget) -> Decision:
         return _within("requeue", "the time limit came before the run had saved", before, budget)
     if bad:
         return _within("requeue", "crashed" + _named(bad), before, budget, tuple(sorted(bad)))
+    if not ended.has_agent:
+        return _within("requeue", "the agent was killed", before, budget)
     return _within("restart", f"crashed with exit code {code} {_at(ended.step)}; all nodes are sound", before, budget)
 
 

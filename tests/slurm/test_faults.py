@@ -18,7 +18,7 @@ from launch import history
 from launch.agent import port_of
 from tests.faults.matrix import Row
 from tests.integration.runs import metrics, overrides
-from tests.slurm.cluster import ADDRESS, wait_for
+from tests.slurm.cluster import ADDRESS, parent, wait_for
 from tests.slurm.jobs import OWN, START_SECONDS, Run, environment, train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -35,6 +35,23 @@ def test_killed_rank(cluster, shards, whole, tmp_path, fault_row: Row):
     assert job.decisions == ["restart", "finished"]
     assert job.attempts[0].exit_code == 1 and "all nodes are sound" in job.attempts[0].reason
     fault_row.case, fault_row.outcome = "SLURM, 2 nodes", "restart inside the allocation, same batches"
+
+
+@pytest.mark.slow
+@pytest.mark.fault(1, "SIGKILL the job's agent")
+def test_killed_agent(cluster, shards, whole, tmp_path, fault_row: Row):
+    job = train(cluster, tmp_path / "run", shards)
+    job.wait_step(4)
+    own = cluster.processes("SLURM_JOB_ID", job.job)
+    agents = [pid for pid in own if b"launch.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (agent,) = [pid for pid in agents if parent(pid) in agents]
+    os.kill(agent, signal.SIGKILL)
+    killed = time.time()
+    fault_row.seconds = job.seconds_to_next_step(killed)
+    job.same_to_the_end(whole)
+    assert job.decisions == ["requeue", "finished"], job.said()
+    assert job.attempts[0].reason == "the agent was killed"
+    fault_row.case, fault_row.outcome = "SLURM, 2 nodes", "its parent has the job queued again, same batches"
 
 
 @pytest.mark.fault(3, "kill a node: slurmd and all its processes")

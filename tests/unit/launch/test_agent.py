@@ -213,6 +213,30 @@ def test_a_signal_becomes_the_stop_file(place: Place, number):
     assert process.returncode == 75 and f"asked to stop ({number.name})" in said
 
 
+@pytest.mark.parametrize(("requeues", "decision"), [(1, "requeue"), (0, "stop")])
+def test_a_killed_agent_is_missed(place: Place, requeues, decision):
+    process = place.start(ends(75, wait=True), budget=Budget(requeues=requeues))
+    while not (place.folder / "waiting").exists():
+        time.sleep(0.02)
+    (agent,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(agent), signal.SIGKILL)
+    assert process.wait(120) == 1
+    (place.run / "stop").touch()  # here nothing else ends what it had started
+    said = process.communicate(timeout=120)[1]
+    assert "the agent was killed by SIGKILL" in said and place.decisions == [decision]
+    assert len(place.calls("scontrol", "requeue")) == requeues
+
+
+def test_a_signal_that_comes_first_of_all_is_not_lost(place: Place):
+    """Also not when the agent is still asking SLURM about the job."""
+    process = place.start(ends(75, wait=True))
+    while not (place.folder / "calls").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and "asked to stop (SIGUSR1)" in said
+
+
 def test_the_time_limit_is_known_without_a_signal(place: Place):
     place.tell(end="2000-01-01T00:00:00")
     assert place.agent(ends(75, wait=True)) == 75

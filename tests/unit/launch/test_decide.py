@@ -112,6 +112,13 @@ def test_other_ends_between_them_begin_the_count_anew(between):
     assert [a.decision for a in history][2:] == [decide(between, [], Budget()).action, "restart", "restart", "stop"]
 
 
+def test_without_an_agent_the_job_is_queued_again_within_the_budget():
+    history = play([Ended(1, n, {}, has_agent=False) for n in range(0, 20, 2)], Budget(9, 2))
+    assert [a.decision for a in history] == ["requeue", "requeue", "stop"]
+    cancelled = Ended(1, 4, {}, "cancelled", has_agent=False)
+    assert decide(cancelled, [], Budget()).action == "stop"
+
+
 def test_being_preempted_for_ever_costs_nothing():
     history = play([Ended(75, step, {}) for step in range(100)], Budget(0, 0))
     assert {a.decision for a in history} == {"requeue"}
