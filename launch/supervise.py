@@ -81,7 +81,6 @@ class _Lingers:
         """A reason to kill it."""
         state = read_state(self.path.parent)
         if state is None or state.outcome != "failed" or stamp(self.path) == self.before:
-            self.since = None
             return None
         self.since = self.since or time.monotonic()
         over = time.monotonic() - self.since > LINGER_SECONDS
