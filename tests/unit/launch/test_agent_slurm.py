@@ -119,3 +119,9 @@ def test_an_attempt_has_come_as_far_as_its_furthest_rank(place):  # noqa: F811
 
 def test_ports_are_those_that_linux_does_not_give_out():
     assert all(1024 < port_of(job) < 32_768 for job in (1, 4_321, 12_345_678))
+
+
+def test_a_job_trains_though_nobody_can_say_when_its_time_is_up(place):  # noqa: F811
+    before(place, "squeue", "echo Socket timed out >&2; exit 1")
+    assert place.agent(ends(0)) == 0
+    assert "Socket timed out" in place.said and "waiting for SLURM's signal" in place.said
