@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from launch import supervise as supervise_module
 from launch.supervise import STOP_SIGNALS, _Requests, session_members, supervise
 from tests.unit.launch.test_supervise import (
@@ -73,7 +75,8 @@ def test_the_dead_whom_nobody_has_asked_for_are_no_members():
 def test_a_run_that_has_finished_may_take_its_time(tmp_path, monkeypatch):
     monkeypatch.setattr("launch.supervise.LINGER_SECONDS", 0.0)
     monkeypatch.setattr("launch.supervise.WATCH_SECONDS", 0.02)
-    assert supervise(rank(tmp_path, FINISHED, "wait=0.5", "tell"), tmp_path, environment()) == 0
+    said = 'state={"outcome": "finished", "exit_code": 0, "step": 3, "attempt": 0}'
+    assert supervise(rank(tmp_path, said, "wait=0.5", "tell"), tmp_path, environment()) == 0
     assert (tmp_path / "rank-None.json").exists()
 
 
@@ -102,3 +105,10 @@ def test_those_who_come_while_others_are_killed_are_killed_too(monkeypatch, capf
     monkeypatch.setattr(supervise_module, "session_members", lambda session: [Member(3)])
     supervise_module.kill_session(9)
     assert "processes 3 do not die" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "code"), [(0, 1), (1, 1), (70, 70)])
+def test_a_state_that_was_torn_says_nothing(tmp_path, status, code):
+    """As on a full disk, where it is overwritten in place and the machine may die meanwhile."""
+    torn = 'state={"outcome": "fini'
+    assert supervise(rank(tmp_path, torn, f"leave={status}"), tmp_path, environment()) == code
