@@ -46,6 +46,10 @@ def test_when_no_rank_seems_to_answer_the_places_decide():
     assert behind(places, places) == 'rank 1 (process 101 on node1) is still in "data" of step 7'
 
 
+def test_when_nothing_can_be_read_nobody_is_named():
+    assert behind(beats(("step", 7)), []) == "no rank's place can be read; see their stacks"
+
+
 def test_all_that_do_not_answer_are_named():
     before = beats(("step", 7), ("step", 7), ("step", 7))
     after = [b if b.rank else beats(("step", 7), alive=2.0)[0] for b in before]
@@ -117,3 +121,18 @@ def test_nothing_of_it_is_left_after_its_end(tmp_path):
         "print(threads() - before)",
     )
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_a_file_system_that_fails_for_a_while_costs_signs_of_life_and_no_more(tmp_path):
+    """Writing them fails, and so does reading the lock; later both go on."""
+    done = program(
+        tmp_path,
+        "lock = RunLock(folder); lock.take(); pulse = Pulse(folder, 0, 0); pulse.at('checkpoint', 4)\n"
+        "dog = Watchdog(folder, pulse, 60.0, lock); dog.tick = 0.02; writes, fails = os.pwrite, []\n"
+        "def fail(*args): fails.append(args); raise OSError(116, 'stale')\n"
+        "os.pwrite = fail; (folder / 'lock').rename(folder / 'kept'); dog.start()\n"
+        "until(lambda: len(fails) > 5); kept = (folder / 'kept').read_bytes()\n"
+        "os.pwrite = writes; (folder / 'kept').rename(folder / 'lock')\n"
+        "until(lambda: (folder / 'lock').read_bytes() != kept); dog.stop(); print('well')",
+    )
+    assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr

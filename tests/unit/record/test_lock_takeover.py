@@ -95,3 +95,15 @@ def test_a_lock_that_was_given_back_is_not_given_back_twice(tmp_path):
     again.take()
     held.release()
     assert json.loads((tmp_path / FILE).read_bytes())["token"] == again._me["token"]
+
+
+def test_only_another_s_name_in_the_file_says_that_it_is_lost(tmp_path):
+    held = RunLock(tmp_path)
+    held.take()
+    assert held.mine() and not held.lost()
+    written = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).unlink()
+    assert not held.mine() and not held.lost()
+    (tmp_path / FILE).write_bytes(written)
+    pretend(tmp_path, token="the other's")
+    assert not held.mine() and held.lost()
