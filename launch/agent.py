@@ -55,8 +55,16 @@ class Agent:
         self.task = environment.get("SLURM_ARRAY_TASK_ID", "0")
         self.run_folder = Path(job.run.replace(TASK, self.task))
         self.stop_reason: str | None = None
-        end = slurm.end_time(self.id)
-        self.stop_at = None if end is None else end - job.stop_seconds
+        self.stop_at = self._stop_at()
+
+    def _stop_at(self) -> float | None:
+        """When the ranks are to be asked to save; None: there is no time limit, or only SLURM's signal tells of it."""
+        try:
+            end = slurm.end_time(self.id)
+        except LaunchError as error:  # no reason to give up the nodes: the signal comes at about the same time
+            say(f"{error}; the time limit is not known, waiting for SLURM's signal")
+            return None
+        return None if end is None else end - self.job.stop_seconds
 
     def run(self) -> int:
         """Until the job is over, or is queued again. Returns the exit code of the batch script."""

@@ -18,6 +18,7 @@ from pipeline.config import provenance
 from pipeline.core.errors import LaunchError
 from pipeline.core.manifest import replace_file
 from pipeline.record import logs
+from pipeline.record.lock import refuse_second
 
 STARTED = "launch/started.json"
 """In the run folder: the command that started it here, and where."""
@@ -73,9 +74,10 @@ def note_start(run: Path, arguments: Sequence[str]) -> None:
     """Keep the command that starts a run here, for :func:`resume`.
 
     Raises:
-        LaunchError: the run folder cannot be written.
+        LaunchError: the run folder cannot be written, or a run is at work in it.
     """
     text = json.dumps({"time": history.now(), "folder": os.getcwd(), "arguments": list(arguments)}, indent=1)
+    refuse_second(run)  # of a run at work, neither a request to stop nor the command that began it is ours to replace
     clear_stop(run)
     (run / STARTED).parent.mkdir(exist_ok=True)
     replace_file(run / STARTED, text.encode() + b"\n")

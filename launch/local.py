@@ -28,6 +28,7 @@ from launch.supervise import CRASH, STATE, clear_stop, outcome, run_session, sta
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.config.schema import RunConfig
 from pipeline.core.errors import LaunchError
+from pipeline.record.lock import refuse_second
 
 _DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical")
 _CUDA = Path("/proc/driver/nvidia/gpus")
@@ -72,6 +73,7 @@ def train_part(config: RunConfig, path: Path, overrides: Sequence[str], part: Pa
     if part.first:
         check_port(part)
         if not tied:  # the starter has done so before
+            refuse_second(folder)
             clear_stop(folder)
     others = Others(folder, tied)
     before = stamp(folder / STATE)

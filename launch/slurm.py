@@ -26,7 +26,7 @@ REQUEUE_SECONDS = 10
 a job for two minutes, unless its start has been set to a time that is still to come when it has ended."""
 RETRY_SECONDS = (1.0, 5.0, 20.0, 60.0, 120.0, 300.0, 600.0, 900.0)
 """Between two times of asking a controller that is away: half an hour in all, as long as its maintenance may take."""
-_UNSOUND = ("down", "drain", "drng", "fail", "unk", "error", "reboot", "power")
+_UNSOUND = ("down", "drain", "fail", "unk", "error", "reboot", "power")
 
 
 _LIMIT = re.compile(

@@ -81,7 +81,6 @@ class _Lingers:
         """A reason to kill it."""
         state = read_state(self.path.parent)
         if state is None or state.outcome != "failed" or stamp(self.path) == self.before:
-            self.since = None
             return None
         self.since = self.since or time.monotonic()
         over = time.monotonic() - self.since > LINGER_SECONDS
@@ -286,7 +285,10 @@ def _exit_code(state: Path | None, status: int) -> int:
         state: the run's state file, None if this run did not write it.
         status: exit code of the launcher, negative for a signal.
     """
-    facts: dict[str, Any] = json.loads(state.read_text(encoding="utf-8")) if state else {"outcome": "unknown"}
+    facts: dict[str, Any] = {"outcome": "unknown"}
+    if state is not None:
+        with suppress(OSError, ValueError):  # torn: on a full disk it is not replaced but overwritten
+            facts = json.loads(state.read_text(encoding="utf-8"))
     if facts["outcome"] in ("finished", "requeue"):
         return FINISHED if facts["outcome"] == "finished" else REQUEUE
     if facts["outcome"] == "failed":

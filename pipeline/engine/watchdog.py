@@ -17,6 +17,7 @@ import statistics
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,6 +54,8 @@ def behind(before: list[Beat], after: list[Beat]) -> str:
         before: beats of all ranks when one has waited too long.
         after: a few signs of life later.
     """
+    if not after:
+        return "no rank's place can be read; see their stacks"
     earlier = {beat.rank: beat for beat in before}
     silent = [b for b in after if b.rank in earlier and b.alive == earlier[b.rank].alive]
     if silent and len(silent) < len(after):
@@ -108,10 +111,13 @@ class Watchdog:
         while not self._over.wait(self.tick):
             allowed = limit(self.pulse, self.floor)
             waited = time.monotonic() - self.pulse.began
-            if waited > 2 * self.tick:
-                self.pulse.live()
-            if self.lock is not None:
-                self._keep(self.lock)
+            # A sign of life that cannot be written, as over a network, is one that is missed. Were it to end this
+            # thread, the timer below would end the process.
+            with suppress(OSError):
+                if waited > 2 * self.tick:
+                    self.pulse.live()
+                if self.lock is not None:
+                    self._keep(self.lock)
             # Re-armed by each turn of this thread: it comes only if the thread cannot run.
             faulthandler.dump_traceback_later(allowed + 10 * self.tick, exit=True, file=2)
             if self.marker.exists():
@@ -120,7 +126,7 @@ class Watchdog:
                 self._lead(waited, allowed)
 
     def _keep(self, lock: RunLock) -> None:
-        if not lock.mine():
+        if lock.lost():
             self._say(f"another job has taken over {self.folder} while this one did not answer; this one ends")
             self._end()
         lock.renew()

@@ -114,6 +114,6 @@ def _read(path: Path) -> Beat | None:
         try:
             facts, alive = path.read_bytes().splitlines()
             return Beat(**json.loads(facts), **json.loads(alive))
-        except (FileNotFoundError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError):  # a network's file system has more ways to fail than being empty
             continue
     return None

@@ -106,9 +106,17 @@ class RunLock:
                 raise refusal(self.path.parent, before)
 
     def mine(self) -> bool:
-        """Whether nobody else has taken the lock over, as happens to a job that is stopped for long and then wakes."""
+        """Whether the file says that this job has the lock."""
         found = read_lock(self.path)
         return found is not None and found["token"] == self._me["token"]
+
+    def lost(self) -> bool:
+        """Whether another job has taken it over, as happens to one that is stopped for long and then wakes.
+
+        A file that cannot be read at this moment, as over a network, says nothing.
+        """
+        found = read_lock(self.path)
+        return found is not None and found["token"] != self._me["token"]
 
     def renew(self) -> None:
         """Show that the holder lives; to be called every :data:`RENEWED` seconds."""

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -192,7 +193,8 @@ def _write_speed(folder: Path, rank: int) -> float | None:
     except OSError:
         return None
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be written it cannot be removed
+            path.unlink()
     return round(WRITE_BYTES / 1e6 / (time.perf_counter() - start), 1)
 
 

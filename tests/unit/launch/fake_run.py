@@ -6,6 +6,7 @@ writes its id into ``FOLDER/pids`` first.
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -60,6 +61,17 @@ def until_file(_):
         time.sleep(0.01)
 
 
+def until(name):
+    """Deaf to all but a file."""
+    (FOLDER / "ready").touch()
+    while not (FOLDER / name).exists():
+        time.sleep(0.01)
+
+
+def input_goes_on(_):
+    assert not select.select([sys.stdin], [], [], 0)[0]
+
+
 def wait(seconds):
     time.sleep(float(seconds))
 
@@ -71,7 +83,7 @@ def hang(_):
 
 
 def tell(_):
-    facts = {"argv": sys.argv[1:]} | {name: os.environ.get(name) for name in FACTS}
+    facts = {"argv": sys.argv[1:], "folder": os.getcwd()} | {name: os.environ.get(name) for name in FACTS}
     (FOLDER / f"rank-{facts['RANK']}.json").write_text(json.dumps(facts))
 
 

@@ -203,7 +203,7 @@ def test_a_job_whose_owner_wants_it_to_end_saves_first(place: Place):
     assert place.calls("scancel") == [["scancel", "7"]] and not place.calls("scontrol", "requeue")
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_becomes_the_stop_file(place: Place, number):
     process = place.start(ends(75, wait=True))
     while not (place.folder / "waiting").exists():

@@ -31,3 +31,9 @@ def test_bad_nodes_add_up(tmp_path):
     history.add_bad_nodes(tmp_path, {"n1": "is down"})
     history.add_bad_nodes(tmp_path, {"n2": "is slow"})
     assert history.bad_nodes(tmp_path) == {"n1": "is down", "n2": "is slow"}
+
+
+def test_an_owner_who_cannot_be_heard_has_not_asked(tmp_path):
+    assert not history.asked_to_end(tmp_path, "7")
+    (tmp_path / history.FOLDER / history.CANCELLED).mkdir(parents=True)  # reading it fails, as over a network
+    assert not history.asked_to_end(tmp_path, "7")

@@ -46,7 +46,7 @@ def test_time_limits_that_sbatch_does_not_take(limit):
 
 
 def test_a_job_whose_name_pretends_is_not_believed(monkeypatch):
-    line = "JobId=7 JobName=sluice-x UserId=a JobState=RUNNING Reason=None Restarts=2 Command=/x Restarts=9 JobState=Y"
+    line = "JobId=7 JobName=xJobState=PENDING UserId=a JobState=RUNNING Reason=None Restarts=2 Command=/x Restarts=9"
     monkeypatch.setattr(slurm, "call", lambda *command: line)
     assert slurm.facts("7") == Facts("RUNNING", "None", 2)
 

@@ -84,3 +84,20 @@ def test_a_file_of_any_length_is_no_error(tmp_path_factory, size):
 
 def test_no_folder_has_no_beats(tmp_path):
     assert read_beats(tmp_path) == []
+
+
+def test_a_beat_that_cannot_be_read_does_not_hide_the_others(tmp_path):
+    Pulse(tmp_path, 0, 0)
+    (tmp_path / FOLDER / "00001").mkdir()
+    Pulse(tmp_path, 2, 0)
+    assert [beat.rank for beat in read_beats(tmp_path)] == [0, 2]
+
+
+def test_what_is_not_told_stays_as_it_was(tmp_path):
+    pulse = Pulse(tmp_path, 0, 0)
+    pulse.at("step", 7)
+    pulse.at("log")
+    assert [(b.phase, b.step) for b in read_beats(tmp_path)] == [("log", 7)]
+    pulse.steps.extend([3.0, 4.0])
+    pulse.at("checkpoint")
+    assert read_beats(tmp_path)[0].step_seconds == 4.0, "the last one's"

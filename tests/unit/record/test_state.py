@@ -36,12 +36,13 @@ def test_the_first_rank_to_say_how_it_ended_is_believed(tmp_path):
     )
 
 
-def test_on_a_full_disk_it_is_written_over_the_last_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_on_a_full_disk_it_is_written_over_the_last_one(tmp_path, monkeypatch, number):
     write_state(tmp_path, State("running", None, 7, 1, error="x" * 200))
     inode = (tmp_path / "state.json").stat().st_ino
 
     def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, "no room")
 
     monkeypatch.setattr("pipeline.record.state.replace_file", full)
     close_state(tmp_path, "failed", 2, error="full", rank=1, fault=8)

@@ -1,0 +1,109 @@
+"""Who may take a lock over, and who is told that it is in use, where the holder may be dead."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+
+from pipeline.core.errors import LaunchError
+from pipeline.record import lock
+from pipeline.record.lock import FILE, RunLock, read_lock, refuse_second
+from tests.unit.record.test_lock import no_locks, other, pretend, quick  # noqa: F401
+
+
+def test_without_slurm_nobody_is_waited_for(tmp_path, other, monkeypatch):  # noqa: F811
+    """Neither process is of a job, which does not make them parts of the same one."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    pretend(tmp_path, job=None)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: pytest.fail("waits"))
+    with pytest.raises(LaunchError, match="in use"):
+        RunLock(tmp_path).take()
+
+
+def test_of_two_that_find_it_stale_the_one_that_wrote_last_has_it(tmp_path, no_locks, quick, monkeypatch):  # noqa: F811
+    first = RunLock(tmp_path)
+    first.take()
+    pretend(tmp_path, boot="another machine")
+    pauses = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        found = read_lock(tmp_path / FILE)
+        if found is not None and found["boot"] != "another machine":  # just written by the one that takes it
+            pretend(tmp_path, token="the other's", host="node7")
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    monkeypatch.setattr(lock, "STALE", 0.0)
+    with pytest.raises(LaunchError, match="on node7"):
+        RunLock(tmp_path).take()
+    assert pauses
+
+
+def test_a_launcher_refuses_only_for_a_live_process_of_this_machine(tmp_path):
+    refuse_second(tmp_path)
+    held = RunLock(tmp_path)
+    held.take()
+    with pytest.raises(LaunchError, match=f"process {os.getpid()} on "):
+        refuse_second(tmp_path)
+    pretend(tmp_path, born="long ago")  # a process that had this number before
+    refuse_second(tmp_path)
+    pretend(tmp_path, born=lock._born(os.getpid()), boot="another machine")
+    refuse_second(tmp_path)
+    pretend(tmp_path, boot=lock._boot(), pid=2**22 + 1)
+    refuse_second(tmp_path)
+
+
+def test_the_holder_shows_that_it_lives(tmp_path):
+    held = RunLock(tmp_path)
+    held.take()
+    pretend(tmp_path, time=0.0)
+    held.renew()
+    found = read_lock(tmp_path / FILE)
+    assert found is not None and found["time"] > 0 and held.mine()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
+def test_file_systems_without_locks(tmp_path, monkeypatch, number):
+    def refuse(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
+    held = RunLock(tmp_path)
+    held.take()
+    assert held.mine()
+
+
+def test_what_is_wrong_with_a_file_is_not_taken_for_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EIO, "disk is broken")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="disk is broken"):
+        RunLock(tmp_path).take()
+    assert not (tmp_path / FILE).read_bytes()
+
+
+def test_a_lock_that_was_given_back_is_not_given_back_twice(tmp_path):
+    held = RunLock(tmp_path)
+    held.take()
+    held.release()
+    again = RunLock(tmp_path)
+    again.take()
+    held.release()
+    assert json.loads((tmp_path / FILE).read_bytes())["token"] == again._me["token"]
+
+
+def test_only_another_s_name_in_the_file_says_that_it_is_lost(tmp_path):
+    held = RunLock(tmp_path)
+    held.take()
+    assert held.mine() and not held.lost()
+    written = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).unlink()
+    assert not held.mine() and not held.lost()
+    (tmp_path / FILE).write_bytes(written)
+    pretend(tmp_path, token="the other's")
+    assert not held.mine() and held.lost()
