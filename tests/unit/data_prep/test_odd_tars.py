@@ -96,6 +96,8 @@ def test_times_are_no_part_of_a_name(tmp_path, magic):
         (member("d.jpg", b"z", {156: b"D"}), "of unknown kind b'D'"),
         (END[512:] + bytes(2 * walking.CHUNK) + b"x", "more data follows"),
         (member("d.jpg", b"z")[:512], "cut at byte"),
+        (member("pax", b"9" * 5000 + b" a=b\n", {156: b"x"}), "extended header at byte"),
+        (member("pax", b"5012 size=" + b"9" * 5001 + b"\n", {156: b"x"}), "extended header at byte"),
     ],
 )
 def test_damage_behind_what_is_whole(tmp_path, more, problem):
