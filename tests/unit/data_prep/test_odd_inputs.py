@@ -141,6 +141,17 @@ def test_options_may_change_until_a_shard_is_finished(tmp_path):
     assert built.manifests["train"].made["parts"][0]["options"]["shard_samples"] == 4
 
 
+def test_a_duplicate_that_begins_a_shard_is_reported_once(tmp_path):
+    """The note of the shard before it must not tell of it: it is looked at again when the build goes on."""
+    records = inline(7)
+    records[3] = replace(records[3], image=records[0].image)
+    options = Options({}, shard_samples=3, duplicates=Duplicates("report"))
+    with pytest.raises(KeyboardInterrupt):
+        build(ListSource(records), tmp_path, options, progress=_stop_after(5))
+    build(ListSource(records), tmp_path, options)
+    assert [line["input"] for line in lines(tmp_path / "duplicates.jsonl")] == [3]
+
+
 def test_other_names_for_the_classes_are_noticed(tmp_path):
     records = [replace(r, label=0) for r in inline(6)]
     with pytest.raises(KeyboardInterrupt):
@@ -179,6 +190,22 @@ def test_a_changed_caption_is_a_changed_input(tmp_path):
         stamps.append([next(iter(TableSource([tmp_path / "t.jsonl"], Columns("file", ("text",))))).stamp])
         stamps[-1].append(next(iter(FolderSource(tmp_path))).stamp)
     assert stamps[0][0] != stamps[1][0] and stamps[0][1] != stamps[1][1]
+
+
+def test_the_longest_keys_fit_a_header(tmp_path):
+    for end, kind in (("jpeg", "JPEG"), ("png", "PNG"), ("json", "")):
+        name = tmp_path / "in" / f"{'x' * 200}.{end}"
+        name.parent.mkdir(exist_ok=True)
+        name.write_bytes(encoded(picture(), kind) if kind else b"{}")
+    build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    found = sorted(members(tmp_path / "out/train"))
+    assert [name.partition("~")[2].partition("~")[2] for name in found] == [
+        "jpeg.jpg",
+        "jpeg.json",
+        "png.json",
+        "png.png",
+    ]
+    assert max(map(len, found)) <= 100
 
 
 def test_a_folder_beside_the_root_is_outside(tmp_path):
@@ -223,12 +250,10 @@ def test_two_images_of_a_sample_in_a_tar(tmp_path):
     assert next(iter(TarsSource([tmp_path / "x.tar"]))).stamp != first.stamp
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
-    import os
-
-    os.mkfifo(tmp_path / "a.png")
+def test_devices_and_pipes_are_not_read():
+    """A pipe would be waited for; this device at least answers."""
     with pytest.raises(Rejected, match="not a regular file"):
-        LocalFile(str(tmp_path / "a.png")).read()
+        LocalFile("/dev/null").read()
 
 
 # -- what is said about data sets
