@@ -147,3 +147,11 @@ def test_a_part_killed_at_its_very_end_is_not_in_the_way(tmp_path, monkeypatch):
     build(third, tmp_path / "whole", OPTIONS, append=True)
     build(third, out, OPTIONS, append=True)
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_new_classes_are_numbered_by_name_after_those_that_are_known(tmp_path):
+    for letter in "hbgkcafdje":
+        (tmp_path / letter).mkdir()
+        (tmp_path / letter / "1.png").write_bytes(png(1))
+    assert FolderSource(tmp_path).classes == tuple("abcdefghjk")
+    assert FolderSource(tmp_path, known=("f", "z", "b")).classes == ("f", "z", "b", *"acdeghjk")

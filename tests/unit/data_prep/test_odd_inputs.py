@@ -63,9 +63,10 @@ def test_sides_do_not_depend_on_what_the_decoder_left_out(size):
     assert sorted(stored.pixels.size) == expected and (stored.pixels.size[0] > 20) == (size[0] > size[1])
 
 
-def test_a_line_keeps_a_pixel():
-    stored = store(encoded(picture(size=(900, 2))), "png", ImageOptions("png", resize="long", size=30))
-    assert stored.pixels.size == (30, 1)
+@pytest.mark.parametrize("size", [(900, 2), (2, 900)])
+def test_a_line_keeps_a_pixel(size):
+    stored = store(encoded(picture(size=size)), "png", ImageOptions("png", resize="long", size=30))
+    assert stored.pixels.size == ((30, 1) if size[0] == 900 else (1, 30))
 
 
 def test_transparent_grey_palettes():
@@ -316,6 +317,25 @@ def test_what_cannot_be_merged(tmp_path):
     merged = merge(folders, str(tmp_path / "out"))
     assert [s.name for s in merged.shards] == ["000-train-000000.tar", "001-train-000000.tar"]
     assert len(members(tmp_path / "out")) == 12
+
+
+def test_masks_beside_images_are_merged_as_what_they_are(tmp_path):
+    """A "png" beside a "jpg" is a field of its own; where it is the image, the two are not the same thing."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        _tar(tmp_path / name / "x.tar", {f"{name}.jpg": encoded(picture(1), "JPEG"), f"{name}.png": png(2)})
+    (tmp_path / "c").mkdir()
+    _tar(tmp_path / "c/x.tar", {"c.png": png(3)})
+    for name in "abc":
+        index(str(tmp_path / name))
+    merged = merge([str(tmp_path / name) for name in "ab"], str(tmp_path / "out"))
+    assert merged.fields == {"image": ("jpg",), "png": ("png",)}
+    assert (
+        verify(str(tmp_path / "out"), decode=1).problems == {} and len(load_index(merged, merged.shards[1]).keys) == 1
+    )
+    for order in ("ac", "ca"):
+        with pytest.raises(DataError, match=r"\.png is field '(image|png)' in .*, but '(png|image)'"):
+            merge([str(tmp_path / name) for name in order], str(tmp_path / order))
 
 
 def test_shards_of_sub_folders_are_merged_under_names_of_their_own(tmp_path):
