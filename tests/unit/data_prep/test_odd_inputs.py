@@ -55,7 +55,7 @@ def test_several_pictures_in_a_jpeg():
     assert (stored.extension, stored.data) == ("jpg", data), "decoders that know no MPO see the first"
 
 
-@pytest.mark.parametrize("size", [(1001, 750), (333, 250), (250, 333)])
+@pytest.mark.parametrize("size", [(339, 330), (341, 330), (330, 341)])
 def test_sides_do_not_depend_on_what_the_decoder_left_out(size):
     """A JPEG is decoded at a part of its size, rounded up: the longer side must come from the size in full."""
     stored = store(encoded(picture(size=size), "JPEG"), "jpg", ImageOptions("jpg", resize="short", size=20))

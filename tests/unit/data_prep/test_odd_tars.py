@@ -197,6 +197,36 @@ def test_extensions_told_apart_after_many_letters_and_in_lower_case(tmp_path):
     assert (found.rows.offset >= 0).all()
 
 
+@pytest.mark.parametrize("length", [20, 90, 95, 99, 100])
+def test_the_first_dot_after_the_last_slash_divides_whatever_the_longest_name_is(tmp_path, length):
+    names = ["class/img.seg.png", "k" * (length - 4) + ".png"]
+    _tar(tmp_path / "x.tar", {name: name.encode() for name in names})
+    found = scan(tmp_path / "x.tar")
+    assert found.rows.keys == ("class/img", "k" * (length - 4))
+    assert found.extensions == ["png", "seg.png"]
+
+
+def test_names_with_folders_are_not_taken_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.scan._one_by_one", lambda *_, **more: pytest.fail("slow"))
+    _tar(
+        tmp_path / "x.tar",
+        {f"{folder}{i}.{e}": b"" for folder in ("", "a/", "a/b.c/") for i in "12" for e in ("jpg", "cls")},
+    )
+    assert len(scan(tmp_path / "x.tar").rows.keys) == 6
+
+
+def test_extensions_that_begin_alike_in_different_samples(tmp_path):
+    _tar(tmp_path / "x.tar", {"a.segmentation": b"1", "b.segmentati": b"2", "c.segmentatioN": b"3", "d.jpg": b"4"})
+    found = scan(tmp_path / "x.tar")
+    assert found.extensions == ["jpg", "segmentati", "segmentation"]
+    assert (found.rows.offset >= 0).tolist() == [
+        [False, False, True],
+        [False, True, False],
+        [False, False, True],
+        [True, False, False],
+    ]
+
+
 def test_names_between_underscores_belong_to_no_sample(tmp_path):
     _tar(tmp_path / "x.tar", {"__about.this__": b"1", "__a.jpg": b"2", "d/__b.c__": b"3"})
     assert scan(tmp_path / "x.tar").rows.keys == ("__a", "d/__b")
