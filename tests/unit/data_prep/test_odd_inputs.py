@@ -20,7 +20,7 @@ from data_prep.sources.table import Columns, TableSource
 from data_prep.sources.tars import TarsSource
 from data_prep.statistics import Facts, Statistics
 from data_prep.verify import verify
-from pipeline.core.errors import DataError
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import ShardIndex, index_bytes, load_index, save
 from pipeline.core.manifest import load as load_manifest
 from tests.unit.data_prep.samples import ListSource, encoded, inline, members, picture, png
@@ -157,7 +157,7 @@ def test_other_names_for_the_classes_are_noticed(tmp_path):
     records = [replace(r, label=0) for r in inline(6)]
     with pytest.raises(KeyboardInterrupt):
         build(ListSource(records, ("a",)), tmp_path, Options({}, shard_samples=2), progress=_stop_after(5))
-    with pytest.raises(Exception, match="classes: '1 names, sha256"):
+    with pytest.raises(ConfigError, match="classes: '1 names, sha256"):
         build(ListSource(records, ("b",)), tmp_path, Options({}, shard_samples=2))
 
 
