@@ -166,6 +166,9 @@ class _Build:
         plan = plan | ({"append": True} if self.append else {}) | {"part": len(self.parts)}
         try:
             there = json.loads(self.store.read(f"{WORK}/plan.json"))
+            if there["part"] < len(self.parts):  # a kill at the very end of that part: it is finished
+                self.store.remove(WORK)
+                there = None
         except FileNotFoundError:
             there = None
             if any(name.endswith(".tar") for name in self.store.names("train")) and not self.append:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_prep import images
 from data_prep.ahead import cores, in_order
 from data_prep.dataset import items, read_manifest
-from data_prep.record import Rejected
+from data_prep.record import Rejected, label_number
 from data_prep.statistics import Facts, Statistics, channel_sums
 from data_prep.store import Store, open_store
 from pipeline.core.errors import DataError
@@ -62,9 +62,9 @@ def _shard_statistics(store: Store, manifest: Manifest, shard: Shard) -> Statist
 
 
 def _facts(fields: dict[str, bytes]) -> Facts:
-    caption, label = fields.get("caption"), fields.get("label", b"").strip()
+    caption = fields.get("caption")
     length = None if caption is None else len(caption.decode("utf-8", "replace"))
-    number = int(label) if label.isdigit() else None
+    number = label_number(fields.get("label", b""))
     data = fields.get("image")
     if data is None:
         return Facts(None, None, None, length, number)
@@ -124,8 +124,9 @@ def sheet(folder: str, count: int) -> tuple[Image.Image, str]:
 def _tiles(store: Store, manifest: Manifest, rows: list[int]) -> Iterator[Tile]:
     for item in items(store, manifest, ("image", "caption", "label"), rows):
         label = item.fields.get("label", b"").decode("utf-8", "replace").strip()
-        if label.isdigit() and int(label) < len(manifest.classes):
-            label = manifest.classes[int(label)]
+        number = label_number(item.fields.get("label", b""))
+        if number is not None and number < len(manifest.classes):
+            label = manifest.classes[number]
         text = "\n".join(t for t in (label, item.fields.get("caption", b"").decode("utf-8", "replace")) if t)
         picture = None
         try:

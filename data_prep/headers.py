@@ -91,6 +91,7 @@ def _sound(heads: np.ndarray) -> np.ndarray:
     lanes = even.sum(1)  # four sums of 128 bytes, 16 bits each
     added = sum(((lanes >> np.uint64(shift)) & _LANE).astype(np.int64) for shift in (0, 16, 32, 48))
     promised, well_formed = _octal(heads[:, 148:155])
+    well_formed &= heads[:, 155] & 0xDF == 0
     return well_formed & (promised == added - heads[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" "))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.ahead import cores, in_order, processes
-from data_prep.record import check_classes
+from data_prep.record import check_classes, label_number
 from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
 from data_prep.store import LocalStore, Store, open_store
@@ -161,9 +161,9 @@ def _measure(path: os.PathLike[str], found: Scan) -> Statistics:
     statistics.measure("caption_length", captions)
     # There are few different labels: the bytes are counted first, and understood then.
     for text, count in Counter(texts.get("cls", ())).items():
-        digits = text.strip()
-        if digits.isdigit() and len(digits) < 19:
-            statistics.labels[int(digits)] += count
+        number = label_number(text)
+        if number is not None:
+            statistics.labels[number] += count
     return statistics
 
 

@@ -49,6 +49,7 @@ def _merge(
         for shard in manifest.shards
     }
     _check_target(target, copies)
+    carried = _carried(stores, manifests)
     shards: list[Shard] = []
     for name, (store, shard) in copies.items():
         target.write(index_name(name), store.read(index_name(shard.name)))
@@ -65,7 +66,7 @@ def _merge(
     merged = Manifest(
         root=target.where,
         shards=tuple(shards),
-        fields=fields_of(sorted({e for m in manifests for known in m.fields.values() for e in known})),
+        fields=fields_of(sorted(carried), carried.__getitem__),
         classes=manifests[0].classes,
         statistics=statistics.as_json(),
         made={"merged": parts},
@@ -94,10 +95,6 @@ def _check(stores: Sequence[Store], manifests: Sequence[Manifest]) -> None:
             raise DataError(f"{store.where} has other classes than {first.root}; repack with `sluice prep build tars`")
         if manifest.tokenizer != first.tokenizer:
             raise DataError(f"{store.where} has another tokenizer than {first.root}; train one on the merged data")
-        for name in set(manifest.fields) & set(first.fields):
-            kept = {*manifest.fields[name], *first.fields[name]}
-            if set(fields_of(sorted(kept))) != {name}:
-                raise DataError(f"{store.where} has another kind of field {name!r} than {first.root}")
     shards = [(s, m, shard) for s, m in zip(stores, manifests, strict=True) for shard in m.shards]
     keys = Keys()
     for store, manifest, shard in shards:
@@ -107,6 +104,23 @@ def _check(stores: Sequence[Store], manifests: Sequence[Manifest]) -> None:
         key, one, other = again
         places = f"{shards[one][0].where} and {shards[other][0].where}"
         raise DataError(f"key {key!r} is in {places}; `sluice prep build tars` renames")
+
+
+def _carried(stores: Sequence[Store], manifests: Sequence[Manifest]) -> dict[str, str]:
+    """Which field each extension carries: the same in all data sets.
+
+    It is not decided by the extension alone: a "png" beside a "jpg" is a field of its own.
+    """
+    fields: dict[str, str] = {}
+    for store, manifest in zip(stores, manifests, strict=True):
+        for name, known in manifest.fields.items():
+            for extension in known:
+                if fields.setdefault(extension, name) != name:
+                    raise DataError(
+                        f".{extension} is field {name!r} in {store.where}, but {fields[extension]!r} in one before it; "
+                        "repack with `sluice prep build tars`"
+                    )
+    return fields
 
 
 def _link(source: Path, target: Path) -> None:

@@ -162,6 +162,12 @@ def check_classes(most: int, used: int) -> None:
         )
 
 
+def label_number(data: bytes) -> int | None:
+    """The label that a ``.cls`` member holds; None where it is no class number, endless digits included."""
+    digits = data.strip()
+    return int(digits) if digits.isdigit() and len(digits) < 19 else None
+
+
 def split_of(identity: str, splits: Mapping[str, float], seed: int) -> str:
     """The split that ``identity`` falls into; what is in none of ``splits`` is in "train".
 

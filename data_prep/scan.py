@@ -170,7 +170,7 @@ def _columns(members: _Members, whole: bool) -> Table | None:
     letters = letters[:, :width]
     columns = np.arange(width)
     slash = letters == ord("/")
-    last = np.where(slash.any(1), NAME_LENGTH - 1 - slash[:, ::-1].argmax(1), -1).astype(np.int8)
+    last = np.where(slash.any(1), width - 1 - slash[:, ::-1].argmax(1), -1).astype(np.int8)
     dots = (letters == ord(".")) & (columns > last[:, None])
     dot = dots.argmax(1)
     hidden = (letters[:, :2] == ord("_")).all(1)

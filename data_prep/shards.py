@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -33,11 +33,11 @@ def field_of(extension: str) -> str:
     return next((name for name, known in FIELDS.items() if extension in known), extension)
 
 
-def fields_of(extensions: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def fields_of(extensions: Sequence[str], field: Callable[[str], str] = field_of) -> dict[str, tuple[str, ...]]:
     """Fields and the extensions that carry them, in the order of ``FIELDS``, others after them by name."""
     found: dict[str, set[str]] = {}
     for extension in extensions:
-        found.setdefault(field_of(extension), set()).add(extension)
+        found.setdefault(field(extension), set()).add(extension)
     rank = {name: i for i, name in enumerate(FIELDS)}
     return {f: tuple(sorted(found[f])) for f in sorted(found, key=lambda f: (rank.get(f, len(rank)), f))}
 

@@ -15,7 +15,7 @@ from data_prep import images
 from data_prep.ahead import cores, in_order
 from data_prep.dataset import read_manifest
 from data_prep.keys import Keys
-from data_prep.record import Rejected
+from data_prep.record import Rejected, label_number
 from data_prep.scan import Scan, scan
 from data_prep.store import Store, open_store
 from pipeline.core.errors import DataError
@@ -153,9 +153,10 @@ def _content(data: bytes, field_name: str, extension: str, manifest: Manifest) -
         except Rejected as reason:
             return str(reason)
     elif field_name == "label" and manifest.classes:
-        text = data.strip()
-        if not text.isdigit() or int(text) >= len(manifest.classes):
-            return f"label {text.decode('utf-8', 'replace')!r} is not one of {len(manifest.classes)} classes"
+        number = label_number(data)
+        if number is None or number >= len(manifest.classes):
+            shown = data.strip()[:40].decode("utf-8", "replace")
+            return f"label {shown!r} is not one of {len(manifest.classes)} classes"
     elif field_name in ("caption", "metadata"):
         try:
             text = data.decode()

@@ -23,6 +23,8 @@ _NOTHING = memoryview(b"")
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]+)$", re.DOTALL)
 """Key and extension of a member, split at the first dot of its last part, as webdataset does."""
 _ZERO = bytes(BLOCK)
+_DIGITS = 18
+"""Most of a number in an extended header: Python refuses to read thousands."""
 _REGULAR = (b"0", b"\0", b"7")
 _PASSED_OVER = (b"1", b"2", b"3", b"4", b"5", b"6")
 """Links, devices, folders, pipes."""
@@ -170,12 +172,13 @@ def _pax(body: bytes, at: int) -> dict[str, str]:
     records: dict[str, str] = {}
     while body.rstrip(b"\0"):
         length, _, _ = body.partition(b" ")
-        if not length.isdigit() or not 4 < int(length) <= len(body):
+        if not length.isdigit() or len(length) > _DIGITS or not 4 < int(length) <= len(body):
             raise Damage(f"extended header at byte {at} is damaged")
         key, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         body = body[int(length) :]
-    if not records.get("size", "0").isdecimal():
+    size = records.get("size", "0")
+    if not size.isdecimal() or len(size) > _DIGITS:
         raise Damage(f"extended header at byte {at} is damaged")
     return records
 

@@ -1,5 +1,6 @@
 """Adding to a data set: old shards stay as they are, keys stay unique, classes keep their numbers."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -123,3 +124,34 @@ def test_what_cannot_be_added_to(tmp_path):
     build(ListSource(inline(3), ("a", "b")), tmp_path / "x", OPTIONS)
     with pytest.raises(ConfigError, match="keeps the numbers"):
         build(ListSource(inline(6), ("b", "a"), "other"), tmp_path / "x", OPTIONS, append=True)
+
+
+def test_a_part_killed_at_its_very_end_is_not_in_the_way(tmp_path, monkeypatch):
+    """What it noted must not be taken for the next part's, though the next one has the same description."""
+    first, second = ListSource(inline(7)), ListSource(inline(16)[7:], name="grows")
+    third = ListSource([*second.records, *inline(23)[16:]], name="grows")
+    remove, out = LocalStore.remove, tmp_path / "out"
+    for number, source in enumerate((first, second), 1):
+        build(source, tmp_path / "whole", OPTIONS, append=number > 1)
+
+        def dying(store, folder, number=number):
+            if len(json.loads((out / "build.json").read_text())["parts"]) == number:
+                raise Killed
+            remove(store, folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStore, "remove", dying)
+            with pytest.raises(Killed):
+                build(source, out, OPTIONS, append=number > 1)
+        assert list(out.glob(".build/*.json"))
+    build(third, tmp_path / "whole", OPTIONS, append=True)
+    build(third, out, OPTIONS, append=True)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_new_classes_are_numbered_by_name_after_those_that_are_known(tmp_path):
+    for letter in "hbgkcafdje":
+        (tmp_path / letter).mkdir()
+        (tmp_path / letter / "1.png").write_bytes(png(1))
+    assert FolderSource(tmp_path).classes == tuple("abcdefghjk")
+    assert FolderSource(tmp_path, known=("f", "z", "b")).classes == ("f", "z", "b", *"acdeghjk")

@@ -77,6 +77,16 @@ def test_tokenizer_is_the_same_every_time(tmp_path, monkeypatch):
         train_tokenizer(str(tmp_path / "a/train"), 300, ("alt",))
 
 
+def test_tokenizer_of_captions_written_in_other_ways(tmp_path):
+    """A letter and its accent may be one character or two; bytes that are no UTF-8 are no reason to stop."""
+    _tar(tmp_path / "x.tar", {"a.txt": b"caf\xe9", "b.txt": "cafe\u0301 au lait".encode(), "c.txt": b"lait"})
+    index(str(tmp_path))
+    train_tokenizer(str(tmp_path), 270)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("cafe\u0301").ids == tokenizer.encode("caf\u00e9").ids
+    assert tokenizer.decode(tokenizer.encode("CAFE\u0301").ids) == "caf\u00e9"
+
+
 def test_merge(tmp_path):
     for i, name in enumerate("ab"):
         build(labelled(6, first=6 * i), tmp_path / name, Options({}, shard_samples=4))
