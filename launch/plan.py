@@ -58,7 +58,8 @@ def plan_run(path: Path, overrides: Sequence[str], *, nodes: int, procs: int, im
     done = subprocess.run(run_command(arguments), env=child_environment(1), stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise typer.Exit(done.returncode)
-    rows = cost_rows(json.loads(done.stdout), config, world)
+    # The answer is the last line: gloo, as torch 2.8 has it, writes on stdout when a group begins.
+    rows = cost_rows(json.loads(done.stdout.splitlines()[-1]), config, world)
     seconds = plan.total_samples / images_per_second
     rows["wall time"] = f"{duration(seconds)} at {images_per_second:,.0f} images/s, without evaluations"
     rows |= _reading(config, plan, manifest, nodes, images_per_second)

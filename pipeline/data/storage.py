@@ -214,8 +214,11 @@ class Remote:
         where, name = f"{self._root}/{shard.name}", f"{path.rstrip('/')}/{shard.name}"
 
         def fetch() -> list[bytes]:
-            parts = files.cat_ranges([name] * len(starts), starts, stops, on_error="raise")
+            # What failed comes back among the parts: asynchronous file systems raise nothing before fsspec 2026.6.
+            parts = files.cat_ranges([name] * len(starts), starts, stops, on_error="return")
             for part, start, stop in zip(parts, starts, stops, strict=True):
+                if isinstance(part, BaseException):
+                    raise part
                 if len(part) != stop - start:
                     raise DataError(
                         f"asked for {stop - start} bytes at {start}, got {len(part)}: the file is cut, or the server "
