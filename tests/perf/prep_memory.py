@@ -1,15 +1,17 @@
 """Memory of a build from a long table: it must not grow with the rows.
 
-Builds from a CSV of paths with captions and prints the peak memory of the process as the rows go by.
+Builds from a CSV of paths with captions and prints the peak memory of the process as the rows go by, and of the largest
+that it has started.
 Run: ``python -m tests.perf.prep_memory [--rows 1000000] [--workers 0]``. The aim is below 300 MB per process.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -17,6 +19,19 @@ from PIL import Image
 from data_prep.build import Counts, build
 from data_prep.options import Options
 from data_prep.sources.table import Columns, TableSource
+
+
+def _started_by(pid: int) -> Iterator[int]:
+    """Processes below a process."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            yield from (child, *_started_by(child))
+
+
+def _peak(pid: int) -> float:
+    """MB that a process has held at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def main() -> None:
@@ -28,9 +43,13 @@ def main() -> None:
 
     def report(counts: Counts) -> None:
         if counts.inputs % (args.rows // 8) == 0:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             rate = counts.inputs / (time.perf_counter() - began)
-            print(f"{counts.inputs:>10,} rows: peak {peak:6.1f} MB, {rate:,.0f} rows/s", flush=True)
+            largest = max(map(_peak, _started_by(os.getpid())), default=0.0)
+            print(
+                f"{counts.inputs:>10,} rows: peak {_peak(os.getpid()):6.1f} MB, "
+                f"largest process below {largest:6.1f} MB, {rate:,.0f} rows/s",
+                flush=True,
+            )
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -40,8 +59,6 @@ def main() -> None:
             f.writelines(f"a.png,caption number {i},x{i}\n" for i in range(args.rows))
         source = TableSource([folder / "t.csv"], Columns("file", ("text",)))
         build(source, folder / "out", Options(workers=args.workers), progress=report)
-        workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"largest worker: {workers:.1f} MB" if args.workers else "no workers")
 
 
 if __name__ == "__main__":
