@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -68,8 +69,7 @@ def test_all_hosts_that_cannot_take_part_are_named(tmp_path, ssh):
 
 def test_a_host_forgets_what_its_launcher_thinks_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0", "NCCL_TEST": "old"}.items():
-        monkeypatch.setenv(name, value)
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0", "NCCL_TEST": "old"}
     found = {}
 
     def stand_in(config, path, overrides, part, *, tied):
@@ -79,9 +79,9 @@ def test_a_host_forgets_what_its_launcher_thinks_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "train_part", stand_in)
     values = {"slots": [8, 4], "port": 7, "environment": {"NCCL_TEST": "new"}, "overrides": ["run.seed=3"]}
     for code, expected in {0: 0, 75: 0, 1: 1, 70: 70}.items():  # saved is no failure: the runner would end the others
-        os.environ["RANK"] = "1"
         found["code"] = code
-        assert node.run(order_of(tmp_path, "h1", "h2", **values)) == expected
+        with patch.dict(os.environ, launched):  # which brings back what is taken out, too
+            assert node.run(order_of(tmp_path, "h1", "h2", **values)) == expected
     assert found["part"] == Part(1, (8, 4), "h1", 7, "h1") and found["tied"]
     assert found["folder"] == str(tmp_path) and list(found["overrides"]) == ["run.seed=3"]
     assert found["environment"]["NCCL_TEST"] == "new"

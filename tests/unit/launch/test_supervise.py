@@ -17,6 +17,7 @@ from pipeline.core.errors import LaunchError
 from pipeline.record.lock import RunLock
 
 ROOT = Path(__file__).parents[3]
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FAKE = "tests.unit.launch.fake_run"
 FINISHED = 'state={"outcome": "finished", "exit_code": 0}'
 REQUEUE = 'state={"outcome": "requeue", "exit_code": 75}'
@@ -25,7 +26,9 @@ NONFINITE = 'state={"outcome": "failed", "exit_code": 70}'
 
 
 def environment(procs=1):
-    return child_environment(procs) | {"PYTHONPATH": str(ROOT)}
+    """Of a starter: without what other tests of this process have joined a group of one rank with."""
+    own = child_environment(procs) | {"PYTHONPATH": str(ROOT)}
+    return {name: value for name, value in own.items() if name not in OF_A_RANK}
 
 
 def rank(folder, *words):
