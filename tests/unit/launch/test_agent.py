@@ -227,6 +227,18 @@ def test_a_killed_agent_is_missed(place: Place, requeues, decision):
     assert len(place.calls("scontrol", "requeue")) == requeues
 
 
+def test_a_signal_to_all_processes_of_the_job_is_one_request(place: Place):
+    """The parent hands on what the agent has got as well."""
+    process = place.start(ends(75, wait=True))
+    while not (place.folder / "waiting").exists():
+        time.sleep(0.02)
+    (agent,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(agent), signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and said.count("asked to stop (") == 1
+
+
 def test_a_signal_that_comes_first_of_all_is_not_lost(place: Place):
     """Also not when the agent is still asking SLURM about the job."""
     process = place.start(ends(75, wait=True))

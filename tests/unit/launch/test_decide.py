@@ -93,6 +93,7 @@ def test_the_same_step_three_times_stops(step):
         ((5, 6, 7), False),
         ((7, 5, 6), False),
         ((0, None, 0), False),
+        ((None, None, 0), False),
     ],
 )
 def test_steps_next_to_each_other_are_the_same(steps, stops):
