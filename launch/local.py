@@ -68,8 +68,9 @@ def train_part(config: RunConfig, path: Path, overrides: Sequence[str], part: Pa
     folder = Path(config.run.folder)
     procs = part.slots[part.node]
     environment = child_environment(procs)
-    if name := interface(part):
-        environment.setdefault("GLOO_SOCKET_IFNAME", name)  # gloo else takes what the host's own name stands for
+    named = "GLOO_SOCKET_IFNAME"
+    if named not in environment and (name := interface(part)):  # gloo else takes what the host's own name stands for
+        environment[named] = name
     if part.first:
         check_port(part)
         if not tied:  # the starter has done so before
