@@ -218,8 +218,8 @@ def test_a_folder_beside_the_root_is_outside(tmp_path):
     assert ["outside of" in r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")] == [True]
     from data_prep import places
 
-    assert places.inside("../root2/a.png", "memory://root") is None
-    assert places.inside("b/../a.png", "memory://root") == "memory://root/a.png"
+    assert places.inside("../root2/a.png", "memory://store") is None
+    assert places.inside("b/../a.png", "memory://store") == "memory://store/a.png"
 
 
 def test_an_image_in_a_table_keeps_its_split_when_it_is_encoded_anew(tmp_path):
