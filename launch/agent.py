@@ -54,7 +54,7 @@ class Agent:
         self.nodes = slurm.node_names(environment["SLURM_JOB_NODELIST"])
         self.task = environment.get("SLURM_ARRAY_TASK_ID", "0")
         self.run_folder = Path(job.run.replace(TASK, self.task))
-        self.stop_reason: str | None = None
+        self.signalled: str | None = None
         self.stop_at = self._stop_at()
 
     def _stop_at(self) -> float | None:
@@ -147,10 +147,12 @@ class Agent:
         environment = child_environment(self.job.ranks_per_node) | where | dict(self.job.environment)
         command = self._command(f"{where['MASTER_ADDR']}:{where['MASTER_PORT']}")
         step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        told = False
         while (status := step.poll()) is None:
-            if self.stop_reason is None and (reason := self._time_to_stop()):
-                self.stop_reason = reason
-                self._hand_on()
+            if not told and (reason := self.signalled or self._time_to_stop()):
+                (self.run_folder / STOP).touch()
+                say(f"asked to stop ({reason}); the ranks save first")
+                told = True
             time.sleep(POLL_SECONDS)
         return status
 
@@ -188,16 +190,8 @@ class Agent:
         return {"MASTER_ADDR": address, "MASTER_PORT": str(port_of(int(self.id)))} | names
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler; SLURM may send a signal to this process and to the one that hands it on."""
-        if self.stop_reason is not None:
-            return
-        self.stop_reason = signal.Signals(number).name
-        self._hand_on()
-
-    def _hand_on(self) -> None:
-        """Ask the ranks to save and end."""
-        (self.run_folder / STOP).touch()
-        say(f"asked to stop ({self.stop_reason}); the ranks save first")
+        """The signal handler. It only says so: SLURM may signal this process and its parent, and handlers nest."""
+        self.signalled = self.signalled or signal.Signals(number).name
 
     def _requeue(self) -> None:
         """Back into the queue, for a start without SLURM's two minutes of waiting where it allows that."""
@@ -231,7 +225,7 @@ def port_of(job: int) -> int:
 
 
 def say(text: str) -> None:
-    """Into the job's log, at once; a signal handler may call it."""
+    """Into the job's log, at once."""
     os.write(2, f"sluice: {history.now()} {text}\n".encode())
 
 

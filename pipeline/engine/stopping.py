@@ -16,6 +16,7 @@ class StopRequest:
     def __init__(self, folder: Path) -> None:
         self.file = folder / STOP_FILE
         self.reason: str | None = None
+        self.interrupted = False
 
     def listen(self) -> None:
         """Take the stop signals; a second SIGINT interrupts at once."""
@@ -23,8 +24,11 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            # Not "asked already": one request may come as the stop file or as another signal too, and is to save.
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
         self.reason = signal.Signals(number).name
 
     def asked(self) -> bool:
