@@ -142,7 +142,8 @@ def number_classes(names: Iterable[str], known: Sequence[str] = ()) -> tuple[tup
     """
     names = set(names)
     if all(name.isdecimal() for name in names) and not set(known) & names:
-        most = max((int(name[:20]) for name in names), default=-1)
+        # Python refuses to read thousands of digits, and leading zeros do not make a number small.
+        most = max((int(name) if len(name) < 20 else 10**19 for name in names), default=-1)
         check_classes(most, len(names))
         return tuple(known) or tuple(str(i) for i in range(most + 1)), {name: int(name) for name in names}
     classes = (*known, *sorted(names - set(known)))

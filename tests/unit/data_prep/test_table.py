@@ -202,9 +202,10 @@ def test_mistakes(tmp_path, rows):
     (tmp_path / "stems.csv").write_text("file,text,Alt text,alt-text\n")
     with pytest.raises(ConfigError, match=r"'Alt text', 'alt-text' would all be \.alt_text\.txt"):
         TableSource([tmp_path / "stems.csv"], Columns("file", ("text", "Alt text", "alt-text")))
-    (tmp_path / "ids.csv").write_text("file,id\na,12345678901\n")
-    with pytest.raises(DataError, match="no class numbers"):
-        TableSource([tmp_path / "ids.csv"], Columns("file", label="id"))
+    for no_class in ("12345678901", "9" * 5000, "0" * 30 + "7"):
+        (tmp_path / "ids.csv").write_text(f"file,id\na,{no_class}\n")
+        with pytest.raises(DataError, match="no class numbers"):
+            TableSource([tmp_path / "ids.csv"], Columns("file", label="id"))
     with pytest.raises(ConfigError, match="not a table"):
         (tmp_path / "t.xlsx").touch()
         TableSource([tmp_path / "t.xlsx"], COLUMNS)
