@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from data_prep.store import Store
 from pipeline.core.errors import DataError
-from pipeline.core.manifest import FILE, Manifest, Shard, ShardIndex, index_name, parse, parse_index
+from pipeline.core.location import reason
+from pipeline.core.manifest import FILE, Manifest, Shard, ShardIndex, index_name, instead_of, parse, parse_index
 
 
 class Item(NamedTuple):
@@ -28,8 +29,10 @@ def read_manifest(store: Store) -> Manifest:
     where = f"{store.where}/{FILE}"
     try:
         text = store.read(FILE).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"no manifest at {where} ({error}); make one with `sluice prep index`") from error
+    except OSError as error:
+        raise DataError(f"no manifest at {where} ({reason(error)}); {instead_of(store.where)}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is damaged ({error}); rebuild it with `sluice prep index`") from error
     return parse(text, store.where, where)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.ahead import cores, in_order, processes
+from data_prep.places import tars
 from data_prep.record import check_classes, label_number
 from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
@@ -91,24 +92,7 @@ def _names(store: Store, pattern: str) -> list[str]:
         from braceexpand import braceexpand
 
         return list(braceexpand(pattern))
-    names = [name for name in store.names("") if name.endswith(".tar")] or list(_below(store, ""))
-    if not names:
-        raise DataError(f"no tars in {store.where}")
-    return names
-
-
-def _below(store: Store, folder: str) -> Iterator[str]:
-    """Tars in sub-folders."""
-    for name in store.folders(folder):
-        below = f"{folder}{name}/"
-        files = store.names(below)
-        if FILE in files:
-            raise DataError(
-                f"{store.where}/{below} has a manifest of its own; give that folder, "
-                "or put such folders together with `sluice prep merge`"
-            )
-        yield from (below + name for name in files if name.endswith(".tar"))
-        yield from _below(store, below)
+    return tars(store.where, as_they_are=True)
 
 
 def _looked_through(store: Store, names: Sequence[str]) -> Iterator[tuple[str, Found]]:

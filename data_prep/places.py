@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from data_prep.record import Rejected, file_stamp
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.manifest import FILE
 
 
 class Listed(NamedTuple):
@@ -60,12 +61,12 @@ def is_folder(place: str) -> bool:
 
 
 def listing(folder: str) -> tuple[list[Listed], list[str]]:
-    """Files and sub-folders directly in a folder, each by name; links to folders count as neither."""
+    """Files and sub-folders directly in a folder, each by name; links count as what they lead to."""
     if not is_url(folder):
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda e: e.name)
-        links = [Listed(e.name, "") for e in found if not e.is_dir()]
-        return links, [e.name for e in found if e.is_dir(follow_symlinks=False)]
+            # A link to itself is an error for e.is_dir.
+            found = sorted((e.name, os.path.isdir(e.path) if e.is_symlink() else e.is_dir()) for e in entries)
+        return [Listed(name, "") for name, leads in found if not leads], [name for name, leads in found if leads]
     files, path = filesystem(folder)
     described = sorted(files.ls(path, detail=True), key=lambda e: e["name"].rstrip("/"))
     named = [(e["name"].rstrip("/").rsplit("/", 1)[-1], e) for e in described]
@@ -74,6 +75,49 @@ def listing(folder: str) -> tuple[list[Listed], list[str]]:
         [Listed(name, _stamp(e)) for name, e in inside if e["type"] == "file"],
         [name for name, e in inside if e["type"] == "directory"],
     )
+
+
+def tars(folder: str, *, as_they_are: bool = False) -> list[str]:
+    """Tars in a folder or, if it has none, in its sub-folders, but for hidden ones: by name, relative to it.
+
+    A folder that several links lead to counts once.
+
+    Args:
+        folder: a folder or URL.
+        as_they_are: sub-folders with a manifest are data sets of their own.
+
+    Raises:
+        DataError: no folder, no tars, or some in both; only in sub-folders that are data sets of their own.
+    """
+    if not is_folder(folder):
+        raise DataError(f"no folder at {folder}")
+    top, below, apart, seen = list[str](), list[str](), list[str](), set[str]()
+    waiting = [""]
+    while waiting:
+        inside = waiting.pop()
+        place = f"{folder.rstrip('/')}/{inside}"
+        real = place if is_url(place) else os.path.realpath(place)
+        if real in seen:
+            continue
+        seen.add(real)
+        files, folders = listing(place)
+        if inside and as_they_are and any(f.name == FILE for f in files):
+            apart.append(inside)
+            continue
+        (below if inside else top).extend(inside + f.name for f in files if f.name.endswith(".tar"))
+        waiting += [f"{inside}{name}/" for name in reversed(folders) if not name.startswith(".")]
+    if top and below:
+        raise DataError(
+            f"tars are in {folder} and in sub-folders of it ({below[0]}): say which, as in {{000..099}}.tar"
+        )
+    if apart and not top:
+        raise DataError(
+            f"{folder}/{apart[0]} has a manifest of its own; give that folder, "
+            "or put such folders together with `sluice prep merge`"
+        )
+    if not top and not below:
+        raise DataError(f"no tars in {folder}")
+    return top or below
 
 
 def _stamp(described: dict[str, Any]) -> str:

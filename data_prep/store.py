@@ -32,10 +32,6 @@ class Store(Protocol):
         """Files directly in ``folder`` (names relative to it), sorted; empty when there is none."""
         ...
 
-    def folders(self, folder: str) -> list[str]:
-        """Sub-folders directly in ``folder`` that are not hidden (names relative to it), sorted."""
-        ...
-
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
         ...
@@ -90,10 +86,6 @@ class LocalStore:
             return sorted(e.name for e in os.scandir(self.root / folder) if e.is_file())
         except FileNotFoundError:
             return []
-
-    def folders(self, folder: str) -> list[str]:
-        """See :class:`Store`."""
-        return sorted(e.name for e in os.scandir(self.root / folder) if e.is_dir() and e.name[0] != ".")
 
     def read(self, name: str) -> bytes:
         """See :class:`Store`."""
@@ -168,18 +160,11 @@ class RemoteStore:
 
     def names(self, folder: str) -> list[str]:
         """See :class:`Store`."""
-        return self._listed(folder, "file")
-
-    def folders(self, folder: str) -> list[str]:
-        """See :class:`Store`."""
-        return [name for name in self._listed(folder, "directory") if name[0] != "."]
-
-    def _listed(self, folder: str, kind: str) -> list[str]:
         try:
             entries = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=True, refresh=True)
         except FileNotFoundError:
             return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind)
+        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
 
     def read(self, name: str) -> bytes:
         """See :class:`Store`."""

@@ -176,13 +176,18 @@ def folder(
     src: Annotated[str, typer.Argument(help="Folder of images.", metavar="SRC")],
     out: str,
     shuffle: Annotated[bool, typer.Option(help="Mix the order, so that shards hold many classes.")] = True,
+    links: Annotated[bool, typer.Option("--links", help="Follow links to folders, and to outside of SRC.")] = False,
     seed: int = 0,
     append: bool = False,
 ) -> Source:
     """Build from a folder: one sub-folder per class, or flat; captions in name.txt, metadata in name.json."""
     from data_prep.sources.folder import FolderSource
 
-    return FolderSource(src, shuffle=shuffle, seed=seed, known=_known_classes(out, append))
+    source = FolderSource(src, shuffle=shuffle, seed=seed, known=_known_classes(out, append), links=links)
+    if source.others:
+        kinds = ", ".join(f"{n:,} {f'.{kind}' if kind else 'of none'}" for kind, n in source.others.most_common(5))
+        typer.echo(f"passed over {source.others.total():,} files without an image's extension: {kinds}", err=True)
+    return source
 
 
 @_source

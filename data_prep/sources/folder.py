@@ -5,8 +5,9 @@
 * ``name.txt`` beside ``name.jpg`` is its caption, ``name.json`` its metadata; the key "caption" of a JSON file is the
   caption where there is no text file.
 
-A sidecar that is no JSON table makes its image a rejected one. Hidden files and folders are skipped. Links are followed
-only to what lies inside the source folder.
+A sidecar that is no JSON table makes its image a rejected one. Hidden files and folders are skipped; other files that
+are neither images by their names nor sidecars are counted (``others``). Links to files inside the source folder are
+followed; those to other files and to folders only if that is asked for, and are rejected if not.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class _Found(NamedTuple):
     stamp: str
     sidecars: frozenset[str]
     """Extensions of the files beside it that belong to it."""
+    problem: str = ""
+    """Why it is rejected without being read."""
 
 
 @dataclass
@@ -50,19 +53,25 @@ class FolderSource:
     seed: int = 0
     known: Sequence[str] = ()
     """Classes that are numbered already, by the data set that is added to; new ones come after them."""
+    links: bool = False
+    """Follow all links, not only those to files inside ``root``."""
 
     positional: bool = field(default=False, init=False)
+    others: Counter[str] = field(default_factory=Counter[str], init=False)
+    """Files that are neither images nor beside one, by extension."""
 
     def __post_init__(self) -> None:
         self.root = str(self.root).rstrip("/")
         if not places.is_folder(self.root):
             raise DataError(f"no folder at {self.root}")
-        self._inside = Path(self.root).resolve()
+        self._inside = _real(str(self.root))
         self._files = list(self._list())
-        if not self._files:
-            raise DataError(f"no images in {self.root}; known extensions: {', '.join(EXTENSIONS)}")
+        found = [f for f in self._files if not f.problem]
+        if not found:
+            hint = "".join(f", only {f.relative}, {f.problem}" for f in self._files[:1])
+            raise DataError(f"no images in {self.root}{hint or '; known extensions: ' + ', '.join(EXTENSIONS)}")
         self.total = len(self._files)
-        names = {self._class(f) for f in self._files}
+        names = {self._class(f) for f in found}
         labelled = "" not in names
         new = sorted(names - set(self.known))
         self.classes: tuple[str, ...] = (*self.known, *new) if labelled else ()
@@ -72,38 +81,67 @@ class FolderSource:
 
     def describe(self) -> dict[str, Any]:
         """See :class:`~data_prep.record.Source`."""
-        return {"kind": "folder", "root": self.root, "shuffle": self.shuffle, "seed": self.seed}
+        return {"kind": "folder", "root": self.root, "shuffle": self.shuffle, "seed": self.seed, "links": self.links}
 
     def _list(self) -> Iterator[_Found]:
         files, folders = self._entries("")
         if not files and set(folders) <= set(SPLITS) and "train" in folders:
             for split in folders:
-                yield from self._walk(split, split)
+                yield from self._inner(split, split, ())
         else:
-            yield from self._walk("", None)
+            yield from self._walk("", None, ())
 
     def _entries(self, below: str) -> tuple[list[places.Listed], list[str]]:
-        """Files and folders that are neither hidden nor links to the outside."""
-        folder = f"{self.root}/{below}" if below else str(self.root)
-        files, folders = places.listing(folder)
-        files = [f for f in files if not f.name.startswith(".") and self._contained(f"{folder}/{f.name}")]
-        return files, [name for name in folders if not name.startswith(".")]
+        """Files and folders that are not hidden."""
+        files, folders = places.listing(self._path(below))
+        return [f for f in files if not f.name.startswith(".")], [f for f in folders if not f.startswith(".")]
 
-    def _walk(self, below: str, split: str | None) -> Iterator[_Found]:
+    def _path(self, below: str) -> str:
+        return f"{self.root}/{below}" if below else str(self.root)
+
+    def _walk(self, below: str, split: str | None, above: tuple[Path, ...]) -> Iterator[_Found]:
+        """The images below a folder; ``above`` are the folders that led to it, without links."""
         files, folders = self._entries(below)
-        names = {f.name for f in files}
+        prefix = f"{below}/" if below else ""
+        above = (*above, _real(self._path(below)))
+        problems = {f.name: self._refused(prefix + f.name, above) for f in files}
         images = [f for f in files if extension_of(f.name) in EXTENSIONS]
         stems = Counter(_stem(f.name) for f in images)
-        prefix = f"{below}/" if below else ""
+        sidecars = {f"{stem}.{e}" for stem in stems for e in ("txt", "json")} & problems.keys()
+        others = problems.keys() - sidecars - {f.name for f in images}
+        self.others.update(extension_of(name) for name in others)
         for name, stamp in images:
             stem = _stem(name)
-            beside = frozenset(e for e in ("txt", "json") if f"{stem}.{e}" in names)
-            yield _Found(prefix + name, split, stems[stem] == 1, stamp, beside)
+            beside = [e for e in ("txt", "json") if f"{stem}.{e}" in sidecars]
+            its = [f".{e} is {problems[f'{stem}.{e}']}" for e in beside if problems[f"{stem}.{e}"]]
+            problem = problems[name] or " and ".join(its)
+            yield _Found(prefix + name, split, stems[stem] == 1, stamp, frozenset(beside), problem)
         for name in folders:
-            yield from self._walk(prefix + name, split)
+            yield from self._inner(prefix + name, split, above)
 
-    def _contained(self, path: str) -> bool:
-        return not os.path.islink(path) or Path(path).resolve().is_relative_to(self._inside)
+    def _inner(self, below: str, split: str | None, above: tuple[Path, ...]) -> Iterator[_Found]:
+        """What is in a folder; a link that is not followed is a rejected input."""
+        problem = self._refused(below, above)
+        if problem:
+            yield _Found(below, split, False, "", frozenset(), problem)
+        else:
+            yield from self._walk(below, split, above)
+
+    def _refused(self, below: str, above: tuple[Path, ...]) -> str:
+        """Why a link is not followed; empty for what is none."""
+        path = self._path(below)
+        if not os.path.islink(path):
+            return ""
+        target = _real(path)
+        if not target.exists():
+            return "a link to nothing"
+        if any(folder.is_relative_to(target) for folder in above):
+            return "a link to a folder that it is in"
+        if self.links:
+            return ""
+        if target.is_dir():
+            return "a link to a folder; --links follows it"
+        return "" if target.is_relative_to(self._inside) else "a link to outside of the source; --links follows it"
 
     def _class(self, found: _Found) -> str:
         """The class's name; empty for an image that is in no class folder."""
@@ -113,33 +151,37 @@ class FolderSource:
     def __iter__(self) -> Iterator[Record]:
         for found in self._files:
             path = f"{self.root}/{found.relative}"
+            caption, metadata, sidecars, problem = self._sidecars(_stem(path), found)
             image: Payload = UrlFile(path) if places.is_url(path) else LocalFile(path)
-            stamp = found.stamp
-            if not stamp and os.path.islink(path) and not os.path.exists(path):
-                image, stamp = Failed("a link to nothing"), "broken"
-            caption, metadata, sidecars, problem = self._sidecars(_stem(path), found.sidecars)
             name = _stem(found.relative)
             key = safe_key(name) if found.alone else f"{safe_key(name)}~{found.relative[len(name) + 1 :]}"
             yield Record(
                 key=key,
                 identity=found.relative,
                 image=Failed(problem) if problem else image,
-                stamp=f"{stamp or file_stamp(path)}{sidecars}",
-                label=self._number[self._class(found)] if self.classes else None,
+                stamp=found.problem or f"{found.stamp or file_stamp(path)}{sidecars}",
+                label=self._number.get(self._class(found)),
                 caption=caption,
                 metadata=metadata,
                 split=found.split,
                 extension=extension_of(found.relative),
             )
 
-    def _sidecars(self, stem: str, there: frozenset[str]) -> tuple[str | None, dict[str, Any] | None, str, str]:
-        """Caption, metadata, a stamp of the files they come from, and what is wrong with these."""
-        text, table = (_read(f"{stem}.{e}") if e in there else None for e in ("txt", "json"))
+    def _sidecars(self, stem: str, found: _Found) -> tuple[str | None, dict[str, Any] | None, str, str]:
+        """Caption, metadata, a stamp of the files they come from, and what is wrong with these or the image."""
+        if found.problem:
+            return None, None, "", found.problem
+        text, table = (_read(f"{stem}.{e}") if e in found.sidecars else None for e in ("txt", "json"))
         caption = text.strip() if text is not None else None
         metadata, problem = json_table(table) if table is not None else (None, "")
         if metadata is not None and caption is None and isinstance(metadata.get("caption"), str):
             caption = metadata["caption"]
         return caption, metadata, "".join(f"\0{part}" for part in (text, table) if part is not None), problem
+
+
+def _real(path: str) -> Path:
+    """Where a path leads; unlike Path.resolve not an error for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _read(place: str) -> str:

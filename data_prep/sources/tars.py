@@ -51,13 +51,10 @@ class TarsSource:
     def __post_init__(self) -> None:
         if self.label not in ("cls", "folder", "none"):
             raise ConfigError(f"labels come from cls, folder or none, not {self.label!r}")
-        paths = [p for tar in self.tars for p in _expand(str(tar))]
-        if not paths:
-            raise DataError(f"no tars at {', '.join(str(t) for t in self.tars)}")
-        self._paths = paths
+        self._paths = [p for tar in self.tars for p in _expand(str(tar))]
         names: set[str] = set()
         self.total = 0
-        for path in paths:
+        for path in self._paths:
             with places.local(path) as here:
                 for key, members, _ in _samples(here):
                     self.total += 1
@@ -123,12 +120,11 @@ def _unfit(name: str) -> str:
 
 
 def _expand(text: str) -> list[str]:
-    """A tar, a folder of tars, or a pattern with braces."""
+    """A tar, a folder with tars in it or in its sub-folders, or a pattern with braces."""
     from braceexpand import braceexpand
 
     if places.is_folder(text):
-        found, _ = places.listing(text)
-        return [f"{text.rstrip('/')}/{name}" for name, _ in found if name.endswith(".tar")]
+        return [f"{text.rstrip('/')}/{name}" for name in places.tars(text)]
     paths = list(braceexpand(text))
     for path in paths:
         if not places.exists(path):

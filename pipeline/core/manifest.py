@@ -190,14 +190,19 @@ def load(folder: str | os.PathLike[str] | Sequence[os.PathLike[str]]) -> Manifes
     try:
         text = read_file(root, FILE).decode()
     except OSError as error:
-        raise DataError(
-            f"no manifest at {where} ({reason(error)}); build shards with `sluice prep build`, "
-            f"or index existing ones with `sluice prep index {root}`"
-        ) from error
+        raise DataError(f"no manifest at {where} ({reason(error)}); {instead_of(root)}") from error
     except ValueError as error:
         raise DataError(f"{where} is damaged ({error}); rebuild it with `sluice prep index`") from error
     whole = parse(text, root, where)
     return _some(whole, pattern) if pattern else whole
+
+
+def instead_of(root: str) -> str:
+    """What to do about a folder or URL without a manifest."""
+    below = [] if "://" in root else sorted(str(path.parent) for path in Path(root).glob(f"*/{FILE}"))
+    if below:
+        return f"there is one in {', '.join(below[:4])}{', ...' if below[4:] else ''}: name that folder instead"
+    return f"build shards with `sluice prep build`, or index existing ones with `sluice prep index {root}`"
 
 
 def _some(whole: Manifest, pattern: str) -> Manifest:

@@ -70,13 +70,86 @@ def test_names_alike_stay_apart(tmp_path):
     assert all(({"png", "jpg"} & set(s)) and "." not in s["__key__"] for s in samples)
 
 
-def test_links_outside_are_not_followed(tmp_path):
-    write(tmp_path, {"secret/s.png": png(9), "in/a.png": png(1), "in/more/b.png": png(2)})
-    (tmp_path / "in/outside.png").symlink_to(tmp_path / "secret/s.png")
-    (tmp_path / "in/inside.png").symlink_to(tmp_path / "in/more/b.png")
-    (tmp_path / "in/folder").symlink_to(tmp_path / "secret")
-    source = FolderSource(tmp_path / "in")
-    assert sorted(r.identity for r in source) == ["a.png", "inside.png", "more/b.png"]
+@pytest.fixture
+def linked(tmp_path):
+    """A source with links of every kind."""
+    write(tmp_path, {"secret/s.png": png(9), "secret/deep/t.png": png(8), "secret/c.txt": "words"})
+    write(tmp_path, {"in/k/a.png": png(1), "in/k/b.png": png(2), "in/k/more/b.png": png(3), "in/k/loop.png/x": ""})
+    source = tmp_path / "in"
+    for name, target in {
+        "k/outside.png": tmp_path / "secret/s.png",
+        "k/inside.png": "more/b.png",
+        "k/nothing.png": "nowhere.png",
+        "k/itself.png": "itself.png",
+        "k/a.txt": tmp_path / "secret/c.txt",
+        "folder": tmp_path / "secret",
+        "k/up": "..",
+        "k/more/k2": tmp_path / "in/folder",
+    }.items():
+        (source / name).symlink_to(target)
+    (tmp_path / "secret/back").symlink_to(source)
+    return source
+
+
+def test_links_to_outside_and_to_folders_are_rejected_and_say_so(linked, tmp_path):
+    built = build(FolderSource(linked), tmp_path / "out", Options({}))
+    assert built.manifests["train"].classes == ("k",)
+    assert (built.counts.samples, built.counts.inputs) == (3, 10)
+    assert {r["source"]: r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")} == {
+        "k/outside.png": "a link to outside of the source; --links follows it",
+        "k/nothing.png": "a link to nothing",
+        "k/itself.png": "a link to nothing",
+        "k/a.png": ".txt is a link to outside of the source; --links follows it",
+        "folder": "a link to a folder; --links follows it",
+        "k/up": "a link to a folder that it is in",
+        "k/more/k2": "a link to a folder; --links follows it",
+    }
+
+
+def test_links_are_followed_where_that_is_asked_for_but_not_in_circles(linked, tmp_path):
+    built = build(FolderSource(linked, links=True), tmp_path / "out", Options({}))
+    assert built.manifests["train"].classes == ("folder", "k")
+    content = members(tmp_path / "out/train")
+    images = {name.removesuffix(".png"): data for name, data in content.items() if name.endswith(".png")}
+    assert images == {
+        "folder/s": png(9),
+        "folder/deep/t": png(8),
+        "k/a": png(1),
+        "k/b": png(2),
+        "k/inside": png(3),
+        "k/more/b": png(3),
+        "k/more/k2/s": png(9),
+        "k/more/k2/deep/t": png(8),
+        "k/outside": png(9),
+    }
+    assert content["k/a.txt"] == b"words"
+    reasons = {r["source"]: r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")}
+    nothing, circle = "a link to nothing", "a link to a folder that it is in"
+    assert reasons == {
+        "k/nothing.png": nothing,
+        "k/itself.png": nothing,
+        "k/up": circle,
+        "folder/back": circle,
+        "k/more/k2/back": circle,
+    }
+
+
+def test_splits_that_are_links(tmp_path):
+    write(tmp_path, {"a/k/a.png": png(1), "b/k/b.png": png(2)})
+    (tmp_path / "in").mkdir()
+    for split, target in {"train": "a", "val": "b"}.items():
+        (tmp_path / "in" / split).symlink_to(tmp_path / target)
+    with pytest.raises(DataError, match=r"no images in .*, only train, a link to a folder; --links follows it"):
+        FolderSource(tmp_path / "in")
+    built = build(FolderSource(tmp_path / "in", links=True), tmp_path / "out", Options())
+    assert {name: m.samples for name, m in built.manifests.items()} == {"train": 1, "val": 1}
+
+
+def test_files_that_are_no_images_by_their_names_are_counted(tmp_path):
+    write(tmp_path, {"k/a.png": png(1), "k/a.txt": "its caption", "k/.b.png": "", "k/a.json": "{}"})
+    write(tmp_path, {"k/x.heic": "", "k/y.heic": "", "k/orphan.txt": "of no image", "README": ""})
+    source = FolderSource(tmp_path)
+    assert source.total == 1 and source.others == {"heic": 2, "txt": 1, "": 1}
 
 
 def test_mistakes(tmp_path):

@@ -11,6 +11,7 @@ from data_prep.merge import merge
 from data_prep.options import Options
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.table import Columns, TableSource
+from data_prep.sources.tars import TarsSource
 from data_prep.store import open_store
 from data_prep.verify import verify
 from pipeline.core.errors import ConfigError, DataError
@@ -138,6 +139,40 @@ def test_tars_in_sub_folders(tmp_path):
     index(str(tmp_path / "x" / "a"))
     with pytest.raises(DataError, match="a/ has a manifest of its own"):
         index(str(tmp_path / "x"))
+
+
+def test_tars_in_a_folder_and_below_it_are_not_one_data_set_by_chance(tmp_path):
+    for name in ("0.tar", "more/1.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        _tar(tmp_path / name, {f"{name[-5]}.png": png(1)})
+    for verb in (index, TarsSource):
+        with pytest.raises(DataError, match=r"and in sub-folders of it \(more/1\.tar\): say which"):
+            verb(str(tmp_path) if verb is index else [tmp_path])
+    assert [s.name for s in index(str(tmp_path), pattern="{0,more/1}.tar").shards] == ["0.tar", "more/1.tar"]
+    index(str(tmp_path / "more"))  # a data set of its own now
+    assert [s.name for s in index(str(tmp_path)).shards] == ["0.tar"]
+
+
+def test_tars_behind_links(tmp_path):
+    """One that leads nowhere is missed, not passed over; circles end."""
+    _tar(tmp_path / "0.tar", {"a.png": png(1)})
+    source = tmp_path / "x"
+    (source / "sub").mkdir(parents=True)
+    for name, target in {"1.tar": "../../0.tar", "again": "..", "more": "."}.items():
+        (source / "sub" / name).symlink_to(target)
+    (source / "sub2").symlink_to("sub")
+    assert [s.name for s in index(str(source)).shards] == ["sub/1.tar"]
+    assert TarsSource([source]).total == 1
+    (source / "sub" / "2.tar").symlink_to("nowhere.tar")
+    with pytest.raises(DataError, match=r"cannot read .*x/sub/2\.tar"):
+        index(str(source))
+
+
+def test_a_folder_of_data_sets_is_told_from_one(tmp_path):
+    build(source(), tmp_path, OPTIONS)
+    for reads in (lambda: verify(str(tmp_path)), lambda: load(tmp_path)):
+        with pytest.raises(DataError, match=r"there is one in .*/train, .*/val: name that folder instead"):
+            reads()
 
 
 def test_unknown_scheme():
