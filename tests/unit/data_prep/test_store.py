@@ -139,6 +139,7 @@ def test_tars_in_sub_folders(tmp_path):
     index(str(tmp_path / "x" / "a"))
     with pytest.raises(DataError, match="a/ has a manifest of its own"):
         index(str(tmp_path / "x"))
+    assert TarsSource([tmp_path / "x"]).total == 6  # repacked, they are all just tars
 
 
 def test_tars_in_a_folder_and_below_it_are_not_one_data_set_by_chance(tmp_path):
