@@ -176,8 +176,8 @@ def split(
 
 @_verb
 def merge(
+    folders: Annotated[list[str], typer.Argument(help="Data sets to put together.", metavar="FOLDER")],
     out: Annotated[str, typer.Argument(help="Folder that is made.", metavar="OUT")],
-    folders: Annotated[list[str], typer.Argument(help="Data sets to put together.", metavar="FOLDER...")],
 ) -> None:
     """Make one data set of several with the same classes; shards are linked, or copied to another disk."""
     from data_prep.merge import merge as run

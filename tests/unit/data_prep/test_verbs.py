@@ -134,7 +134,7 @@ def test_a_life_on_the_command_line(tmp_path, capsys, monkeypatch):
         assert picture.size[0] > 128
     assert (tmp_path / "sheets/x.html").exists()
     run("split", "out/train", "dealt", "--split", "half=0.5")
-    run("merge", "one", "dealt/train", "dealt/half")
+    run("merge", "dealt/train", "dealt/half", "one")
     assert load("one").samples == load("out/train").samples
     (tmp_path / "names.txt").write_text("A\nB\nC\n")
     run("index", "one", "--classes", "names.txt")
