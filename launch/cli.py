@@ -23,7 +23,11 @@ Config = Annotated[Path, typer.Argument(help="Configuration file (TOML).")]
 Overrides = Annotated[
     list[str],
     typer.Option(
-        "--set", metavar="KEY=VALUE", default_factory=list, help="Override a value: optimizer.lr=1e-3. May be repeated."
+        "--set",
+        metavar="KEY=VALUE",
+        default_factory=list,
+        show_default=False,
+        help="Override a value: optimizer.lr=1e-3. May be repeated.",
     ),
 ]
 Procs = Annotated[int, typer.Option(min=1, help="Processes (ranks) on this machine.")]
@@ -73,7 +77,9 @@ def plan(
             raise ConfigError("a configuration says its own batch and lanes; change them by --set")
         text = module.plan_run(Path(what), overrides, nodes=nodes, procs=procs, images_per_second=images_per_second)
     elif overrides or global_batch is None:
-        raise ConfigError("of a data set: --global-batch, and no --set; of a run, name its .toml file")
+        raise ConfigError(
+            "a data set needs --global-batch (samples per step) and takes no --set; a run is named by its .toml"
+        )
     else:
         text = module.plan_data(
             what,
