@@ -15,6 +15,7 @@ from pipeline.data.order import Order
 from pipeline.data.plan import TrainPlan
 from pipeline.data.stream import open_stream
 from tests.unit.data.shards import members, write_data
+from tests.unit.data.test_stream import spoil
 
 IMAGE = Image(size=8, crop="resize")
 
@@ -110,6 +111,15 @@ def test_stream_of_two_sources(folders):
     ranks = [first(open_mixed(folders, rank=r, world=2), 8) for r in range(2)]
     for whole, *parts in zip(batches, *ranks, strict=True):
         assert torch.equal(whole["id"], torch.cat([p["id"] for p in parts]))
+
+
+def test_a_bad_sample_of_any_source_is_named(folders, tmp_path):
+    write_data(tmp_path, [4, 4], spoil({6}))
+    stream = open_mixed((folders[0], str(tmp_path)), max_bad=0.5)
+    first(stream, 4)
+    (line,) = stream.ledger()
+    assert line["shard"] == f"{tmp_path}/x-000001.tar" and line["key"] == "000006"
+    assert line["id"] == 21 + 6 and 21 <= line["substitute"] < 29
 
 
 def test_state_of_a_mixture(folders):

@@ -96,7 +96,8 @@ def test_killed_worker_is_reported_and_closing_leaves_nothing(data):
 
 
 def test_killed_nursery_is_reported(data):
-    stream = open_rank(data, workers=1, max_bad=0.5)
+    """Also by the end of one worker while others live on."""
+    stream = open_rank(data, workers=2, max_bad=0.5)
     batches = stream.batches(0)
     next(batches)
     pids = started(stream._workers)
