@@ -144,6 +144,21 @@ def test_a_header_of_another_size_than_the_indexs_is_noticed(data, form, more):
     reader.close()
 
 
+def test_samples_may_lie_in_a_shard_in_any_order(data):
+    """As where the members of several are woven together: here the index counts them from the last to the first."""
+    path = Path(data.root) / index_name(data.shards[2].name)
+    with np.load(path) as body:
+        tables = {name: body[name] for name in body.files}
+    for name in ("offset", "size", "crc32"):
+        tables[name] = tables[name][::-1]
+    tables["keys"] = np.frombuffer(b"\0".join(tables["keys"].tobytes().split(b"\0")[::-1]), np.uint8)
+    with open(path, "wb") as f:
+        np.savez(f, **tables)
+    reader = open_reader(data, ("label",))
+    assert read(reader, [3, 4, 5, 6, 7]) == [{"label": members(i)["cls"]} for i in (6, 5, 4, 3, 7)]
+    reader.close()
+
+
 def test_an_index_without_crc_32_is_good(data):
     """Those of older data sets have none."""
     for shard in data.shards:

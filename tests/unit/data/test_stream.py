@@ -205,6 +205,16 @@ def test_the_ledger_is_in_the_order_of_steps_and_batches(tmp_path, micro):
     stream.close()
 
 
+def test_a_run_of_bad_samples_is_passed_over(tmp_path):
+    """The sample after a bad one is as often as not bad, too."""
+    bad = set(range(16, 33))
+    manifest = write_data(tmp_path, SIZES, spoil(bad))
+    stream = open_rank(manifest, max_bad=0.5, lanes=1, window=6)
+    delivered = [i for parts in itertools.islice(stream.batches(0), 3) for b in parts for i in b["id"].tolist()]
+    assert {line["id"] for line in stream.ledger()} == bad and not bad & set(delivered)
+    stream.close()
+
+
 def test_a_substitute_is_cropped_and_flipped_as_at_its_own_place(tmp_path):
     manifest = write_data(tmp_path, SIZES, spoil(set(range(0, 48, 6))))
     pictures, times = {}, 0
