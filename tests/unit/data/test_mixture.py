@@ -132,6 +132,15 @@ def test_state_of_a_mixture(folders):
         open_mixed(folders[::-1], weights=(3, 1)).check(state)
 
 
+def test_state_of_a_mixture_tells_every_share(folders):
+    """Here the first source's stays as it is."""
+    three = (folders[0], folders[1], folders[1])
+    state = open_mixed(three, weights=(4, 3, 1)).state(3)
+    open_mixed(three, weights=(4, 3, 1)).check(state)
+    with pytest.raises(CheckpointError, match="sources"):
+        open_mixed(three, weights=(4, 1, 3)).check(state)
+
+
 def test_some_shards_of_a_folder(folders):
     some = load(f"{folders[0]}/x-{{000001..000002}}.tar")
     assert [s.name for s in some.shards] == ["x-000001.tar", "x-000002.tar"] and some.samples == 16

@@ -199,8 +199,12 @@ def test_the_ledger_is_in_the_order_of_steps_and_batches(tmp_path, micro):
     stream = open_rank(manifest, micro=micro, max_bad=0.5)
     list(itertools.islice(stream.batches(1), 2))
     order = Order(np.array(manifest.starts), 1, 16, 4, 4, "drop")
-    expected = [(step, i) for step in (1, 2) for i in order.batch(step, 0, 16).id.tolist() if i in bad]
-    assert [(line["step"], line["id"]) for line in stream.ledger()] == expected
+    expected = []
+    for step, at in itertools.product((1, 2), range(16)):
+        if (planned := int(order.batch(step, at, at + 1).id[0])) in bad:
+            others = (order.substitute(step, at, attempt) for attempt in itertools.count(1))
+            expected.append((step, planned, next(i for i in others if i not in bad)))
+    assert [(line["step"], line["id"], line["substitute"]) for line in stream.ledger()] == expected
     assert expected != sorted(expected)
     stream.close()
 
