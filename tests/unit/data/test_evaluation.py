@@ -50,7 +50,9 @@ def test_twice_and_with_workers(folder):
 
 def test_bad_sample_is_an_error(tmp_path):
     write_data(tmp_path, [6], spoil({4}))
-    with pytest.raises(DataError, match=r"x-000000\.tar, sample '000004': field 'image': not a readable image \(.*format\)$"):
+    with pytest.raises(
+        DataError, match=r"x-000000\.tar, sample '000004': field 'image': not a readable image \(.*format\)$"
+    ):
         list(ranks(tmp_path, 1)[0])
 
 

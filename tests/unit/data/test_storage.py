@@ -232,6 +232,16 @@ def test_missing_manifest_and_unknown_scheme(server):
         load("nothing://x")
 
 
+def test_shard_that_shrinks_on_its_server(local, server, tmp_path):
+    shard = local.shards[2]
+    (tmp_path / shard.name).write_bytes((Path(local.root) / shard.name).read_bytes()[:1024])
+    server.folder = str(tmp_path)
+    reader = Remote(server.url)
+    with pytest.raises(DataError, match=r"x-000002\.tar .*asked for 4096 bytes at 0, got 1024: the file is cut"):
+        reader.read(Ranges(shard, [0], [4096]), memoryview(bytearray(4096)))
+    reader.close()
+
+
 def test_shard_that_shrinks_while_it_is_read(local, tmp_path):
     copy = write_data(tmp_path, SIZES)
     reader, shard = Local(copy.root), copy.shards[2]

@@ -143,6 +143,28 @@ def test_nothing_outlives_the_rank(data, end, number):
     wait_until_gone(pids)
 
 
+class Stuck(Assembler):
+    """Never ends micro-batch 1, as where a file system does not answer."""
+
+    def fill(self, number, arrays):
+        if number == 1:
+            self.note.touch()
+            time.sleep(1000)
+        return super().fill(number, arrays)
+
+
+def test_closing_leaves_no_worker_that_is_stuck(data, tmp_path):
+    assembler = Stuck(data, Data(train=data.root, fields=("label",)), 0, EvalPlan(8, 45, 7))
+    assembler.note = tmp_path / "stuck"
+    workers = Workers(assembler, 1)
+    next(workers.batches(0))
+    pids = [workers._process.pid, *started(workers)]
+    while not assembler.note.exists():
+        time.sleep(0.01)
+    workers.close()
+    wait_until_gone(pids)
+
+
 class Faulty(Assembler):
     """Fails at micro-batch 1: with a bug for even ids of plan, with damage for odd."""
 
