@@ -151,10 +151,9 @@ class Assembler:
 
     def expect(self, number: int) -> None:
         """See :class:`Filler`. What is wrong with those samples is said when it is their turn."""
-        if self.plan.count is None or number < self.plan.count:
-            for reader, ids in self._shares(self.plan.place(number).id):
-                with suppress(DataError):
-                    reader.expect(ids)
+        for reader, ids in self._shares(self.plan.place(number).id):
+            with suppress(DataError):
+                reader.expect(ids)
 
     def fill(self, number: int, arrays: Arrays) -> Filled:
         """See :class:`Filler`.
@@ -199,7 +198,7 @@ class Assembler:
                 yield from zip(rows[read.rows].tolist(), read.found, strict=True)
 
     def _prefetch(self, number: int) -> None:
-        if self._cached and (self.plan.count is None or number < self.plan.count):
+        if self._cached:
             for reader, ids in self._shares(self.plan.place(number).id):
                 reader.prefetch(ids)
 

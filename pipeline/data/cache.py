@@ -83,19 +83,19 @@ class Cached:
     def _ensure(self, shard: Shard) -> None:
         """Bring a shard into the folder, unless it is there."""
         path = self._folder / shard.name
-        if not self._touch(path):
+        if not self._touch(path, shard.bytes):
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_name(f".{path.name}.lock")):
-                if not self._touch(path):
+                if not self._touch(path, shard.bytes):
                     self._fetch(shard, path)
 
-    def _touch(self, path: Path) -> bool:
-        """Note that a shard is in use. False: it is not there."""
+    def _touch(self, path: Path, size: int) -> bool:
+        """Note that a shard is in use. False: it is not there, or not whole after a crash of the node."""
         try:
             os.utime(path)
+            return path.stat().st_size == size
         except FileNotFoundError:
             return False
-        return True
 
     def _fetch(self, shard: Shard, path: Path) -> None:
         files, root = filesystem(self._root)
@@ -106,7 +106,8 @@ class Cached:
             self._reserve(part, shard.bytes)
             with (
                 files.open(f"{root.rstrip('/')}/{shard.name}", "rb", block_size=_CHUNK) as source,
-                open(part, "wb") as f,
+                # Not cut to nothing: others see by its size what is taken.
+                open(part, "r+b") as f,
             ):
                 while chunk := source.read(_CHUNK):
                     f.write(chunk)

@@ -56,7 +56,8 @@ class _Other:
                 rgb = (image.convert("RGBA") if has_palette_alpha else image).convert("RGB")
         except UnidentifiedImageError as error:
             raise ValueError("not a readable image (of no known format)") from error
-        except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
+        # Each format's library fails in its own way: AVIF's raises RuntimeError.
+        except (OSError, ValueError, SyntaxError, RuntimeError, PillowImage.DecompressionBombError) as error:
             raise ValueError(f"not a readable image ({error})") from error
         self.size = (rgb.height, rgb.width)
         self._pixels = (
@@ -190,7 +191,7 @@ def decode_label(data: memoryview, classes: int) -> int:
     """A class number written in decimal.
 
     Raises:
-        ValueError: not a number, or not of one of ``classes`` (0: any).
+        ValueError: not a number, or not of one of ``classes`` (0: any that int64 holds).
     """
     text = bytes(data).strip()
     if not text.isdigit():
@@ -198,4 +199,6 @@ def decode_label(data: memoryview, classes: int) -> int:
     label = int(text)
     if classes and label >= classes:
         raise ValueError(f"label {label} is not one of the {classes} classes")
+    if label >= 1 << 63:
+        raise ValueError(f"label {label} is too large")
     return label

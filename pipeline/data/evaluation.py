@@ -65,7 +65,6 @@ class OrderedStream:
         """Stop workers and release files."""
         if self._workers is not None:
             self._workers.close()
-            self._workers = None
         self._assembler.close()
 
 

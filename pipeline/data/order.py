@@ -172,10 +172,10 @@ class Order:
             step: of a lane that does not roll over in it.
         """
         lane, share = np.arange(self.lanes), self.global_batch // self.lanes
-        begin, end = self._bounds(lane)
+        begin = self._bounds(lane)[0]
         epoch = self._epoch(0)
         low = self._window(epoch, lane, begin + step * share)[0]
-        high = self._window(epoch, lane, np.minimum(begin + (step + 1) * share, end) - 1)[1]
+        high = self._window(epoch, lane, begin + (step + 1) * share - 1)[1]
         return np.searchsorted(epoch.line, low, "right") - 1, np.searchsorted(epoch.line, high - 1, "right")
 
     def places(self, epoch: int) -> tuple[Ints, Ints]:

@@ -25,7 +25,7 @@ class Plan(Protocol):
         ...
 
     def place(self, number: int) -> Place:
-        """The samples of a micro-batch."""
+        """The samples of a micro-batch; none after the last one."""
         ...
 
     def step(self, number: int) -> int:

@@ -48,9 +48,8 @@ class _Start(NamedTuple):
 
 
 class _Free(NamedTuple):
-    """Rank to worker: a buffer has been copied out."""
+    """Rank to worker: a buffer has been copied out. It is of the last start, since a pipe keeps its order."""
 
-    generation: int
     buffer: int
 
 
@@ -110,7 +109,7 @@ def _work(worker: int, workers: int, assembler: Filler, rank: Connection, buffer
             if isinstance(message, _Start):
                 generation, number = message.generation, message.number + (worker - message.number) % workers
                 free = list(range(_BUFFERS))
-            elif message.generation == generation:
+            else:
                 free.append(message.buffer)
             if number is not None and count is not None and number >= count:
                 number = None
@@ -252,7 +251,7 @@ class Workers:
             made = self._answer(worker)
             arrays = self._buffers[worker][made.buffer]
             batch = self._receive({name: array[: made.filled.samples] for name, array in arrays.items()})
-            self._send(worker, _Free(generation, made.buffer))
+            self._send(worker, _Free(made.buffer))
             yield Made(batch, made.filled)
             number += 1
 

@@ -66,7 +66,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content)))
+        if fault == "no length":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if body and fault == "slow":
             for part in range(0, len(content), 4096):
@@ -74,4 +77,4 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content[part : part + 4096])
         elif body:
             self.wfile.write(content[: len(content) // 2] if fault == "broken" else content)
-            self.close_connection = fault == "broken"
+            self.close_connection = fault in ("broken", "no length")

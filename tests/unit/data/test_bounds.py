@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config.schema import Data, Image
+from pipeline.config.schema import Beside, Data, Image, Source
+from pipeline.core.manifest import load
 from pipeline.data import jpeg
 from pipeline.data.assemble import Assembler
 from pipeline.data.decode import open_image
 from pipeline.data.plan import EvalPlan
+from pipeline.data.stream import open_stream
 from pipeline.data.workers import Workers
 from tests.unit.data.shards import encode, members, picture, write_data
 from tests.unit.data.test_workers import started
@@ -39,6 +41,30 @@ def test_a_micro_batch_is_read_within_the_budget(tmp_path, size, count):
     tracemalloc.stop()
     assembler.close()
     assert filled.samples == count and not filled.bad and arrays["label"].tolist() == [i % 7 for i in range(count)]
+    assert held < 9 * MB
+
+
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "beside"])
+def test_several_data_sets_share_the_budget(tmp_path, mixed):
+    """Four data sets with samples of 1 MB: a worker holds 4 MB of each in turn only if they do not share."""
+
+    def make(number):
+        return {"cls": b"1".ljust(MB)}
+
+    roots = [write_data(tmp_path / str(i), [4], make).root for i in range(4)]
+    if mixed:
+        several = {"train": tuple(Source(path=root) for root in roots)}
+    else:
+        beside = {f"other{i}": Beside(path=root, fields=("label",)) for i, root in enumerate(roots[1:])}
+        several = {"train": roots[0], "beside": beside}
+    data = Data(fields=("label",), workers=0, read_mb=4, **several)
+    batch = 16 if mixed else 4
+    stream = open_stream(data, load(data.train), seed=1, global_batch=batch, micro_batch=batch, rank=0, world=1)
+    tracemalloc.start()
+    next(stream.batches(0))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    stream.close()
     assert held < 9 * MB
 
 

@@ -105,6 +105,22 @@ def test_a_shard_that_is_not_the_promised_one_stops_the_run(tmp_path, name):
             [open_at(manifest.root, rank, 2) for rank in range(2)]
 
 
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_each_shard_is_looked_at_by_one_rank_before_the_first_step(tmp_path, world):
+    """Also where there are more ranks than shards."""
+    manifest = write_data(tmp_path, SIZES)
+    for shard in manifest.shards:
+        os.rename(tmp_path / shard.name, tmp_path / "away")
+        noticed = 0
+        for rank in range(world):
+            try:
+                open_at(manifest.root, rank, world).close()
+            except DataError as error:
+                noticed += shard.name in str(error)
+        assert noticed == 1
+        os.rename(tmp_path / "away", tmp_path / shard.name)
+
+
 @pytest.mark.parametrize("name", ["missing", "no index"])
 def test_all_that_comes_before_a_lost_shard_is_delivered(tmp_path, name):
     """Its bytes are asked for early, but nothing is said of it before its turn."""

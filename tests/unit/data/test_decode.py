@@ -71,6 +71,9 @@ def test_orientation_is_left_as_stored():
     assert open_image(file(photo(), exif=exif)).size == (75, 101)
 
 
+PillowImage.init()
+SAVE = PillowImage.SAVE
+"""What this Pillow can write."""
 JPEG = bytes(file(photo()))
 BROKEN = {
     "empty": b"",
@@ -86,6 +89,21 @@ BROKEN = {
 def test_broken_files_are_errors(name):
     with pytest.raises(ValueError, match="not a readable"):
         open_image(memoryview(bytearray(BROKEN[name]))).window(Box(0, 0, 75, 101))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted({"JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"} & set(SAVE)))
+def test_no_wrong_byte_of_a_files_head_is_more_than_a_bad_sample(kind):
+    """Whatever a library raises of it: else one file would end a run."""
+    whole = bytes(file(photo(16, 16), kind))
+    for at in range(min(400, len(whole))):
+        broken = bytearray(whole)
+        broken[at] ^= 0xFF
+        try:
+            stored = open_image(memoryview(broken))
+            stored.window(Box(0, 0, *stored.size))
+        except ValueError as error:
+            assert "image" in str(error) or "JPEG" in str(error)
 
 
 def test_random_crop_is_pillows():
@@ -138,6 +156,13 @@ def test_boxes_have_torchvisions_distribution():
     assert all(b.top >= 0 and b.top + b.height <= 60 and b.left >= 0 and b.left + b.width <= 90 for b in ours)
 
 
+def test_boxes_reach_all_edges():
+    """A square of 37 on each side, by its first number down and by its second to the right."""
+    settings = Image(scale=(0.25, 0.25), ratio=(1, 1))
+    assert random_box((60, 90), settings, [0.999, 0.0] + [0.5] * 20) == Box(23, 0, 37, 37)
+    assert random_box((60, 90), settings, [0.0, 0.999] + [0.5] * 20) == Box(0, 53, 37, 37)
+
+
 @pytest.mark.parametrize(("size", "box"), [((10, 1000), Box(0, 493, 10, 13)), ((1000, 10), Box(493, 0, 13, 10))])
 def test_box_of_an_image_that_no_shape_fits(size, box):
     """As torchvision: the whole, cut in the middle to the nearest ratio allowed."""
@@ -153,6 +178,16 @@ def test_geometry_belongs_to_sample_epoch_and_view():
     assert len({tuple(g.crop) for g in (*first, *other, *later)}) == 6
     mirrors = [g[0].mirror for g in decoder.geometry(torch.zeros(400, dtype=torch.int64), torch.arange(400))]
     assert 150 < sum(mirrors) < 250
+    many = torch.arange(400)
+    here = decoder.geometry(torch.zeros(400, dtype=torch.int64), many)
+    for other in (decoder.geometry(torch.ones(400, dtype=torch.int64), many), [g[::-1] for g in here]):
+        assert 150 < sum(a[0].mirror == b[0].mirror for a, b in zip(here, other, strict=True)) < 250
+    for number in range(2):
+        mean = sum(g[0].crop[number] for g in here if g[0].mirror) / sum(mirrors)
+        assert 0.4 < mean < 0.6, "flips tell where crops are"
+    seeded = ImageDecoder(Image(views=2), 4).geometry(torch.zeros(400, dtype=torch.int64), many)
+    assert 150 < sum(a[0].mirror == b[0].mirror for a, b in zip(here, seeded, strict=True)) < 250
+    assert not any(a[0].crop == b[0].crop for a, b in zip(here, seeded, strict=True))
     still = ImageDecoder(Image(flip=False), 3).geometry(torch.zeros(400, dtype=torch.int64), torch.arange(400))
     assert not any(g[0].mirror for g in still)
 
@@ -182,3 +217,6 @@ def test_labels():
     for text in (b"", b"cat", b"-1", b"1.0", b"13"):
         with pytest.raises(ValueError, match="label"):
             decode_label(memoryview(text), 13)
+    assert decode_label(memoryview(b"%d" % (2**63 - 1)), 0) == 2**63 - 1
+    with pytest.raises(ValueError, match="label 9223372036854775808 is too large"):
+        decode_label(memoryview(b"%d" % 2**63), 0)

@@ -16,6 +16,7 @@ from pipeline.data.device import DeviceImages, Encoded, check_jpeg
 from pipeline.data.order import Order
 from pipeline.data.plan import TrainPlan
 from pipeline.data.stream import assemble_here, open_stream
+from pipeline.data.together import Together
 from pipeline.data.workers import Workers
 from tests.unit.data.shards import encode, picture, write_data
 from tests.unit.data.test_stream import assert_same, open_rank
@@ -44,6 +45,22 @@ def test_same_batches_as_from_the_loader(data, image):
     found = [made.batch for made in itertools.islice(assemble_here(assembler(data, image), 0, receive), 2)]
     expected = [parts[0] for parts in itertools.islice(open_rank(data, image=image, micro=16, lanes=2).batches(0), 2)]
     assert_same(expected, found)
+
+
+def test_crops_of_a_data_set_beside_belong_to_its_own_ids(data):
+    """In the batch its ids go on where those of the first one end."""
+    plan = assembler(data).plan
+    settings = {"train": data.root, "fields": ("image",), "image": VIEWS}
+    both = [
+        Together({prefix: Assembler(data, Data(decode=decode, **settings), 1, plan) for prefix in ("", "target_")})
+        for decode in ("device", "loader")
+    ]
+    sources = {"": Encoded(ImageDecoder(VIEWS, 1), 0), "target_": Encoded(ImageDecoder(VIEWS, 1), data.samples)}
+    found, expected = (
+        next(assemble_here(filler, 0, receive)).batch
+        for filler, receive in zip(both, (DeviceImages(sources, CPU), None), strict=True)
+    )
+    assert_same([expected], [found])
 
 
 def test_files_come_through_shared_memory(data):

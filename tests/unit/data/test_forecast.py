@@ -1,5 +1,7 @@
 """The forecast against counting every shard that every rank reads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -22,6 +24,11 @@ def test_covered_counts_places_once():
     assert covered(first, last, 2).tolist() == [3, 4]
     assert covered(first, last, 4).tolist() == [2, 2, 3, 1]
     assert covered(first, last, 8).tolist() == [2, 2, 2, 2, 3, 3, 1, 1]
+
+
+def lanes_of(part, parts, lanes):
+    """The lanes that a rank or node reads; where there are more of these than lanes, they share lanes."""
+    return slice(part * lanes // parts, -(-(part + 1) * lanes // parts))
 
 
 @pytest.mark.parametrize("lanes", [2, 6, 24])
@@ -47,6 +54,13 @@ def test_equals_counting(nodes, world, lanes):
             own = shard_of[order.batch(t, rank * 24 // world, (rank + 1) * 24 // world).id]
             assert len(set(own)) <= found.open_per_rank
     assert found.open_per_rank <= found.open_per_node <= 12
+    for parts, most_open in ((world, found.open_per_rank), (nodes, found.open_per_node)):
+        places = [[set(range(*window)) for window in zip(*order.windows(t), strict=True)] for t in range(steps)]
+        counts = [len(set().union(*lane[lanes_of(i, parts, lanes)])) for lane in places for i in range(parts)]
+        assert most_open == max(counts)
+    assert found.gigabytes_per_node == pytest.approx(found.shards_per_node[1] * sum(sizes) * 1000 / 12 / 1e9)
+    endless = forecast(manifest, replace(order, tail="endless"), nodes=nodes, world=world, micro_batch=24 // world)
+    assert endless.left_over == 0
 
 
 def test_open_shards_stay_bounded_at_scale():

@@ -15,6 +15,7 @@ from pipeline.data.order import Order
 from pipeline.data.plan import TrainPlan
 from pipeline.data.stream import open_stream
 from tests.unit.data.shards import members, write_data
+from tests.unit.data.test_stream import spoil
 
 IMAGE = Image(size=8, crop="resize")
 
@@ -25,6 +26,7 @@ IMAGE = Image(size=8, crop="resize")
         (8, [1, 1], [4, 4]),
         (10, [3, 1], [8, 2]),
         (7, [1, 1, 1], [3, 2, 2]),
+        (10, [62, 38], [6, 4]),
         (100, [0.5, 0.25, 0.25], [50, 25, 25]),
         (3, [5], [3]),
     ],
@@ -112,6 +114,15 @@ def test_stream_of_two_sources(folders):
         assert torch.equal(whole["id"], torch.cat([p["id"] for p in parts]))
 
 
+def test_a_bad_sample_of_any_source_is_named(folders, tmp_path):
+    write_data(tmp_path, [4, 4], spoil({6}))
+    stream = open_mixed((folders[0], str(tmp_path)), max_bad=0.5)
+    first(stream, 4)
+    (line,) = stream.ledger()
+    assert line["shard"] == f"{tmp_path}/x-000001.tar" and line["key"] == "000006"
+    assert line["id"] == 21 + 6 and 21 <= line["substitute"] < 29
+
+
 def test_state_of_a_mixture(folders):
     state = open_mixed(folders).state(3)
     open_mixed(folders, rank=1, world=2).check(state)
@@ -119,6 +130,15 @@ def test_state_of_a_mixture(folders):
         open_mixed(folders, weights=(1, 1)).check(state)
     with pytest.raises(CheckpointError, match="manifest"):
         open_mixed(folders[::-1], weights=(3, 1)).check(state)
+
+
+def test_state_of_a_mixture_tells_every_share(folders):
+    """Here the first source's stays as it is."""
+    three = (folders[0], folders[1], folders[1])
+    state = open_mixed(three, weights=(4, 3, 1)).state(3)
+    open_mixed(three, weights=(4, 3, 1)).check(state)
+    with pytest.raises(CheckpointError, match="sources"):
+        open_mixed(three, weights=(4, 1, 3)).check(state)
 
 
 def test_some_shards_of_a_folder(folders):

@@ -232,3 +232,15 @@ def test_a_billion_samples_need_no_long_array():
     place = subject.batch(3000, 64 * 2047, 64 * 2048)
     assert len(np.unique(place.id)) == 64
     assert max(array.size for epoch in subject._epochs.values() for array in epoch[1:]) == 1001
+
+
+def test_a_long_run_keeps_no_more_than_two_epochs():
+    subject = order([5] * 8, tail="endless")
+    for step in range(50):
+        assert np.array_equal(subject.batch(step, 0, 8).id, order([5] * 8, tail="endless").batch(step, 0, 8).id)
+    assert len(subject._epochs) == 2
+
+
+def test_steps_of_an_epoch():
+    """41 samples are five batches of eight and a rest, which mode "endless" does not lose."""
+    assert order([41]).steps_per_epoch == 5 and order([41], tail="endless").steps_per_epoch == 5.125

@@ -14,9 +14,12 @@ from pipeline.core import location
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import load
 from pipeline.data import storage
+from pipeline.data.assemble import Assembler
 from pipeline.data.cache import Cached
-from pipeline.data.storage import Local, Ranges, Remote, check_shard
+from pipeline.data.plan import EvalPlan
+from pipeline.data.storage import Local, Ranges, Remote, check_shard, patiently
 from pipeline.data.stream import assemble_here, open_stream
+from pipeline.data.workers import Workers
 from tests.unit.data.server import Server
 from tests.unit.data.shards import write_data
 
@@ -64,6 +67,16 @@ def test_loader_processes_over_http(local, server):
     assert_same(first(open_at(local.root), 4), first(open_at(server.url, workers=2), 4))
 
 
+def test_loader_processes_fetch_early_what_they_make_themselves(local, server):
+    """So no part of a shard is fetched twice in a pass."""
+    data = Data(train=server.url, fields=("label",))
+    workers = Workers(Assembler(load(server.url), data, 0, EvalPlan(0, 47, 8)), 2)
+    assert sum(made.filled.samples for made in workers.batches(0)) == 47
+    workers.close()
+    tars = [asked for asked in server.asked if asked[0].endswith(".tar")]
+    assert len(set(tars)) == len(tars) >= 6
+
+
 def test_the_next_micro_batch_is_fetched_while_one_is_made(local, server):
     """The server goes away after the first one, and the second comes all the same."""
     stream = open_at(server.url)
@@ -92,6 +105,30 @@ def test_what_was_expected_in_vain_is_forgotten(local, server):
         assert bytes(into) == (Path(local.root) / ranges.shard.name).read_bytes()[:512]
     assert not storage_of._now and not storage_of._next
     storage_of.close()
+
+
+def test_only_the_very_bytes_that_were_expected_are_taken(local, server):
+    storage_of, shard = Remote(server.url), local.shards[0]
+    content = (Path(local.root) / shard.name).read_bytes()
+    for (first_, last_), (start, stop) in (((0, 512), (0, 1024)), ((0, 1024), (512, 1024))):
+        storage_of.expect([Ranges(shard, [first_], [last_])])
+        into = memoryview(bytearray(stop - start))
+        storage_of.read(Ranges(shard, [start], [stop]), into)
+        assert bytes(into) == content[start:stop]
+    storage_of.close()
+
+
+def test_pauses_between_attempts_grow(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    with pytest.raises(DataError, match=r"cannot read x \(ZeroDivisionError: .*\), tried 3 times"):
+        patiently("x", lambda: 1 / 0)
+    assert pauses == [1, 2]
+
+
+def test_a_server_that_says_no_length_is_trusted_until_bytes_are_missing(local, server):
+    server.faults = {s.name: "no length" for s in local.shards}
+    assert_same(first(open_at(local.root), 2), first(open_at(server.url), 2))
 
 
 def test_any_fsspec_url(local):
@@ -193,6 +230,16 @@ def test_missing_manifest_and_unknown_scheme(server):
         load(server.url)
     with pytest.raises(ConfigError, match="cannot read nothing://x"):
         load("nothing://x")
+
+
+def test_shard_that_shrinks_on_its_server(local, server, tmp_path):
+    shard = local.shards[2]
+    (tmp_path / shard.name).write_bytes((Path(local.root) / shard.name).read_bytes()[:1024])
+    server.folder = str(tmp_path)
+    reader = Remote(server.url)
+    with pytest.raises(DataError, match=r"x-000002\.tar .*asked for 4096 bytes at 0, got 1024: the file is cut"):
+        reader.read(Ranges(shard, [0], [4096]), memoryview(bytearray(4096)))
+    reader.close()
 
 
 def test_shard_that_shrinks_while_it_is_read(local, tmp_path):

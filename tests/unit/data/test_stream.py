@@ -191,11 +191,51 @@ def test_bad_samples_are_replaced_and_noted_whatever_the_ranks(tmp_path):
     assert not set(delivered.tolist()) & bad
 
 
+@pytest.mark.parametrize("micro", [16, 2])
+def test_the_ledger_is_in_the_order_of_steps_and_batches(tmp_path, micro):
+    """However the samples of a micro-batch lie in the shards."""
+    bad = set(range(0, 48, 3))
+    manifest = write_data(tmp_path, SIZES, spoil(bad))
+    stream = open_rank(manifest, micro=micro, max_bad=0.5)
+    list(itertools.islice(stream.batches(1), 2))
+    order = Order(np.array(manifest.starts), 1, 16, 4, 4, "drop")
+    expected = []
+    for step, at in itertools.product((1, 2), range(16)):
+        if (planned := int(order.batch(step, at, at + 1).id[0])) in bad:
+            others = (order.substitute(step, at, attempt) for attempt in itertools.count(1))
+            expected.append((step, planned, next(i for i in others if i not in bad)))
+    assert [(line["step"], line["id"], line["substitute"]) for line in stream.ledger()] == expected
+    assert expected != sorted(expected)
+    stream.close()
+
+
+def test_a_run_of_bad_samples_is_passed_over(tmp_path):
+    """The sample after a bad one is as often as not bad, too."""
+    bad = set(range(16, 33))
+    manifest = write_data(tmp_path, SIZES, spoil(bad))
+    stream = open_rank(manifest, max_bad=0.5, lanes=1, window=6)
+    delivered = [i for parts in itertools.islice(stream.batches(0), 3) for b in parts for i in b["id"].tolist()]
+    assert {line["id"] for line in stream.ledger()} == bad and not bad & set(delivered)
+    stream.close()
+
+
+def test_a_substitute_is_cropped_and_flipped_as_at_its_own_place(tmp_path):
+    manifest = write_data(tmp_path, SIZES, spoil(set(range(0, 48, 6))))
+    pictures, times = {}, 0
+    for batch in steps_of(manifest, 3, 3, max_bad=0.5):
+        assert (batch["epoch"] == 1).all()
+        for i, picture in zip(batch["id"].tolist(), batch["image"], strict=True):
+            times += i in pictures
+            assert torch.equal(pictures.setdefault(i, picture), picture)
+    assert times == 8
+
+
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     manifest = write_data(tmp_path, SIZES, spoil(set(range(0, 48, 4))))
     with pytest.raises(DataError, match=r"of .* samples could not be used, more than data.max_bad = 0.1.*x-00000"):
         list(itertools.islice(open_rank(manifest, max_bad=0.1).batches(0), 3))
-    assert list(itertools.islice(open_rank(manifest, max_bad=0.3).batches(0), 3))
+    # Twelve of the 48 samples of the epoch: a quarter is as much as is allowed.
+    assert len(list(itertools.islice(open_rank(manifest, max_bad=0.25).batches(0), 3))) == 3
 
 
 def test_no_bad_sample_is_allowed_when_none_is(tmp_path):

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from pipeline.config.schema import Captions, Data
+from pipeline.config.schema import Captions, Data, Source
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.manifest import load, save
 from pipeline.data.clip_vocabulary import clip_tokenizer
 from pipeline.data.stream import open_stream
-from pipeline.data.text import TextDecoder
+from pipeline.data.text import TextDecoder, read_tokenizer
 from tests.unit.data.shards import write_data
 
 WORDS = ["<pad>", "<start_of_text>", "<end_of_text>", "[UNK]", "a", "red", "cat", "on", "mat"]
@@ -34,7 +34,8 @@ def decode(text: str, **settings):
 
 
 def test_tokens_are_read_back_as_words():
-    decoder = TextDecoder(Captions(length=6), tokenizer(), 0)
+    # Padding that is a word, as CLIP's is, is none of the text.
+    decoder = TextDecoder(Captions(length=6, pad="mat"), tokenizer(), 0)
     rows = [decoder.decode(memoryview(text.encode())) for text in ("a red cat", "on a mat on a mat")]
     batch = {
         "text": torch.from_numpy(np.stack([r.row for r in rows])),
@@ -54,6 +55,17 @@ def test_start_end_padding_and_length():
     assert decode("a dog") == ([1, 4, 3, 2, 0, 0, 0], 4)
     assert decode("a red cat", start="") == ([4, 5, 6, 2, 0, 0, 0], 4)
     assert decode("a cat", pad="<end_of_text>") == ([1, 4, 6, 2, 2, 2, 2], 4)
+
+
+def test_what_the_tokenizers_file_wants_beside_its_words_does_not_count():
+    """Cutting, padding and special tokens are the settings of the data."""
+    made = Tokenizer.from_str(tokenizer().decode())
+    made.enable_truncation(2)
+    made.enable_padding(length=20, pad_token="<pad>")
+    special = [("<start_of_text>", 1), ("<end_of_text>", 2)]
+    made.post_processor = processors.TemplateProcessing("<start_of_text> $A <end_of_text>", None, special)
+    found = TextDecoder(Captions(length=7), made.to_str().encode(), 0).decode(memoryview(b"a red cat"))
+    assert (found.row.tolist(), found.length, found.is_cut) == ([1, 4, 5, 6, 2, 0, 0], 5, False)
 
 
 def test_long_texts_are_cut_before_their_end():
@@ -85,6 +97,10 @@ def test_captions_are_chosen_by_weight_among_those_present():
     chosen = [decoder.choose(("caption", "long"), coin) for coin in coins]
     assert 0.70 < chosen.count("long") / 2000 < 0.80
     assert {decoder.choose(("caption",), coin) for coin in coins} == {"caption"}
+    assert coins != TextDecoder(Captions(), tokenizer(), 1).coins(torch.zeros_like(ids), ids)
+    # The weight of a field that a sample lacks counts for nothing.
+    third = TextDecoder(Captions(fields={"caption": 1, "long": 1, "title": 98}), tokenizer(), 0)
+    assert 900 < [third.choose(("caption", "long"), coin) for coin in coins].count("long") < 1100
     with pytest.raises(ValueError, match="none of the caption fields caption, long"):
         decoder.choose((), 0.5)
 
@@ -140,6 +156,17 @@ def test_tokenizer_is_part_of_the_state(folder):
     other.write_bytes(tokenizer([*WORDS, "dog"]))
     with pytest.raises(CheckpointError, match="tokenizer: checkpoint"):
         open_text(folder, tokenizer=str(other)).check(state)
+
+
+def test_the_tokenizer_of_several_sources_is_the_first_ones(folder, tmp_path):
+    other = tmp_path / "other"
+    manifest = write_data(other, [4], lambda n: {"txt": b"a cat"}, FIELDS)
+    content = tokenizer([*WORDS, "dog"])
+    (other / "words.json").write_bytes(content)
+    save(replace(manifest, tokenizer={"file": "words.json", "sha256": hashlib.sha256(content).hexdigest()}), other)
+    for paths, expected in (((folder, other), tokenizer()), ((other, folder), content)):
+        both = load(tuple(Source(path=str(path)) for path in paths))
+        assert read_tokenizer(both, Captions()) == expected
 
 
 def test_missing_and_changed_tokenizers(folder, tmp_path):

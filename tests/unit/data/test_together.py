@@ -139,6 +139,17 @@ def test_ledger_and_events_cover_both(folders):
     assert lines[30]["shard"].startswith(folders[0]) and lines[30]["substitute"] < 48
 
 
+def test_samples_of_both_count_where_bad_ones_are_too_many(tmp_path):
+    """One bad sample in 48, in both data sets and in every epoch: a fiftieth of all, a 24th of each step's number."""
+    for name in ("a", "b"):
+        write_data(tmp_path / name, SOURCE, spoil({30}))
+    folders = str(tmp_path / "a"), str(tmp_path / "b")
+    stream = open_pair(folders, max_bad=0.03, batch=16, micro=16)
+    list(itertools.islice(stream.batches(0), 15))
+    assert stream.events() == {"replaced_samples": 10}
+    stream.close()
+
+
 def test_state_covers_both(folders, tmp_path):
     state = open_pair(folders).state(3)
     open_pair(folders, rank=1, world=2).check(state)
@@ -149,6 +160,8 @@ def test_state_covers_both(folders, tmp_path):
     stream = open_stream(alone, load(folders[0]), seed=1, global_batch=8, micro_batch=2, rank=0, world=1)
     with pytest.raises(CheckpointError, match=r"target_manifest: checkpoint .*, now None"):
         stream.check(state)
+    with pytest.raises(CheckpointError, match=r"target_manifest: checkpoint None, now"):
+        open_pair(folders).check(stream.state(3))
 
 
 def test_refusals(folders, tmp_path):

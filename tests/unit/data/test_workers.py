@@ -96,7 +96,8 @@ def test_killed_worker_is_reported_and_closing_leaves_nothing(data):
 
 
 def test_killed_nursery_is_reported(data):
-    stream = open_rank(data, workers=1, max_bad=0.5)
+    """Also by the end of one worker while others live on."""
+    stream = open_rank(data, workers=2, max_bad=0.5)
     batches = stream.batches(0)
     next(batches)
     pids = started(stream._workers)
@@ -139,6 +140,28 @@ def test_nothing_outlives_the_rank(data, end, number):
         os.kill(rank.pid, number)
     rank.wait(60)
     rank.stdout.close()
+    wait_until_gone(pids)
+
+
+class Stuck(Assembler):
+    """Never ends micro-batch 1, as where a file system does not answer."""
+
+    def fill(self, number, arrays):
+        if number == 1:
+            self.note.touch()
+            time.sleep(1000)
+        return super().fill(number, arrays)
+
+
+def test_closing_leaves_no_worker_that_is_stuck(data, tmp_path):
+    assembler = Stuck(data, Data(train=data.root, fields=("label",)), 0, EvalPlan(8, 45, 7))
+    assembler.note = tmp_path / "stuck"
+    workers = Workers(assembler, 1)
+    next(workers.batches(0))
+    pids = [workers._process.pid, *started(workers)]
+    while not assembler.note.exists():
+        time.sleep(0.01)
+    workers.close()
     wait_until_gone(pids)
 
 
