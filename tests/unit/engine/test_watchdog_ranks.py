@@ -124,15 +124,17 @@ def test_nothing_of_it_is_left_after_its_end(tmp_path):
 
 
 def test_a_file_system_that_fails_for_a_while_costs_signs_of_life_and_no_more(tmp_path):
-    """Writing them fails, and so does reading the lock; later both go on."""
+    """Writing them fails, and so do reading the lock and looking for another's call; later all go on."""
     done = program(
         tmp_path,
         "lock = RunLock(folder); lock.take(); pulse = Pulse(folder, 0, 0); pulse.at('checkpoint', 4)\n"
-        "dog = Watchdog(folder, pulse, 60.0, lock); dog.tick = 0.02; writes, fails = os.pwrite, []\n"
-        "def fail(*args): fails.append(args); raise OSError(116, 'stale')\n"
-        "os.pwrite = fail; (folder / 'lock').rename(folder / 'kept'); dog.start()\n"
-        "until(lambda: len(fails) > 5); kept = (folder / 'kept').read_bytes()\n"
-        "os.pwrite = writes; (folder / 'kept').rename(folder / 'lock')\n"
+        "dog = Watchdog(folder, pulse, 60.0, lock); dog.tick = 0.02\n"
+        "writes, looks, fails = os.pwrite, Path.exists, {'write': 0, 'look': 0}\n"
+        "def fail(what): fails[what] += 1; raise OSError(116, 'stale')\n"
+        "(folder / 'lock').rename(folder / 'kept'); os.pwrite = lambda *args: fail('write'); dog.start()\n"
+        "until(lambda: fails['write'] > 5); Path.exists = lambda path: fail('look')\n"
+        "until(lambda: fails['look'] > 5); kept = (folder / 'kept').read_bytes()\n"
+        "os.pwrite, Path.exists = writes, looks; (folder / 'kept').rename(folder / 'lock')\n"
         "until(lambda: (folder / 'lock').read_bytes() != kept); dog.stop(); print('well')",
     )
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr

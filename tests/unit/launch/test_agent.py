@@ -81,11 +81,11 @@ class Place:
         for name, text in facts.items():
             (self.folder / name).write_text(text)
 
-    def start(self, *ends: dict, **values) -> subprocess.Popen:
+    def start(self, *ends: dict, program=("-m", "launch.agent"), **values) -> subprocess.Popen:
         (self.folder / "plan").write_text(json.dumps(ends))
         replace(self.job, **values).write(self.folder / "job.json")
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
-        command = [sys.executable, "-m", "launch.agent", str(self.folder / "job.json")]
+        command = [sys.executable, *program, str(self.folder / "job.json")]
         return subprocess.Popen(command, env=os.environ | slurm, stderr=subprocess.PIPE, text=True)
 
     def agent(self, *ends: dict, **values) -> int:
