@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.core.errors import CheckpointError
 from pipeline.core.manifest import replace_file, sync_folder
+from pipeline.core.tensors import write_tensors
 from pipeline.dist.group import gather_objects
 from pipeline.engine.checkpoint import LATEST, MANIFEST, PREFIX, CheckpointStore, manifest_text, sha256_of
 from pipeline.engine.fragments import Fragment, Spec
@@ -50,7 +50,7 @@ def write_fragments(path: Path, fragments: Iterable[Fragment]) -> dict[str, Spec
     """Write fragments in host memory, durably. Returns the tensors that they are parts of."""
     tensors = {f"{f.name}@{f.start}": f.data for f in fragments}
     specs = {f.name: Spec(f.shape, str(f.data.dtype)[6:]) for f in fragments}
-    save_file(tensors, path)
+    write_tensors(path, tensors)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return specs

@@ -159,6 +159,41 @@ def test_nothing_has_its_name_before_it_is_on_the_disk(tmp_path, lone_group, mon
     assert step < done.index(("synced", "checkpoints")) < done.index(("named", "latest"))
 
 
+def test_what_is_there_is_told_and_only_that(tmp_path, lone_group, held):
+    told: list[int] = []
+    saves = saver(tmp_path)
+    saves.saved = told.append
+    saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    assert told == []
+    held.set()
+    saves.save(2, [whole("model/a", torch.ones(5))], {"step": 2})
+    assert told == [1]
+    saves.finish()
+    assert told == [1, 2]
+
+
+def test_a_folder_that_cannot_be_made_is_told_to_all(tmp_path, lone_group):
+    (tmp_path / "checkpoints").touch()
+    saves = saver(tmp_path)
+    with pytest.raises(CheckpointError, match="could not write the checkpoint of step 1 .*Not a directory"):
+        saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    saves.finish()  # nothing is in flight
+
+
+def test_the_umask_of_the_user_holds(tmp_path, lone_group):
+    """Those who share a project evaluate each other's checkpoints."""
+    before = os.umask(0o007)
+    try:
+        saves = saver(tmp_path)
+        saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+        saves.finish()
+    finally:
+        os.umask(before)
+    made = list(saves.store.folder.rglob("*"))
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {0o660} and len(made) == 4
+    assert saves.store.path(1).stat().st_mode & 0o777 == 0o770
+
+
 def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_end(tmp_path, lone_group, monkeypatch):
     saves, remove = saver(tmp_path, keep=1), shutil.rmtree
 
@@ -190,7 +225,7 @@ def test_what_a_crash_left_half_written_is_no_checkpoint_and_goes_with_the_next_
 
 
 def test_a_failure_is_told(tmp_path, lone_group, monkeypatch):
-    monkeypatch.setattr(saving, "save_file", lambda *args: 1 / 0)
+    monkeypatch.setattr(saving, "write_tensors", lambda *args: 1 / 0)
     saves = saver(tmp_path)
     saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
     assert saves._flight is not None

@@ -63,6 +63,11 @@ def test_the_rank_that_is_least_far_is_named():
     assert found == 'rank 1 (process 101 on node1) is still in "checkpoint" of step 7'
 
 
+def test_what_follows_a_step_comes_after_it():
+    places = [("step", 7), ("checkpoint", 7), ("log", 7)]
+    assert behind(beats(*places), beats(*places, alive=2.0)) == 'rank 0 (process 100 on node0) is still in "step" of step 7'
+
+
 def test_when_all_are_alike_it_says_so():
     assert "all ranks" in behind(beats(("step", 7), ("step", 7)), beats(("step", 7), ("step", 7), alive=2.0))
 

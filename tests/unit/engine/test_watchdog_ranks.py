@@ -71,6 +71,35 @@ def test_a_rank_follows_one_that_has_noticed_and_leaves_the_cause_to_it(tmp_path
     assert state is not None and state.outcome == "running"
 
 
+def test_of_two_that_notice_at_once_one_leads(tmp_path):
+    """The other one's call comes between looking for it and giving an own one."""
+    write_state(tmp_path, State("running", None, 20, 2))
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "attempt-2").touch()
+    done = program(
+        tmp_path,
+        "Path.exists = lambda path: False; pulse = Pulse(folder, 3, 2); pulse.at('step', 1); pulse.steps.extend([.1] * 3)\n"
+        "dog = Watchdog(folder, pulse, 0.2, None); dog.tick = 0.05; dog.start(); until(lambda: False)",
+    )
+    assert done.returncode == 1 and "no step for" not in done.stderr, done.stderr
+    assert "attempt 2" in (tmp_path / "stacks" / "rank-00003.txt").read_text()
+    state = read_state(tmp_path)
+    assert state is not None and state.outcome == "running"
+
+
+def test_who_waits_is_not_taken_for_the_one_that_does_not_answer(tmp_path):
+    stopped = Pulse(tmp_path, 1, 2)
+    stopped.at("step", 1)
+    stopped.live()
+    done = program(
+        tmp_path,
+        "pulse = Pulse(folder, 0, 2); pulse.at('step', 1); pulse.steps.extend([.1] * 3)\n"
+        "dog = Watchdog(folder, pulse, 0.2, None); dog.tick = 0.05; dog.start(); until(lambda: False)",
+    )
+    assert done.returncode == 1 and f"rank 1 (process {os.getpid()} on " in done.stderr, done.stderr
+    assert "does not answer: stopped" in done.stderr and "rank 0 (" not in done.stderr
+
+
 def test_a_hang_of_an_earlier_attempt_is_not_followed(tmp_path):
     (tmp_path / "stacks").mkdir()
     (tmp_path / "stacks" / "attempt-1").touch()

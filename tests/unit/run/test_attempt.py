@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -98,3 +99,18 @@ def test_it_is_watched_for_as_long_as_it_lasts(start, tmp_path, monkeypatch):
     with start("engine.hang_minutes=1.5"):
         assert told == [(tmp_path / "run", 0, 90.0, True), "start"]
     assert told[2:] == ["stop"]
+
+
+def test_the_umask_of_the_user_holds(start, tmp_path):
+    """Those who share a project go on with each other's runs."""
+    before = os.umask(0o007)
+    try:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="odd"), start():
+                raise ValueError("odd")
+    finally:
+        os.umask(before)
+    made = list((tmp_path / "run").rglob("*"))
+    assert {"lock", "state.json", "failures.jsonl", "00000"} <= {path.name for path in made}
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {0o660}
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {0o770}
