@@ -6,7 +6,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 
@@ -17,6 +17,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata and dict(metadata))
+    save_file(dict(tensors), path, None if metadata is None else dict(metadata))
     if path.stat().st_mode != mode:
         path.chmod(stat.S_IMODE(mode))

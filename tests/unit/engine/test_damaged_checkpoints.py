@@ -60,7 +60,9 @@ def test_no_byte_of_a_manifest_can_change_unnoticed(tmp_path, lone_group, capsys
     """The step, the position in the data and the settings stand in it and nowhere else."""
     saves = saver(tmp_path)
     for step in (1, 2):
-        saves.save(step, [whole("model/a", torch.full((5,), float(step)))], {"step": step, "lr": 0.1, "name": "gr\xf6\xdfer"})
+        saves.save(
+            step, [whole("model/a", torch.full((5,), float(step)))], {"step": step, "lr": 0.1, "name": "gr\xf6\xdfer"}
+        )
     saves.finish()
     path = saves.store.path(2) / "checkpoint.json"
     text = path.read_bytes()

@@ -175,7 +175,7 @@ def test_what_is_there_is_told_and_only_that(tmp_path, lone_group, held):
 def test_a_folder_that_cannot_be_made_is_told_to_all(tmp_path, lone_group):
     (tmp_path / "checkpoints").touch()
     saves = saver(tmp_path)
-    with pytest.raises(CheckpointError, match="could not write the checkpoint of step 1 .*Not a directory"):
+    with pytest.raises(CheckpointError, match=r"could not write the checkpoint of step 1 .*Not a directory"):
         saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
     saves.finish()  # nothing is in flight
 

@@ -65,7 +65,10 @@ def test_the_rank_that_is_least_far_is_named():
 
 def test_what_follows_a_step_comes_after_it():
     places = [("step", 7), ("checkpoint", 7), ("log", 7)]
-    assert behind(beats(*places), beats(*places, alive=2.0)) == 'rank 0 (process 100 on node0) is still in "step" of step 7'
+    assert (
+        behind(beats(*places), beats(*places, alive=2.0))
+        == 'rank 0 (process 100 on node0) is still in "step" of step 7'
+    )
 
 
 def test_when_all_are_alike_it_says_so():

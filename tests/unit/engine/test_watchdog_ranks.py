@@ -78,7 +78,8 @@ def test_of_two_that_notice_at_once_one_leads(tmp_path):
     (tmp_path / "stacks" / "attempt-2").touch()
     done = program(
         tmp_path,
-        "Path.exists = lambda path: False; pulse = Pulse(folder, 3, 2); pulse.at('step', 1); pulse.steps.extend([.1] * 3)\n"
+        "Path.exists = lambda path: False\n"
+        "pulse = Pulse(folder, 3, 2); pulse.at('step', 1); pulse.steps.extend([.1] * 3)\n"
         "dog = Watchdog(folder, pulse, 0.2, None); dog.tick = 0.05; dog.start(); until(lambda: False)",
     )
     assert done.returncode == 1 and "no step for" not in done.stderr, done.stderr

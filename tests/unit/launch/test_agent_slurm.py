@@ -96,6 +96,7 @@ def test_one_task_for_each_rank_of_each_node(place, monkeypatch):  # noqa: F811
     assert place.agent(ends(0), ranks_per_node=64) == 0
     (step,) = place.calls("srun")
     assert {"--nodes=2", "--ntasks=128", "--ntasks-per-node=64"} <= set(step)
+    assert {"--kill-on-bad-exit=1", "--wait=60"} <= set(step), "one that hangs is not waited for when another has died"
     told = json.loads((place.folder / "environment").read_text())
     assert told["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 64))
     assert told["MASTER_ADDR"] == socket.gethostname()  # other nodes must reach it

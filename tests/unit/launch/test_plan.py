@@ -72,7 +72,11 @@ def test_a_batch_that_does_not_divide(sluice, glyphs):
 
 def test_a_model_that_cannot_be_built_has_said_so_itself(sluice, glyphs, monkeypatch):
     monkeypatch.setattr(plan, "run_command", lambda arguments: ["sh", "-c", "echo sluice: mend it >&2; exit 2"])
-    assert sluice(SMOKE, "--gpus-per-node", "2", "--set", f"data.train='{glyphs}/train'") == (2, "", "sluice: mend it\n")
+    assert sluice(SMOKE, "--gpus-per-node", "2", "--set", f"data.train='{glyphs}/train'") == (
+        2,
+        "",
+        "sluice: mend it\n",
+    )
 
 
 def test_memory_is_the_sum_of_its_parts_and_what_is_not_there_is_not_shown():
@@ -117,6 +121,8 @@ def test_lanes_that_do_not_divide_the_batch(glyphs):
         plan_data(f"{glyphs}/train", global_batch=8, lanes=3, **shape)
 
 
-@pytest.mark.parametrize(("number", "text"), [(999, "999 B"), (1000, "1 kB"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3 TB")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999 B"), (1000, "1 kB"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e12, "3 TB")]
+)
 def test_sizes(number, text):
     assert size(number) == text
