@@ -46,6 +46,10 @@ def test_phases_are_timed(tmp_path):
     pulse.at("step", 2)
     assert pulse.longest["checkpoint"] >= 0.05
     assert list(pulse.steps) == [pytest.approx(pulse.longest["checkpoint"], abs=0.5)]
+    longest = pulse.longest["checkpoint"]
+    pulse.at("checkpoint", 2)
+    pulse.at("step", 3)
+    assert pulse.longest["checkpoint"] == longest, "a short one changes nothing"
 
 
 def test_a_rank_that_does_not_run_is_named():
