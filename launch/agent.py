@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -150,9 +151,10 @@ class Agent:
         told = False
         while (status := step.poll()) is None:
             if not told and (reason := self.signalled or self._time_to_stop()):
-                (self.run_folder / STOP).touch()
-                say(f"asked to stop ({reason}); the ranks save first")
-                told = True
+                with suppress(OSError):  # a file system that fails for a while is tried again
+                    (self.run_folder / STOP).touch()
+                    say(f"asked to stop ({reason}); the ranks save first")
+                    told = True
             time.sleep(POLL_SECONDS)
         return status
 
@@ -243,11 +245,16 @@ def _supervised(job: Job) -> int:
     child = os.fork()
     if not child:
         return Agent(job, os.environ).run()
-    _listen(lambda number, frame: os.kill(child, number))
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        with suppress(ProcessLookupError):  # what ends a job that has just been cancelled comes at this moment
+            os.kill(child, number)
+
+    _listen(hand_on)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _listen(signal.SIG_IGN)
     if code >= 0:
         return code
-    _listen(signal.SIG_IGN)
     say(f"the agent was killed by {signal.Signals(-code).name}")
     return Agent(job, os.environ).replace(start)
 

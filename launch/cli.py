@@ -279,6 +279,3 @@ def main() -> None:
     except SluiceError as error:
         print(f"sluice: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # `sluice logs ... | head`
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        sys.exit(1)

@@ -187,7 +187,8 @@ class _Requests:
             self._tell(self.session)
 
     def _tell(self, session: int) -> None:
-        (self.folder / STOP).touch()
+        with suppress(OSError):  # a full disk: those on this machine still hear the signal
+            (self.folder / STOP).touch()
         # Only those that have a handler: launchers and loader workers would die of it, and so would a rank that is
         # still starting (it finds the file).
         for process in session_members(session):

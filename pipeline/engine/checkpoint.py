@@ -1,8 +1,8 @@
 """Checkpoints: a folder that is either whole or not there, how it is laid out, and how it is read.
 
 ``step-N/rank-R.safetensors`` holds fragments (:mod:`pipeline.engine.fragments`), ``step-N/checkpoint.json`` the files'
-hashes, the tensors, the clock and the stream; ``latest`` names the newest one for people. How it is written, and why it
-is whole: :mod:`pipeline.engine.saving`.
+hashes, the tensors, the clock, the stream and its own hash; ``latest`` names the newest one for people. How it is
+written, and why it is whole: :mod:`pipeline.engine.saving`.
 
 Reading takes the newest folder whose hashes hold, says which it passed over and why, and never starts from nothing
 while there is a checkpoint. It works at any world size and from any engine. Nothing is unpickled.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,17 @@ def sha256_of(path: Path) -> str:
     """Hash of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(text: bytes) -> bytes:
+    """The end of a manifest: the hash of its text without this end."""
+    return f', "sha256": "{hashlib.sha256(text).hexdigest()}"}}'.encode()
+
+
+def manifest_text(facts: Mapping[str, Any]) -> bytes:
+    """A checkpoint's manifest. ``facts``: files, tensors and state, plain JSON values."""
+    text = json.dumps({"format": FORMAT, "version": VERSION, **facts}).encode().removesuffix(b"}")
+    return text + _seal(text)
 
 
 class CheckpointStore:
@@ -126,7 +137,11 @@ def read_manifest(folder: Path) -> Saved:
     """
     path = folder / MANIFEST
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        body = json.loads(text)
+        whole = text[: -len(_seal(b""))]
+        if "sha256" in body and text != whole + _seal(whole):  # the first ones had none
+            raise CheckpointError(f"{path} is changed: its sha256 does not fit")
         if body["format"] != FORMAT or body["version"] != VERSION:
             raise CheckpointError(f"{path} is of version {body['version']}, this program reads {VERSION}")
         tensors = {n: Spec(tuple(shape), dtype) for n, (shape, dtype) in body["tensors"].items()}

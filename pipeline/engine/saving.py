@@ -15,7 +15,6 @@ that ends or stops waits for its last one. No thread takes part in a collective.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.core.errors import CheckpointError
 from pipeline.core.manifest import replace_file, sync_folder
+from pipeline.core.tensors import write_tensors
 from pipeline.dist.group import gather_objects
-from pipeline.engine.checkpoint import FORMAT, LATEST, MANIFEST, PREFIX, VERSION, CheckpointStore, sha256_of
+from pipeline.engine.checkpoint import LATEST, MANIFEST, PREFIX, CheckpointStore, manifest_text, sha256_of
 from pipeline.engine.fragments import Fragment, Spec
 
 FAILED = -1
@@ -51,7 +50,7 @@ def write_fragments(path: Path, fragments: Iterable[Fragment]) -> dict[str, Spec
     """Write fragments in host memory, durably. Returns the tensors that they are parts of."""
     tensors = {f"{f.name}@{f.start}": f.data for f in fragments}
     specs = {f.name: Spec(f.shape, str(f.data.dtype)[6:]) for f in fragments}
-    save_file(tensors, path)
+    write_tensors(path, tensors)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return specs
@@ -200,21 +199,20 @@ class Saver:
 
     def _publish(self, flight: _Flight, parts: Sequence[Written]) -> None:
         temporary, final = self._temporary(flight.step), self.store.path(flight.step)
-        body = {
-            "format": FORMAT,
-            "version": VERSION,
+        facts = {
             "files": {p.name: {"bytes": p.bytes, "sha256": p.sha256} for p in parts},
             "tensors": {n: [list(s.shape), s.dtype] for p in parts for n, s in p.tensors.items()},
             "state": flight.state,
         }
-        replace_file(temporary / MANIFEST, json.dumps(body).encode())
+        replace_file(temporary / MANIFEST, manifest_text(facts))
         if final.exists():  # of an earlier attempt, passed over as damaged
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_folder(self.store.folder)
         replace_file(self.store.folder / LATEST, f"{final.name}\n".encode())
         for old in self.store.steps()[: -self.keep]:
-            shutil.rmtree(self.store.path(old))
+            # What cannot go now, as when somebody reads it over NFS, goes another time: the new one is there.
+            shutil.rmtree(self.store.path(old), ignore_errors=True)
 
     def _agree(self, step: int, result: Any, error: Exception | None) -> list[Any]:
         """Every rank's result; if one had an error, all raise, after the half checkpoint is out of the way."""

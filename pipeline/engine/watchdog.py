@@ -111,16 +111,18 @@ class Watchdog:
         while not self._over.wait(self.tick):
             allowed = limit(self.pulse, self.floor)
             waited = time.monotonic() - self.pulse.began
-            # A sign of life that cannot be written, as over a network, is one that is missed. Were it to end this
-            # thread, the timer below would end the process.
+            noticed = False
+            # A sign of life that cannot be written, as over a network, is one that is missed, and so is another's call.
+            # Were it to end this thread, the timer below would end the process.
             with suppress(OSError):
+                noticed = self.marker.exists()
                 if waited > 2 * self.tick:
                     self.pulse.live()
                 if self.lock is not None:
                     self._keep(self.lock)
             # Re-armed by each turn of this thread: it comes only if the thread cannot run.
             faulthandler.dump_traceback_later(allowed + 10 * self.tick, exit=True, file=2)
-            if self.marker.exists():
+            if noticed:
                 self._follow()
             elif waited > allowed:
                 self._lead(waited, allowed)

@@ -18,11 +18,11 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from pipeline.core.errors import CheckpointError, ConfigError
+from pipeline.core.tensors import write_tensors
 from pipeline.nn.encoder import Backbone, EncoderConfig, ImageEncoder, takes_image_size
 
 TIMM = "timm"
@@ -33,9 +33,9 @@ IMAGE_SIZE = "image_size"
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors as safetensors, whole or not at all."""
-    temporary = f"{os.fspath(path)}.part"
+    temporary = Path(f"{os.fspath(path)}.part")
     whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(whole, temporary, metadata={"format": "pt", **metadata})
+    write_tensors(temporary, whole, {"format": "pt", **metadata})
     os.replace(temporary, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 from pipeline.record.beats import read_beats
@@ -15,3 +16,4 @@ def test_the_step_of_a_death_is_known(glyphs, tmp_path):
     assert [(b.rank, b.attempt) for b in beats] == [(0, 0), (1, 0)]
     assert (beats[1].step, beats[1].phase) == (5, "log")
     assert beats[0].step in (5, 6)
+    assert json.loads((tmp_path / "preflight.json").read_text())["bad"] == {}  # before the first of them

@@ -19,6 +19,7 @@ from pathlib import Path
 from data_prep.build import build
 from data_prep.options import Options
 from data_prep.sources.glyphs import GlyphsSource
+from pipeline.engine.checkpoint import manifest_text
 
 SLUICE = str(Path(sys.executable).with_name("sluice"))
 CONFIG = Path(__file__).parents[2] / "configs" / "smoke" / "mae.toml"
@@ -63,7 +64,8 @@ def at_step(source: Path, folder: Path, step: int) -> Path:
     body = json.loads((checkpoint / "checkpoint.json").read_text())
     body["state"] |= {"step": step, "samples": 2 * step}
     body["state"]["stream"]["step"] = step
-    (checkpoint / "checkpoint.json").write_text(json.dumps(body))
+    facts = {name: body[name] for name in ("files", "tensors", "state")}
+    (checkpoint / "checkpoint.json").write_bytes(manifest_text(facts))
     checkpoint.rename(checkpoint.with_name(f"step-{step:08d}"))
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -130,22 +131,101 @@ def test_what_fails_leaves_a_whole_one_and_says_how_full_the_disk_is(
     saves.finish()  # nothing is in flight any more
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_file_is_passed_over(damage, tmp_path, lone_group, capsys):
+def test_nothing_has_its_name_before_it_is_on_the_disk(tmp_path, lone_group, monkeypatch):
+    """Else a machine that loses its power keeps a checkpoint by name and not by content."""
+    done: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("synced", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    def named(move):
+        def note(source, target):
+            move(source, target)
+            done.append(("named", Path(target).name))
+
+        return note
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", named(rename))
+    monkeypatch.setattr(os, "replace", named(replace))
     saves = saver(tmp_path)
+    saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    saves.finish()
+    step = done.index(("named", "step-00000001"))
+    assert ("synced", "rank-00000.safetensors") in done[:step]
+    assert done.index(("named", "checkpoint.json")) < done.index(("synced", "step-00000001.tmp")) < step
+    assert step < done.index(("synced", "checkpoints")) < done.index(("named", "latest"))
+
+
+def test_what_is_there_is_told_and_only_that(tmp_path, lone_group, held):
+    told: list[int] = []
+    saves = saver(tmp_path)
+    saves.saved = told.append
+    saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    assert told == []
+    held.set()
+    saves.save(2, [whole("model/a", torch.ones(5))], {"step": 2})
+    assert told == [1]
+    saves.finish()
+    assert told == [1, 2]
+
+
+def test_a_folder_that_cannot_be_made_is_told_to_all(tmp_path, lone_group):
+    (tmp_path / "checkpoints").touch()
+    saves = saver(tmp_path)
+    with pytest.raises(CheckpointError, match=r"could not write the checkpoint of step 1 .*Not a directory"):
+        saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    saves.finish()  # nothing is in flight
+
+
+def test_the_umask_of_the_user_holds(tmp_path, lone_group):
+    """Those who share a project evaluate each other's checkpoints."""
+    before = os.umask(0o007)
+    try:
+        saves = saver(tmp_path)
+        saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+        saves.finish()
+    finally:
+        os.umask(before)
+    made = list(saves.store.folder.rglob("*"))
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {0o660} and len(made) == 4
+    assert saves.store.path(1).stat().st_mode & 0o777 == 0o770
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_end(tmp_path, lone_group, monkeypatch):
+    saves, remove = saver(tmp_path, keep=1), shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if Path(path).name == "step-00000001" and not ignore_errors:
+            raise OSError(39, "Directory not empty")  # somebody reads it over NFS
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
     for step in (1, 2):
         saves.save(step, [whole("model/a", torch.full((5,), float(step)))], {"step": step})
     saves.finish()
-    path = saves.store.path(2) / "rank-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data if damage == "flip" else data[:-1])
-    assert value_of(tmp_path) == 1.0
-    assert f"passed over checkpoint {saves.store.path(2)}: rank-00000.safetensors" in capsys.readouterr().out
+    assert saves.store.steps() == [1, 2] and value_of(tmp_path) == 2.0
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    saves.save(3, [whole("model/a", torch.full((5,), 3.0))], {"step": 3})
+    saves.finish()
+    assert saves.store.steps() == [3]
+
+
+def test_what_a_crash_left_half_written_is_no_checkpoint_and_goes_with_the_next_save(tmp_path, lone_group):
+    saves = saver(tmp_path)
+    saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
+    saves.finish()
+    shutil.copytree(saves.store.path(1), saves.store.folder / "step-00000002.tmp")
+    shutil.copytree(saves.store.path(1), saves.store.folder / "step-00000003.tmp")
+    assert value_of(tmp_path) == 1.0 and saves.store.steps() == [1]
+    saves.save(2, [whole("model/a", torch.full((5,), 2.0))], {"step": 2})
+    saves.finish()
+    assert value_of(tmp_path) == 2.0 and not list(saves.store.folder.glob("*.tmp"))
 
 
 def test_a_failure_is_told(tmp_path, lone_group, monkeypatch):
-    monkeypatch.setattr(saving, "save_file", lambda *args: 1 / 0)
+    monkeypatch.setattr(saving, "write_tensors", lambda *args: 1 / 0)
     saves = saver(tmp_path)
     saves.save(1, [whole("model/a", torch.ones(5))], {"step": 1})
     assert saves._flight is not None

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from pipeline.core.errors import CheckpointError
 from pipeline.dist.group import Place
-from pipeline.engine.checkpoint import CheckpointStore
+from pipeline.engine.checkpoint import CheckpointStore, manifest_text
 from pipeline.engine.fragments import whole
 from pipeline.engine.saving import Saver
 
@@ -55,12 +55,13 @@ def fill(store):
 
 
 def forge(store, data):
-    """Put ``data`` in the place of a rank's file, with bytes and hash that fit."""
+    """Put ``data`` in the place of a rank's file, with bytes and hashes that fit."""
     folder = store.path(1)
     (folder / NAME).write_bytes(data)
     body = json.loads((folder / "checkpoint.json").read_text())
     body["files"][NAME] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "checkpoint.json").write_text(json.dumps(body))
+    facts = {name: body[name] for name in ("files", "tensors", "state")}
+    (folder / "checkpoint.json").write_bytes(manifest_text(facts))
 
 
 def test_a_pickle_in_place_of_the_weights(saved):
@@ -76,6 +77,7 @@ def test_a_pickle_with_a_forged_hash(saved, tmp_path):
     torch.save({"module": Attack(mark)}, tmp_path / "torch.pt")
     for data in (pickle.dumps(Attack(mark)), (tmp_path / "torch.pt").read_bytes()):
         forge(store, data)
+        assert store.newest() is not None  # nothing shows that it is forged
         with pytest.raises((CheckpointError, SafetensorError)):
             fill(store)
         assert not mark.exists()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.core.errors import NonFiniteError
 from pipeline.engine.stopping import StopRequest
@@ -58,3 +59,16 @@ def test_on_a_gpu_a_step_is_looked_at_after_the_next_one_or_when_it_must_be(tmp_
     watch.exchange(2, torch.tensor(math.nan), torch.tensor(1.0))
     with pytest.raises(NonFiniteError, match="step 2"):
         watch.exchange(3, torch.tensor(1.0), torch.tensor(1.0))
+
+
+@pytest.mark.world_size(2)
+def test_what_one_rank_has_met_all_hear(tmp_path):
+    dist.init_process_group("gloo")
+    rank, stop = dist.get_rank(), StopRequest(tmp_path)
+    watch = Watch(torch.device("cpu"), stop)
+    stop.reason = "SIGTERM" if rank == 1 else None
+    watch.exchange(1, torch.tensor(1.0), torch.tensor(1.0))
+    assert watch.stopping
+    with pytest.raises(NonFiniteError, match="step 2: the loss of rank 1 is nan"):
+        watch.exchange(2, torch.tensor(math.nan if rank == 1 else 1.0), torch.tensor(1.0))
+    dist.destroy_process_group()

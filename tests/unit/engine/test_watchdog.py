@@ -46,6 +46,10 @@ def test_phases_are_timed(tmp_path):
     pulse.at("step", 2)
     assert pulse.longest["checkpoint"] >= 0.05
     assert list(pulse.steps) == [pytest.approx(pulse.longest["checkpoint"], abs=0.5)]
+    longest = pulse.longest["checkpoint"]
+    pulse.at("checkpoint", 2)
+    pulse.at("step", 3)
+    assert pulse.longest["checkpoint"] == longest, "a short one changes nothing"
 
 
 def test_a_rank_that_does_not_run_is_named():
@@ -61,6 +65,14 @@ def test_the_rank_that_is_least_far_is_named():
     assert found == 'rank 1 (process 101 on node1) is still in "data" of step 7'
     found = behind(beats(("data", 8), ("checkpoint", 7)), beats(("data", 8), ("checkpoint", 7), alive=2.0))
     assert found == 'rank 1 (process 101 on node1) is still in "checkpoint" of step 7'
+
+
+def test_what_follows_a_step_comes_after_it():
+    places = [("step", 7), ("checkpoint", 7), ("log", 7)]
+    assert (
+        behind(beats(*places), beats(*places, alive=2.0))
+        == 'rank 0 (process 100 on node0) is still in "step" of step 7'
+    )
 
 
 def test_when_all_are_alike_it_says_so():

@@ -71,6 +71,36 @@ def test_a_rank_follows_one_that_has_noticed_and_leaves_the_cause_to_it(tmp_path
     assert state is not None and state.outcome == "running"
 
 
+def test_of_two_that_notice_at_once_one_leads(tmp_path):
+    """The other one's call comes between looking for it and giving an own one."""
+    write_state(tmp_path, State("running", None, 20, 2))
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "attempt-2").touch()
+    done = program(
+        tmp_path,
+        "Path.exists = lambda path: False\n"
+        "pulse = Pulse(folder, 3, 2); pulse.at('step', 1); pulse.steps.extend([.1] * 3)\n"
+        "dog = Watchdog(folder, pulse, 0.2, None); dog.tick = 0.05; dog.start(); until(lambda: False)",
+    )
+    assert done.returncode == 1 and "no step for" not in done.stderr, done.stderr
+    assert "attempt 2" in (tmp_path / "stacks" / "rank-00003.txt").read_text()
+    state = read_state(tmp_path)
+    assert state is not None and state.outcome == "running"
+
+
+def test_who_waits_is_not_taken_for_the_one_that_does_not_answer(tmp_path):
+    stopped = Pulse(tmp_path, 1, 2)
+    stopped.at("step", 1)
+    stopped.live()
+    done = program(
+        tmp_path,
+        "pulse = Pulse(folder, 0, 2); pulse.at('step', 1); pulse.steps.extend([.1] * 3)\n"
+        "dog = Watchdog(folder, pulse, 0.2, None); dog.tick = 0.05; dog.start(); until(lambda: False)",
+    )
+    assert done.returncode == 1 and f"rank 1 (process {os.getpid()} on " in done.stderr, done.stderr
+    assert "does not answer: stopped" in done.stderr and "rank 0 (" not in done.stderr
+
+
 def test_a_hang_of_an_earlier_attempt_is_not_followed(tmp_path):
     (tmp_path / "stacks").mkdir()
     (tmp_path / "stacks" / "attempt-1").touch()
@@ -124,15 +154,17 @@ def test_nothing_of_it_is_left_after_its_end(tmp_path):
 
 
 def test_a_file_system_that_fails_for_a_while_costs_signs_of_life_and_no_more(tmp_path):
-    """Writing them fails, and so does reading the lock; later both go on."""
+    """Writing them fails, and so do reading the lock and looking for another's call; later all go on."""
     done = program(
         tmp_path,
         "lock = RunLock(folder); lock.take(); pulse = Pulse(folder, 0, 0); pulse.at('checkpoint', 4)\n"
-        "dog = Watchdog(folder, pulse, 60.0, lock); dog.tick = 0.02; writes, fails = os.pwrite, []\n"
-        "def fail(*args): fails.append(args); raise OSError(116, 'stale')\n"
-        "os.pwrite = fail; (folder / 'lock').rename(folder / 'kept'); dog.start()\n"
-        "until(lambda: len(fails) > 5); kept = (folder / 'kept').read_bytes()\n"
-        "os.pwrite = writes; (folder / 'kept').rename(folder / 'lock')\n"
+        "dog = Watchdog(folder, pulse, 60.0, lock); dog.tick = 0.02\n"
+        "writes, looks, fails = os.pwrite, Path.exists, {'write': 0, 'look': 0}\n"
+        "def fail(what): fails[what] += 1; raise OSError(116, 'stale')\n"
+        "(folder / 'lock').rename(folder / 'kept'); os.pwrite = lambda *args: fail('write'); dog.start()\n"
+        "until(lambda: fails['write'] > 5); Path.exists = lambda path: fail('look')\n"
+        "until(lambda: fails['look'] > 5); kept = (folder / 'kept').read_bytes()\n"
+        "os.pwrite, Path.exists = writes, looks; (folder / 'kept').rename(folder / 'lock')\n"
         "until(lambda: (folder / 'lock').read_bytes() != kept); dog.stop(); print('well')",
     )
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr

@@ -18,6 +18,7 @@ from launch import history
 from launch.agent import port_of
 from launch.decide import Budget
 from launch.job import Job
+from pipeline.record.beats import Pulse
 
 FAKE = """#!{python}
 import json, os, pathlib, sys, time
@@ -81,11 +82,11 @@ class Place:
         for name, text in facts.items():
             (self.folder / name).write_text(text)
 
-    def start(self, *ends: dict, **values) -> subprocess.Popen:
+    def start(self, *ends: dict, program=("-m", "launch.agent"), **values) -> subprocess.Popen:
         (self.folder / "plan").write_text(json.dumps(ends))
         replace(self.job, **values).write(self.folder / "job.json")
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{self.folder}/bin:{os.environ['PATH']}"}
-        command = [sys.executable, "-m", "launch.agent", str(self.folder / "job.json")]
+        command = [sys.executable, *program, str(self.folder / "job.json")]
         return subprocess.Popen(command, env=os.environ | slurm, stderr=subprocess.PIPE, text=True)
 
     def agent(self, *ends: dict, **values) -> int:
@@ -215,6 +216,7 @@ def test_a_signal_becomes_the_stop_file(place: Place, number):
 
 @pytest.mark.parametrize(("requeues", "decision"), [(1, "requeue"), (0, "stop")])
 def test_a_killed_agent_is_missed(place: Place, requeues, decision):
+    Pulse(place.run, 0, 0).at("step", 9)
     process = place.start(ends(75, wait=True), budget=Budget(requeues=requeues))
     while not (place.folder / "waiting").exists():
         time.sleep(0.02)
@@ -224,6 +226,7 @@ def test_a_killed_agent_is_missed(place: Place, requeues, decision):
     (place.run / "stop").touch()  # here nothing else ends what it had started
     said = process.communicate(timeout=120)[1]
     assert "the agent was killed by SIGKILL" in said and place.decisions == [decision]
+    assert history.attempts(place.run)[0].step == 9
     assert len(place.calls("scontrol", "requeue")) == requeues
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import time
 from datetime import datetime, timedelta
@@ -95,6 +96,7 @@ def test_one_task_for_each_rank_of_each_node(place, monkeypatch):  # noqa: F811
     assert place.agent(ends(0), ranks_per_node=64) == 0
     (step,) = place.calls("srun")
     assert {"--nodes=2", "--ntasks=128", "--ntasks-per-node=64"} <= set(step)
+    assert {"--kill-on-bad-exit=1", "--wait=60"} <= set(step), "one that hangs is not waited for when another has died"
     told = json.loads((place.folder / "environment").read_text())
     assert told["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 64))
     assert told["MASTER_ADDR"] == socket.gethostname()  # other nodes must reach it
@@ -125,3 +127,36 @@ def test_a_job_trains_though_nobody_can_say_when_its_time_is_up(place):  # noqa:
     before(place, "squeue", "echo Socket timed out >&2; exit 1")
     assert place.agent(ends(0)) == 0
     assert "Socket timed out" in place.said and "waiting for SLURM's signal" in place.said
+
+
+def test_a_stop_file_that_cannot_be_written_yet_is_written_later(place):  # noqa: F811
+    process, away = place.start(ends(75, wait=True)), place.folder / "away"
+    while not (place.folder / "waiting").exists():
+        time.sleep(0.02)
+    place.run.rename(away)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.5)
+    away.rename(place.run)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and said.count("asked to stop (SIGUSR1)") == 1, said
+
+
+SIGNALLED = """
+import os, signal, sys
+from launch import agent
+me, wait = os.getpid(), os.waitpid
+def wait_and_be_signalled(child, options):
+    found = wait(child, options)
+    if os.getpid() == me:
+        os.kill(me, signal.SIGTERM)
+    return found
+os.waitpid = wait_and_be_signalled
+sys.exit(agent.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_that_comes_when_all_is_over_changes_nothing(place):  # noqa: F811
+    """As when SLURM ends the job that the agent has just had cancelled, or queued again."""
+    process = place.start(ends(75), program=("-c", SIGNALLED))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75 and "Traceback" not in said, said

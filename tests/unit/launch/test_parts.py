@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -65,6 +67,18 @@ def test_all_hosts_that_cannot_take_part_are_named(tmp_path, ssh):
     assert list((tmp_path / "launch").iterdir()) == []
     with pytest.raises(LaunchError, match="here: no folder /no/where here"):
         ask_hosts(order_of(Path("/no/where"), "here"), tmp_path, dict(os.environ))
+
+
+def test_a_host_that_cannot_read_the_configuration_says_so_before_anything_is_started(tmp_path, monkeypatch, capsys):
+    seen = tmp_path / "launch" / "seen"
+    seen.parent.mkdir()
+    seen.touch()
+    order = replace(order_of(tmp_path, "here"), config=str(tmp_path / "none.toml"))
+    monkeypatch.setattr(sys, "argv", ["node", "ask", order.word(), str(seen)])
+    monkeypatch.chdir(tmp_path)
+    assert node.main() == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("sluice: ") and "none.toml" in err and err.count("\n") == 1
 
 
 def test_a_host_forgets_what_its_launcher_thinks_of_it(tmp_path, monkeypatch):

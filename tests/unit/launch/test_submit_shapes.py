@@ -16,6 +16,7 @@ from launch.job import Job
 from launch.profile import Container, Profile
 from launch.submit import Request
 from pipeline.config import load
+from pipeline.core.errors import ConfigError
 from tests.unit.launch.test_submit import ROOT, dry, request_of, write  # noqa: F401
 
 SUITE = ROOT / "configs" / "eval" / "glyphs.toml"
@@ -179,3 +180,9 @@ def test_a_history_that_a_later_version_wrote_is_read(tmp_path):
     path = tmp_path / history.FOLDER / history.FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"new": 1}) + "\n")
     assert history.read(tmp_path) == [entry]
+
+
+def test_a_profile_that_is_no_toml_is_a_message(tmp_path):
+    (tmp_path / "p.toml").write_text("partition = [")
+    with pytest.raises(ConfigError, match=rf"cannot read the cluster profile {tmp_path}/p.toml: "):
+        profile.load(str(tmp_path / "p.toml"))

@@ -13,8 +13,10 @@ import pytest
 from launch import local
 from launch.local import child_environment, deepspeed_command
 from launch.supervise import session_members, supervise
+from pipeline.config.load import load_run
 from pipeline.core.errors import LaunchError
 from pipeline.record.lock import RunLock
+from tests.integration.runs import SMOKE
 
 ROOT = Path(__file__).parents[3]
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -246,6 +248,7 @@ def test_devices_that_are_named_are_the_ones_that_are_used():
     named = environment() | {"CUDA_VISIBLE_DEVICES": "2, 5,7"}
     named.pop("DS_ACCELERATOR", None)
     assert "--include=localhost:2,5" in deepspeed_command(FAKE, [], 2, named)
+    assert "--include=localhost:2,5" in deepspeed_command(FAKE, [], 2, named | {"CUDA_VISIBLE_DEVICES": "2,5"})
     for devices in ("0", "GPU-1,GPU-2"):
         with pytest.raises(LaunchError, match="does not name 2 devices by number"):
             deepspeed_command(FAKE, [], 2, named | {"CUDA_VISIBLE_DEVICES": devices})
@@ -261,6 +264,21 @@ def test_no_device_is_the_processor(monkeypatch, tmp_path):
     assert "DS_ACCELERATOR" not in child_environment(1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert child_environment(1)["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    assert child_environment(1)["DS_ACCELERATOR"] == "xpu", "who has set it knows better"
+
+
+def test_a_run_here_is_told_all_that_the_command_was_told(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(local, "supervise", lambda command, folder, environment: made.append((command, folder)) or 75)
+    config = load_run(SMOKE / "mae.toml", [f"run.folder='{tmp_path}'"])
+    words = ["train", "--config", "a b.toml", "--set", "x=$(y)", "--set", "z='1'\n"]
+    for procs in (1, 2):
+        assert local.train(config, Path("a b.toml"), ["x=$(y)", "z='1'\n"], procs) == 75
+    (alone, folder), (together, _) = made
+    assert alone == [sys.executable, "-m", "pipeline.run", *words] and folder == tmp_path
+    assert together[-len(words) - 2 :] == ["--module", "pipeline.run", *words]
+    assert f"--hostfile={os.devnull}" in together, "the launcher would take hosts from a file that it finds"
 
 
 def test_threads_are_shared_out(monkeypatch):

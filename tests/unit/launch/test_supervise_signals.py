@@ -36,6 +36,15 @@ def test_a_request_before_there_is_anybody_to_ask_is_kept(tmp_path):
     assert (tmp_path / "stop").exists()
 
 
+def test_on_a_full_disk_the_ranks_of_this_machine_are_told_all_the_same(tmp_path):
+    with subprocess.Popen(rank(tmp_path, "until_asked"), env=environment(), start_new_session=True) as process:
+        wait_for((tmp_path / "ready").exists, "readiness")
+        requests = _Requests(tmp_path / "no such folder")  # in which no file can be made
+        requests.attach(process.pid)
+        requests(signal.SIGTERM, None)
+        assert process.wait(timeout=60) == 0
+
+
 def test_only_a_second_interrupt_kills(tmp_path, started):  # noqa: F811
     """A scheduler may say SIGTERM more than once, and a person may interrupt after it."""
     supervisor = started(rank(tmp_path, "ignore=2", RUNNING, "until=go", REQUEUE, "leave=75"))

@@ -101,3 +101,24 @@ def test_what_is_not_told_stays_as_it_was(tmp_path):
     pulse.steps.extend([3.0, 4.0])
     pulse.at("checkpoint")
     assert read_beats(tmp_path)[0].step_seconds == 4.0, "the last one's"
+
+
+def test_a_sign_of_life_is_sent_to_where_other_machines_read_it(tmp_path, monkeypatch):
+    """Over NFS, what is only written stays with the machine that has written it."""
+    pulse, seen = Pulse(tmp_path, 0, 0), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.extend(read_beats(tmp_path)))
+    pulse.live()
+    assert [beat.alive is not None for beat in seen] == [True]
+
+
+def test_a_sign_of_life_of_an_earlier_attempt_is_not_this_one_s(tmp_path):
+    Pulse(tmp_path, 0, 0).live()
+    Pulse(tmp_path, 0, 1)
+    assert [(beat.attempt, beat.alive) for beat in read_beats(tmp_path)] == [(1, None)]
+
+
+def test_a_line_that_is_read_while_it_is_written_is_read_again(tmp_path, monkeypatch):
+    Pulse(tmp_path, 0, 0)
+    read, torn = Path.read_bytes, [b"", b'{"rank": 0']
+    monkeypatch.setattr(Path, "read_bytes", lambda path: torn.pop() if torn else read(path))
+    assert [beat.rank for beat in read_beats(tmp_path)] == [0]

@@ -60,6 +60,14 @@ def test_a_killed_attempt_is_known_by_its_beats(tmp_path):
     assert read_failures(tmp_path) == [Failure(4, 6, None, None, None)]
 
 
+def test_an_attempt_that_died_before_it_said_anything_failed_where_it_began(tmp_path):
+    pulse = Pulse(tmp_path, 0, 3)
+    pulse.at("step", 9)  # of the attempt before
+    pulse.close()
+    remember(tmp_path, State("running", None, 6, 4))
+    assert read_failures(tmp_path) == [Failure(4, 6, None, None, None)]
+
+
 def test_an_attempt_is_counted_once(tmp_path):
     for _ in range(3):
         fail(tmp_path, 0, 7)

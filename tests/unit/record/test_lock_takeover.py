@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,23 @@ def test_of_two_that_find_it_stale_the_one_that_wrote_last_has_it(tmp_path, no_l
     assert pauses
 
 
+def test_a_lock_that_cannot_be_read_for_a_moment_is_no_sign_of_life(tmp_path, quick, monkeypatch):  # noqa: F811
+    first = RunLock(tmp_path)
+    first.take()
+    pretend(tmp_path, boot="another machine")
+    os.close(first._file)
+    read, answers = lock.read_lock, []
+
+    def sometimes(path):
+        answers.append(None if len(answers) == 1 else read(path))
+        return answers[-1]
+
+    monkeypatch.setattr(lock, "read_lock", sometimes)
+    held = RunLock(tmp_path)
+    held.take()
+    assert held.mine()
+
+
 def test_a_launcher_refuses_only_for_a_live_process_of_this_machine(tmp_path):
     refuse_second(tmp_path)
     held = RunLock(tmp_path)
@@ -63,6 +81,31 @@ def test_the_holder_shows_that_it_lives(tmp_path):
     held.renew()
     found = read_lock(tmp_path / FILE)
     assert found is not None and found["time"] > 0 and held.mine()
+
+
+def test_each_word_of_the_holder_is_sent_to_where_other_machines_read_it(tmp_path, monkeypatch):
+    """Over NFS, what is only written stays with the machine that has written it."""
+    seen = []
+    monkeypatch.setattr(lock.os, "fsync", lambda descriptor: seen.append((tmp_path / FILE).read_bytes()))
+    held = RunLock(tmp_path)
+    held.take()
+    held.renew()
+    assert len(set(seen)) == 2 and seen[-1] == (tmp_path / FILE).read_bytes()
+
+
+def test_a_longer_word_of_the_holder_before_leaves_nothing(tmp_path):
+    (tmp_path / FILE).write_bytes(json.dumps({"boot": lock._boot(), "pid": 2**22 + 1, "host": "n" * 300}).encode())
+    held = RunLock(tmp_path)
+    held.take()
+    assert held.mine()
+
+
+def test_a_word_that_is_read_while_it_is_written_is_read_again(tmp_path, monkeypatch):
+    RunLock(tmp_path).take()
+    read, torn = Path.read_bytes, [b"", b'{"host": "no']
+    monkeypatch.setattr(Path, "read_bytes", lambda path: torn.pop() if torn else read(path))
+    found = read_lock(tmp_path / FILE)
+    assert found is not None and found["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])

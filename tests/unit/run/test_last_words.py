@@ -1,0 +1,59 @@
+"""How a rank ends: one message, one exit code, in the rank's own log and on the console under its number."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.core.errors import ConfigError, DataError, NonFiniteError
+from pipeline.record.logs import log_path, log_ranks
+from pipeline.run.__main__ import guarded
+from tests.integration.runs import SMOKE
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "code", "said"),
+    [
+        (0, ConfigError("mend it"), 2, "sluice: mend it\n"),
+        (3, ConfigError("mend it"), 2, ""),  # every rank has it, and the first one says so
+        (3, DataError("lost"), 2, "sluice: rank 3: lost\n"),
+        (0, NonFiniteError("nan"), 70, "sluice: nan\n"),
+        (1, OSError(errno.ENOSPC, "full", "/x"), 2, "sluice: rank 1: full (/x); make room and start again to resume\n"),
+        (1, OSError(errno.EDQUOT, "quota"), 2, "sluice: rank 1: quota; make room and start again to resume\n"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message(rank, error, code, said, monkeypatch, capsys):
+    def fail() -> int:
+        raise error
+
+    monkeypatch.setenv("RANK", str(rank))
+    assert guarded(fail) == code
+    assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), OSError(errno.EIO, "odd")])
+def test_what_only_a_bug_can_cause_has_a_traceback_on_any_rank(error, monkeypatch, capsys):
+    def fail() -> int:
+        raise error
+
+    monkeypatch.setenv("RANK", "3")
+    assert guarded(fail) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("odd\n")
+
+
+def test_a_rank_has_a_log_of_its_own_and_its_errors_are_on_the_console_too(tmp_path):
+    """Ranks of two nodes have the same local number."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "MASTER_ADDR")}
+    command = [sys.executable, "-m", "pipeline.run", "train", "--config", str(SMOKE / "mae.toml")]
+    command += ["--set", f"run.folder='{tmp_path}'"]
+    environment |= {"RANK": "5", "LOCAL_RANK": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    message = "sluice: rank 5: RANK is set but WORLD_SIZE, MASTER_ADDR"
+    assert done.returncode == 2 and log_ranks(tmp_path) == [5]
+    assert [line.startswith(f"rank 5 | {message}") for line in done.stderr.splitlines()] == [True]
+    assert message in log_path(tmp_path, 5).read_text()
