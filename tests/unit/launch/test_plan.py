@@ -54,8 +54,8 @@ def test_a_run(sluice, glyphs):
     ("words", "message"),
     [
         ([SMOKE, "--global-batch", "8"], "says its own batch"),
-        (["shards"], "of a data set: --global-batch"),
-        (["shards", "--global-batch", "8", "--set", "run.seed=1"], "of a data set: --global-batch"),
+        (["shards"], "a data set needs --global-batch"),
+        (["shards", "--global-batch", "8", "--set", "run.seed=1"], "a data set needs --global-batch"),
         ([SMOKE, "--set", "data.train=nowhere"], "nowhere"),
         (["none.toml"], "none.toml"),
     ],
