@@ -36,6 +36,8 @@ _PIECE = 64 * 1024
 _FRAME = 1024**2
 """Bytes of an answer that may come beside its body: headers, lengths of chunks."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""All that IPv6 has of public addresses; ``is_global`` also says so of site-local and of NAT64's local ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +257,7 @@ def _public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or embedded
         if inner is not None:
             return _public(str(inner))
+        return ip.is_global and ip in _UNICAST
     return ip.is_global and not ip.is_multicast
 
 

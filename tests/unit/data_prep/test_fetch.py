@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -22,8 +23,9 @@ from tests.unit.data_prep.samples import members, png
 from tests.unit.data_prep.test_build import lines
 
 IMAGE = png(1)
-QUICK = FetchOptions(timeout=0.4, max_bytes=20_000, retries=2, backoff=0.01, per_host=1000, private=True)
-CAREFUL = Fetcher(FetchOptions(**{**vars(QUICK), "private": False, "retries": 0, "per_host": 1e9}))
+QUICK = FetchOptions(timeout=60, max_bytes=20_000, retries=2, backoff=0.01, per_host=1000, private=True)
+HASTY = replace(QUICK, timeout=0.4)
+CAREFUL = Fetcher(replace(HASTY, private=False, retries=0, per_host=1e9))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -209,7 +211,7 @@ def test_bad(server, path, reason, attempts):
     server.seen.clear()
     began = time.monotonic()
     with pytest.raises(Rejected, match=reason):
-        Fetcher(QUICK).get(Remote(url(server, path)))
+        Fetcher(HASTY if path.startswith(("slow", "drip")) else QUICK).get(Remote(url(server, path)))
     assert server.seen[f"/{path}"] == attempts
     # far from the seconds that the server would take, whatever this machine is busy with
     assert time.monotonic() - began < 15
@@ -231,6 +233,7 @@ def test_private_addresses(server, monkeypatch):
     [
         *("10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1"),
         *("fe80::1%eth0", "fc00::1", "::", "ff02::1", "::7f00:1", "::ffff:a00:1", "64:ff9b::a00:1", "2002:7f00:1::"),
+        *("fec0::1", "64:ff9b:1::808:808", "::ffff:0:a00:1"),
     ],
 )
 def test_what_is_private(address):
@@ -350,7 +353,7 @@ def test_waiting_for_a_turn_is_no_part_of_the_time_limit(server):
 
 
 def test_a_table_of_urls(server, tmp_path):
-    paths = ["image?1", "html", "image?2", "drip_body", "disguised_html", "image?3", "missing"]
+    paths = ["image?1", "html", "image?2", "truncated", "disguised_html", "image?3", "missing"]
     (tmp_path / "t.csv").write_text("url,text\n" + "".join(f"{url(server, p)},{i}\n" for i, p in enumerate(paths)))
     source = TableSource([tmp_path / "t.csv"], Columns("url", ("text",)))
     options = Options({}, fetch=QUICK)
@@ -382,5 +385,10 @@ def test_order_is_kept_and_threads_are_bounded():
 
 
 def test_bad_limits():
-    with pytest.raises(ConfigError):
-        FetchOptions(timeout=0)
+    nan, inf = float("nan"), float("inf")
+    positive = [{name: n} for name in ("concurrency", "timeout", "max_bytes", "per_host") for n in (0, -1, nan)]
+    counts = [{name: n} for name in ("retries", "backoff", "redirects") for n in (-1, nan)]
+    for wrong in (*positive, *counts, {"timeout": inf}, {"backoff": inf}):
+        with pytest.raises(ConfigError):
+            FetchOptions(**wrong)
+    FetchOptions(retries=0, backoff=0, redirects=0, per_host=inf)

@@ -219,6 +219,7 @@ def test_a_folder_beside_the_root_is_outside(tmp_path):
     from data_prep import places
 
     assert places.inside("../root2/a.png", "memory://store") is None
+    assert places.inside("../store2/a.png", "memory://store") is None
     assert places.inside("b/../a.png", "memory://store") == "memory://store/a.png"
 
 
