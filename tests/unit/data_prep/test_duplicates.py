@@ -45,6 +45,17 @@ def test_near_search_finds_what_all_pairs_find(flips, distance, random):
         seen.add(prints, i, f"s{i}")
 
 
+@pytest.mark.parametrize("distance", range(16))
+def test_bits_that_differ_are_found_however_they_are_spread(distance):
+    """Evenly, they spoil as many pieces of the hash as they can."""
+    seen = Seen(Duplicates("drop", distance))
+    seen.add((b"a", b"b", bytes(8)), 0, "zero")
+    for count in range(1, distance + 3):
+        value = sum(1 << 64 * i // count for i in range(count))
+        found = seen.like((b"c", b"d", value.to_bytes(8, "big")), 1)
+        assert found == (f"duplicate (looks alike, {count} of 64 bits differ) of zero" if count <= distance else None)
+
+
 def test_later_samples_do_not_count():
     seen = Seen(Duplicates("drop", 0))
     seen.add((b"a", b"b", bytes(8)), 7, "seven")

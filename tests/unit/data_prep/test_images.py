@@ -201,6 +201,17 @@ def test_reduced_decoding_is_close_to_the_full_one():
     assert np.abs(decoded(stored).astype(int) - np.asarray(full)).max() <= 3
 
 
+def test_enough_is_left_where_a_part_is_decoded():
+    """At least twice of what is asked for; an eighth is the least that there is."""
+    data = encoded(picture(size=(640, 480)), "JPEG")
+    found = {near: load(data, "jpg", near) for near in (0, 10, 30, 31, 60, 61, 120, 121, 400)}
+    assert {near: image.size[1] for near, (image, _) in found.items()} == {
+        **{0: 480, 10: 60, 30: 60, 31: 120, 60: 120},
+        **{61: 240, 120: 240, 121: 480, 400: 480},
+    }
+    assert {size for _, size in found.values()} == {(640, 480)}
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_truncated_files_are_rejected(kind):
     data = encoded(picture(size=(64, 64)), kind)
