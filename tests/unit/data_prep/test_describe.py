@@ -41,8 +41,8 @@ def test_deviations_of_very_many_pixels_alike_are_numbers():
     statistics, n = Statistics(), 10**17
     statistics.pixels = n
     for value in range(1, 255):
-        # three of the pixels are one brighter
-        total, squares = n * value + 3, (n - 3) * value**2 + 3 * (value + 1) ** 2
+        some = 10_000  # of the pixels are one brighter
+        total, squares = n * value + some, (n - some) * value**2 + some * (value + 1) ** 2
         statistics.sums = [total] * 3 + [squares] * 3
         body = statistics.as_json()
         assert body["mean"] == [round(value / 255, 6)] * 3 and body["std"] == [0.0] * 3

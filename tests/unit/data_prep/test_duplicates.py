@@ -63,6 +63,9 @@ def test_later_samples_do_not_count():
     assert "seven" in seen.like((b"a", b"x", bytes(8)), 8)
     seen.add((b"a", b"b", bytes(8)), 5, "five")
     assert "five" in seen.like((b"a", b"x", bytes(8)), 8)
+    seen.add((b"a", b"b", bytes(8)), 6, "six")
+    for place in (6, 8):
+        assert seen.like((b"a", b"b", bytes(8)), place) == "duplicate (bytes) of five", "the first of all"
 
 
 def test_perceptual_hash_knows_an_image_again():
