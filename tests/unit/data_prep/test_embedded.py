@@ -75,6 +75,8 @@ def test_the_alphabet_is_large_and_covered():
         assert any(t.held_out for t in faces) and len(faces) >= 8
     # look-alikes of other scripts stay out
     assert not {"\N{GREEK CAPITAL LETTER ALPHA}", "\N{CYRILLIC CAPITAL LETTER A}"} & set(several_hundred)
+    # so do small letters that are their capitals in small
+    assert not set("wz") & set(several_hundred) and set("WZ") <= set(several_hundred)
     # nor is there what is but a speck
     assert not set(".,'`\u00b7") & set(several_hundred)
     # the TeX fonts draw another sign at "<"

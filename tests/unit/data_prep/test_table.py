@@ -129,6 +129,14 @@ def test_expected_hashes_go_with_their_addresses(tmp_path):
     assert len(stamps) == 2, "another one is another input"
 
 
+def test_whatever_is_written_beside_an_image_is_part_of_the_input(tmp_path, rows):
+    row, stamps = rows[0], set()
+    for change in ({}, {"kind": "emu"}, {"text": "t"}, {"alt": "a"}, {"n": 9}):
+        write(tmp_path / "t.jsonl", [{**row, **change}, row, {**row, "kind": "emu"}])
+        stamps.add(next(iter(TableSource([tmp_path / "t.jsonl"], COLUMNS))).stamp)
+    assert len(stamps) == 5
+
+
 def test_bytes_that_change_under_their_name_are_another_input(tmp_path):
     stamps = set()
     for i in range(2):
