@@ -11,6 +11,7 @@ from data_prep.merge import merge
 from data_prep.options import Options
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.table import Columns, TableSource
+from data_prep.sources.tars import TarsSource
 from data_prep.store import open_store
 from data_prep.verify import verify
 from pipeline.core.errors import ConfigError, DataError
@@ -99,6 +100,14 @@ def test_a_server_that_fails_stops_the_build_and_it_goes_on(tmp_path, memory, mo
         with pytest.raises(DataError, match=r"503 Slow Down.*same command to go on"):
             build(source, tmp_path / "out", Options({}))
     assert build(source, tmp_path / "out", Options({})).counts.samples == 3
+
+
+def test_images_in_tars_elsewhere_outlive_the_copy(tmp_path, memory):
+    """Workers read them when the source may be at another tar."""
+    for i in range(2):
+        _tar(tmp_path / f"{i}.tar", {"a.png": png(i), "b.png": png(i + 7)})
+    url = memory({f"{i}.tar": (tmp_path / f"{i}.tar").read_bytes() for i in range(2)})
+    assert [r.image.read() for r in list(TarsSource([url]))] == [png(0), png(7), png(1), png(8)]
 
 
 def test_hidden_folders_elsewhere_are_passed_over(memory):
