@@ -36,6 +36,8 @@ _PIECE = 64 * 1024
 _FRAME = 1024**2
 """Bytes of an answer that may come beside its body: headers, lengths of chunks."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""All that IPv6 has of public addresses; ``is_global`` also says so of site-local and of NAT64's local ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,10 +253,11 @@ def _public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         # What a router or the system may turn into an IPv4 address is judged as that one.
-        embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 or int(ip) >> 32 == 0 else None
+        embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
         inner = ip.ipv4_mapped or ip.sixtofour or embedded
         if inner is not None:
             return _public(str(inner))
+        return ip.is_global and ip in _UNICAST
     return ip.is_global and not ip.is_multicast
 
 

@@ -168,11 +168,12 @@ def resize(image: Image.Image, size: tuple[int, int], options: ImageOptions) -> 
         options: What is asked for.
     """
     side = (max if options.resize == "long" else min)(size)
-    if options.resize == "none" or side == options.size or (side < options.size and not options.enlarge):
+    fits = side == options.size and (options.resize != "crop" or size[0] == size[1])
+    if options.resize == "none" or fits or (side < options.size and not options.enlarge):
         return image
     if options.resize == "crop":
         short = min(image.size)
-        left, top = (image.width - short) / 2, (image.height - short) / 2
+        left, top = (image.width - short) // 2, (image.height - short) // 2  # whole pixels: nothing is interpolated
         box, target = (left, top, left + short, top + short), (options.size, options.size)
     else:
         box, target = None, (max(1, round(size[0] * options.size / side)), max(1, round(size[1] * options.size / side)))

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from pipeline.core.errors import ConfigError
 
+_LONGEST = 24 * 3600
+"""Seconds that a download may be waited for, or between two attempts."""
+
 
 def _need(ok: bool, message: str) -> None:
     if not ok:
@@ -100,8 +103,10 @@ class FetchOptions:
 
     def __post_init__(self) -> None:
         positive = (self.concurrency, self.timeout, self.max_bytes, self.per_host)
-        ok = min(positive) > 0 and min(self.retries, self.backoff, self.redirects) >= 0
+        ok = all(n > 0 for n in positive) and all(n >= 0 for n in (self.retries, self.backoff, self.redirects))
         _need(ok, f"limits of downloading must be positive: {self}")
+        # What a socket and a sleep can be told, which a time without end is not.
+        _need(max(self.timeout, self.backoff) <= _LONGEST, f"at most {_LONGEST:,} seconds are waited: {self}")
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ class Statistics:
             "sums": self.sums,
         }
         if self.pixels:
-            mean = np.asarray(self.sums[:3]) / self.pixels
-            square = np.asarray(self.sums[3:]) / self.pixels
+            mean = np.asarray([s / self.pixels for s in self.sums[:3]])  # by Python: they may outgrow 64 bits
+            square = np.asarray([s / self.pixels for s in self.sums[3:]])
             body["mean"] = [round(float(m) / 255, 6) for m in mean]
             body["std"] = [round(float(s) / 255, 6) for s in np.sqrt(np.maximum(square - mean**2, 0))]
         return body

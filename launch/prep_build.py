@@ -88,14 +88,22 @@ def _number(text: str, what: str) -> float:
         raise ConfigError(f"{what} is a number, not {text!r}") from None
 
 
+def _whole(text: str, what: str) -> int:
+    number = _number(text, what)
+    if not number.is_integer():
+        raise ConfigError(f"{what} is a whole number, not {text!r}")
+    return int(number)
+
+
 def _settings(kind: type[Filters | FetchOptions], given: list[str] | None, what: str) -> dict[str, Any]:
-    """Fields of a dataclass written NAME=VALUE."""
-    kinds: dict[str, type] = {f.name: type(f.default) for f in fields(kind)}
+    """Fields of a dataclass written NAME=VALUE; those that are yes or no have options of their own."""
+    kinds: dict[str, type] = {f.name: type(f.default) for f in fields(kind) if type(f.default) is not bool}
     values: dict[str, Any] = {}
     for name, value in _pairs(given, what).items():
         if name not in kinds:
             raise ConfigError(f"{what}: unknown {name!r}; {suggest(name, list(kinds))}")
-        values[name] = value if kinds[name] is str else kinds[name](_number(value, f"{what} {name}"))
+        read = {int: _whole, float: _number}.get(kinds[name])
+        values[name] = read(value, f"{what} {name}") if read else value
     return values
 
 

@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 import numpy as np
 import pytest
 
+from data_prep import prepare
 from data_prep.build import build
-from data_prep.options import Duplicates, Filters, Options
+from data_prep.options import Duplicates, FetchOptions, Filters, ImageOptions, Options
 from data_prep.record import Inline, Record
 from data_prep.store import LocalStore
 from pipeline.core.errors import ConfigError, DataError
@@ -287,6 +289,10 @@ def test_bad_options_are_refused():
     for make in (
         lambda: Options({"train": 0.1}),
         lambda: Options({"a": 0.6, "b": 0.6}),
+        lambda: Options({"a": -0.1, "b": 0.6}),
+        lambda: Options({"a": float("nan")}),
+        lambda: Options(shard_bytes=0),
+        lambda: Options(workers=-1),
         lambda: Options({"../x": 0.1}),
         lambda: Options(shard_samples=0),
         lambda: Filters(caption="("),
@@ -295,3 +301,56 @@ def test_bad_options_are_refused():
     ):
         with pytest.raises(ConfigError):
             make()
+    Filters(max_aspect=1)  # squares only
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"shard_bytes": 10**6},
+        {"splits": {"val": 0.31}},
+        {"image": ImageOptions("webp")},
+        {"filters": Filters(min_side=1)},
+        {"duplicates": Duplicates("report")},
+        {"fetch": FetchOptions()},
+    ],
+)
+def test_all_that_decides_the_bytes_is_remembered(tmp_path, other):
+    few = ListSource(inline(3))
+    build(few, tmp_path, OPTIONS)
+    with pytest.raises(ConfigError, match="other settings"):
+        build(few, tmp_path, replace(OPTIONS, **other))
+    build(few, tmp_path, replace(OPTIONS, workers=1))
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """A payload that ends the process that reads it."""
+
+    def read(self):
+        os._exit(9)
+
+
+def test_a_worker_that_dies_is_a_clear_error(tmp_path):
+    records = inline(3)
+    records[1] = replace(records[1], image=Deadly())
+    with pytest.raises(DataError, match=r"a worker died .* Run again to go on"):
+        build(ListSource(records), tmp_path, replace(OPTIONS, workers=1))
+
+
+def test_batches_are_small_where_records_are_large(monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 100)
+    tasks = [(i, "train", Record(str(i), str(i), Inline(bytes(size)))) for i, size in enumerate([60, 39, 1, 100, 7])]
+    assert [[place for place, *_ in batch] for batch in prepare._batches(tasks)] == [[0, 1, 2], [3], [4]]
+
+
+def test_metadata_is_written_the_same_whatever_its_order(tmp_path):
+    """And what JSON does not know is written as text."""
+    (first,) = inline(1)
+    day = datetime(2020, 2, 3)
+    for name, table in (("a", {"b": 1, "a": day, "\u00e4": 2}), ("b", {"\u00e4": 2, "a": day, "b": 1})):
+        build(ListSource([replace(first, metadata=table)]), tmp_path / name, Options({}))
+    written = members(tmp_path / "a/train")["0000.json"]
+    assert json.loads(written) == {"a": "2020-02-03 00:00:00", "b": 1, "\u00e4": 2}
+    assert written == members(tmp_path / "b/train")["0000.json"]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.fft import dctn
 
 from data_prep.build import build
 from data_prep.duplicates import Seen, perceptual_hash
@@ -44,6 +45,17 @@ def test_near_search_finds_what_all_pairs_find(flips, distance, random):
         seen.add(prints, i, f"s{i}")
 
 
+@pytest.mark.parametrize("distance", range(16))
+def test_bits_that_differ_are_found_however_they_are_spread(distance):
+    """Evenly, they spoil as many pieces of the hash as they can."""
+    seen = Seen(Duplicates("drop", distance))
+    seen.add((b"a", b"b", bytes(8)), 0, "zero")
+    for count in range(1, distance + 3):
+        value = sum(1 << 64 * i // count for i in range(count))
+        found = seen.like((b"c", b"d", value.to_bytes(8, "big")), 1)
+        assert found == (f"duplicate (looks alike, {count} of 64 bits differ) of zero" if count <= distance else None)
+
+
 def test_later_samples_do_not_count():
     seen = Seen(Duplicates("drop", 0))
     seen.add((b"a", b"b", bytes(8)), 7, "seven")
@@ -51,6 +63,9 @@ def test_later_samples_do_not_count():
     assert "seven" in seen.like((b"a", b"x", bytes(8)), 8)
     seen.add((b"a", b"b", bytes(8)), 5, "five")
     assert "five" in seen.like((b"a", b"x", bytes(8)), 8)
+    seen.add((b"a", b"b", bytes(8)), 6, "six")
+    for place in (6, 8):
+        assert seen.like((b"a", b"b", bytes(8)), place) == "duplicate (bytes) of five", "the first of all"
 
 
 def test_perceptual_hash_knows_an_image_again():
@@ -65,6 +80,16 @@ def test_perceptual_hash_knows_an_image_again():
         brighter = image.point(lambda v: min(255, int(v * 0.9 + 20)))
         assert bits(first, perceptual_hash(smaller)) <= 6
         assert bits(first, perceptual_hash(brighter)) <= 6
+
+
+def test_perceptual_hash_is_the_published_one():
+    """The signs of the lowest 8 x 8 coefficients of a DCT-II, by scipy's, against their median."""
+    for seed in range(6):
+        image = picture(seed, (40, 64))
+        small = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BICUBIC, reducing_gap=2.0), float)
+        low = dctn(small, 2)[:8, :8].ravel()
+        signs = "".join("1" if value > np.median(low) else "0" for value in low)
+        assert signs.count("1") == 32 and int.from_bytes(perceptual_hash(image), "big") == int(signs, 2)
 
 
 def records():

@@ -4,6 +4,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from data_prep import images
 from data_prep.build import build
@@ -46,6 +47,25 @@ def test_glyphs_have_captions_and_visible_ink():
         assert np.ptp(pixels) > 40, "ink and paper differ"
 
 
+def test_each_seed_has_an_order_and_pixels_of_its_own():
+    drawn = []
+    for seed in range(2):
+        source = GlyphsSource(characters=2, samples=2, seed=seed)
+        records = list(source)
+        assert len({r.label for r in records[:12]}) == 2, "mixed, so that a shard holds many classes"
+        drawn.append((source.describe(), [r.key for r in records], {r.key: r.image.read() for r in records}))
+    (one, order, pixels), (other, another, others) = drawn
+    assert one != other and order != another and set(order) == set(another)
+    assert all(pixels[key] != others[key] for key in order)
+
+
+def test_without_variation_glyphs_are_black_on_white():
+    for record in list(GlyphsSource(characters=3, samples=1, variation=0))[:20]:
+        pixels = np.asarray(images.load(record.image.read())[0])
+        assert (pixels == pixels[..., :1]).all() and pixels.min() < 30
+        assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all(), "paper in the corners"
+
+
 def test_the_alphabet_is_large_and_covered():
     several_hundred = alphabet(400)
     assert len(several_hundred) == len(set(several_hundred)) == 400
@@ -55,14 +75,41 @@ def test_the_alphabet_is_large_and_covered():
         assert any(t.held_out for t in faces) and len(faces) >= 8
     # look-alikes of other scripts stay out
     assert not {"\N{GREEK CAPITAL LETTER ALPHA}", "\N{CYRILLIC CAPITAL LETTER A}"} & set(several_hundred)
+    # so do small letters that are their capitals in small
+    assert not set("wz") & set(several_hundred) and set("WZ") <= set(several_hundred)
+    # nor is there what is but a speck
+    assert not set(".,'`\u00b7") & set(several_hundred)
     # the TeX fonts draw another sign at "<"
     assert not has(TYPEFACES[-1], "<") and has(TYPEFACES[-1], "A")
 
 
 def test_impossible_glyphs_are_refused():
-    for wrong in ({"characters": 10_000}, {"characters": 0}, {"samples": 0}, {"size": 4}):
+    for wrong in (
+        {"characters": 10_000},
+        {"characters": 0},
+        {"samples": 0},
+        {"size": 4},
+        {"variation": 1.1},
+        {"variation": -0.1},
+    ):
         with pytest.raises(ConfigError):
             GlyphsSource(**wrong)
+
+
+def test_digits_are_those_of_scikit_learn():
+    """Sixteen shades; the darkest is 255."""
+    digits = load_digits()
+    source = DigitsSource(size=8, limit=40)
+    records = list(source)
+    assert source.total == len(records) == 40 and DigitsSource(limit=5000).total == len(digits.target) == 1797
+    for i, record in enumerate(records):
+        pixels = np.asarray(images.load(record.image.read())[0])
+        np.testing.assert_allclose(pixels / 255, digits.images[i] / 16, atol=0.5 / 255)
+        assert record.label == digits.target[i]
+    assert len({str(DigitsSource(size, limit).describe()) for size in (8, 9) for limit in (1, 2)}) == 4
+    for wrong in ({"size": 7}, {"limit": 0}):
+        with pytest.raises(ConfigError):
+            DigitsSource(**wrong)
 
 
 def test_digits(tmp_path):

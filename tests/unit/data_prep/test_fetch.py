@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -17,13 +18,13 @@ from data_prep.fetch import Fetcher, Remote
 from data_prep.options import FetchOptions, Options
 from data_prep.record import Inline, Record, Rejected
 from data_prep.sources.table import Columns, TableSource
-from pipeline.core.errors import ConfigError
 from tests.unit.data_prep.samples import members, png
 from tests.unit.data_prep.test_build import lines
 
 IMAGE = png(1)
-QUICK = FetchOptions(timeout=0.4, max_bytes=20_000, retries=2, backoff=0.01, per_host=1000, private=True)
-CAREFUL = Fetcher(FetchOptions(**{**vars(QUICK), "private": False, "retries": 0, "per_host": 1e9}))
+QUICK = FetchOptions(timeout=60, max_bytes=20_000, retries=2, backoff=0.01, per_host=1000, private=True)
+HASTY = replace(QUICK, timeout=0.4)
+CAREFUL = Fetcher(replace(HASTY, private=False, retries=0, per_host=1e9))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -134,6 +135,10 @@ class Handler(BaseHTTPRequestHandler):
     def loop(self):
         self.answer(b"", 302, Location="/loop")
 
+    def slow_loop(self):
+        self.server.stop.wait(0.3)
+        self.answer(b"", 302, Location="/slow_loop")
+
     def nowhere(self):
         self.answer(b"", 302)
 
@@ -209,10 +214,15 @@ def test_bad(server, path, reason, attempts):
     server.seen.clear()
     began = time.monotonic()
     with pytest.raises(Rejected, match=reason):
-        Fetcher(QUICK).get(Remote(url(server, path)))
+        Fetcher(HASTY if path.startswith(("slow", "drip")) else QUICK).get(Remote(url(server, path)))
     assert server.seen[f"/{path}"] == attempts
     # far from the seconds that the server would take, whatever this machine is busy with
     assert time.monotonic() - began < 15
+
+
+def test_redirects_share_the_time_of_one_attempt(server):
+    with pytest.raises(Rejected, match="failed after 1 attempts"):
+        Fetcher(replace(HASTY, retries=0, redirects=1000)).get(Remote(url(server, "slow_loop")))
 
 
 def test_private_addresses(server, monkeypatch):
@@ -231,6 +241,7 @@ def test_private_addresses(server, monkeypatch):
     [
         *("10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "224.0.0.1"),
         *("fe80::1%eth0", "fc00::1", "::", "ff02::1", "::7f00:1", "::ffff:a00:1", "64:ff9b::a00:1", "2002:7f00:1::"),
+        *("fec0::1", "64:ff9b:1::808:808", "::ffff:0:a00:1"),
     ],
 )
 def test_what_is_private(address):
@@ -324,7 +335,7 @@ def test_robots(server):
 @pytest.mark.parametrize("kind", ["md5", "sha1", "sha256"])
 def test_expected_hash(server, kind):
     right = hashlib.new(kind, IMAGE).hexdigest()
-    assert Fetcher(QUICK).get(Remote(url(server, "image"), right.upper())) == IMAGE
+    assert Fetcher(QUICK).get(Remote(url(server, "image"), f" {right.upper()}\n")) == IMAGE
     with pytest.raises(Rejected, match=f"another {kind}"):
         Fetcher(QUICK).get(Remote(url(server, "image"), right[:-1] + ("0" if right[-1] != "0" else "1")))
     with pytest.raises(Rejected, match="neither"):
@@ -350,7 +361,7 @@ def test_waiting_for_a_turn_is_no_part_of_the_time_limit(server):
 
 
 def test_a_table_of_urls(server, tmp_path):
-    paths = ["image?1", "html", "image?2", "drip_body", "disguised_html", "image?3", "missing"]
+    paths = ["image?1", "html", "image?2", "truncated", "disguised_html", "image?3", "missing"]
     (tmp_path / "t.csv").write_text("url,text\n" + "".join(f"{url(server, p)},{i}\n" for i, p in enumerate(paths)))
     source = TableSource([tmp_path / "t.csv"], Columns("url", ("text",)))
     options = Options({}, fetch=QUICK)
@@ -379,8 +390,3 @@ def test_order_is_kept_and_threads_are_bounded():
     out = list(fetch.fetched(tasks, FetchOptions(concurrency=4), get))
     assert [t[2].image.data for t in out] == [str(i).encode() for i in range(50)]
     assert 1 < max(most) <= 4
-
-
-def test_bad_limits():
-    with pytest.raises(ConfigError):
-        FetchOptions(timeout=0)

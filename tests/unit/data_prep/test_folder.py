@@ -1,5 +1,6 @@
 """Folders: classes, sidecars, splits, and names that try to misbehave."""
 
+import contextlib
 import json
 import os
 
@@ -11,7 +12,7 @@ from data_prep.build import build
 from data_prep.describe import sheet
 from data_prep.options import Options
 from data_prep.sources.folder import FolderSource
-from pipeline.core.errors import DataError
+from pipeline.core.errors import ConfigError, DataError
 from tests.unit.data_prep.samples import encoded, members, picture, png, stock_reader, tree
 from tests.unit.data_prep.test_build import lines
 
@@ -45,6 +46,67 @@ def test_splits_as_folders(tmp_path):
     built = build(FolderSource(tmp_path / "in"), tmp_path / "out", Options())
     assert {s: m.samples for s, m in built.manifests.items()} == {"train": 4, "val": 4}
     assert built.manifests["val"].classes == ("a", "b")
+
+
+def test_folders_are_splits_only_where_there_is_nothing_else(tmp_path):
+    write(tmp_path / "in", {f"{name}/x/1.png": png(i) for i, name in enumerate(("train", "val", "test"))})
+    source = FolderSource(tmp_path / "in")
+    assert ({r.split for r in source}, source.classes) == ({"train", "val", "test"}, ("x",))
+    for more in ("other/1.png", "readme.md"):
+        write(tmp_path / more[0], {"train/1.png": png(), "val/1.png": png(), more: png()})
+        source = FolderSource(tmp_path / more[0])
+        assert {r.split for r in source} == {None} and set(source.classes) >= {"train", "val"}
+
+
+def test_images_beside_class_folders_have_no_labels(tmp_path):
+    write(tmp_path, {"a/1.png": png(1), "2.png": png(2)})
+    source = FolderSource(tmp_path)
+    assert source.classes == () and [r.label for r in source] == [None, None]
+
+
+def test_the_order_is_decided_by_names_and_the_seed(tmp_path, monkeypatch):
+    write(tmp_path, {f"{c}/{i}.png": png() for c in "ab" for i in range(9)})
+    plain = [r.identity for r in FolderSource(tmp_path, shuffle=False)]
+    assert plain == sorted(plain)
+    orders = {seed: [r.identity for r in FolderSource(tmp_path, seed=seed)] for seed in range(3)}
+    assert len({*map(tuple, orders.values()), tuple(plain)}) == 4
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def backwards(folder):
+        with scandir(folder) as entries:
+            yield reversed(list(entries))
+
+    for order in (backwards, scandir):  # one of them is not the order of the names
+        monkeypatch.setattr(os, "scandir", order)
+        assert {seed: [r.identity for r in FolderSource(tmp_path, seed=seed)] for seed in range(3)} == orders
+
+
+def test_what_changes_is_noticed(tmp_path):
+    """A file's content, and what was asked for."""
+    write(tmp_path / "in", {f"{i}.png": png(i) for i in range(3)})
+    build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    for other in ({"seed": 1}, {"shuffle": False}):
+        with pytest.raises(ConfigError, match="other settings"):
+            build(FolderSource(tmp_path / "in", **other), tmp_path / "out", Options({}))
+    (tmp_path / "in/1.png").write_bytes(png(1) + b"x")
+    with pytest.raises(DataError, match="input has changed"):
+        build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+
+
+def test_names_that_lie_are_rejected(tmp_path):
+    write(tmp_path / "in", {"a.png": png(), "b.jpg": png(1)})
+    build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    assert [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")] == ["disguised: named .jpg, holds PNG"]
+
+
+def test_captions_as_other_systems_write_them(tmp_path):
+    """Lines may end in two characters; a "caption" in JSON that is no text is metadata only."""
+    write(tmp_path / "in", {"a.png": png(1), "a.txt": "one\r\ntwo\r\n", "b.png": png(2), "b.json": '{"caption": 5}'})
+    build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    content = members(tmp_path / "out/train")
+    assert content["a.txt"] == b"one\ntwo" and "b.txt" not in content
+    assert json.loads(content["b.json"]) == {"caption": 5}
 
 
 def test_flat_with_sidecars(tmp_path):

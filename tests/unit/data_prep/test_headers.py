@@ -94,6 +94,13 @@ def test_webdatasets_own_tars_are_plain(tmp_path):
     assert len(found.rows.keys) == 50 and sorted(found.texts.values())[7] == b"caption 15"
 
 
+def test_what_is_cut_is_not_plain():
+    """The second file's data end at byte 2748; whether blocks that fill it up follow is another question."""
+    data = np.frombuffer(archive([("a.jpg", b"1" * 700), ("b.jpg", b"2" * 700)], tarfile.GNU_FORMAT), np.uint8)
+    for total, names in ((2748, [b"a.jpg", b"b.jpg"]), (2747, [b"a.jpg"]), (2048, [b"a.jpg"])):
+        assert plain_run(data[:total], 0, total).names.tolist() == names
+
+
 @pytest.mark.parametrize("times", [None, (0.5,)])
 def test_every_cut_and_every_broken_header_is_noticed(tmp_path, times):
     files = [(f"{i}.{e}", bytes([65 + i]) * 700) for i in range(4) for e in ("jpg", "txt")]

@@ -59,6 +59,28 @@ def test_orientation_is_applied(orientation):
     assert np.abs(decoded(jpeg) - expected).max() <= 3
 
 
+@pytest.mark.parametrize("nonsense", [0, 9, 65_535])
+def test_orientations_that_are_none_change_nothing(nonsense):
+    exif = Image.Exif()
+    exif[0x0112] = nonsense
+    for kind, extension in (("JPEG", "jpg"), ("PNG", "png")):
+        data = encoded(picture(), kind, exif=exif)
+        assert store(data, extension, KEEP).data == data
+
+
+def test_zeros_after_the_end_of_a_gif_do_no_harm():
+    assert store(encoded(picture(), "GIF") + bytes(9), "gif", KEEP).extension == "png"
+
+
+def test_too_little_memory_is_no_fault_of_the_image(monkeypatch):
+    def full(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        load(encoded(picture()))
+
+
 def test_orientation_and_resize():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -89,8 +111,9 @@ def test_sixteen_bits_keep_their_range():
     np.testing.assert_array_equal(decoded(stored), np.round(wide / 257).astype(np.uint8))
     with pytest.raises(Rejected, match="floating-point"):
         store(encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "tiff", KEEP)
-    with pytest.raises(Rejected, match="32-bit"):
-        store(encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "tiff", KEEP)
+    for value in (65_536, -1):
+        with pytest.raises(Rejected, match="32-bit"):
+            store(encoded(Image.fromarray(np.full((4, 4), value, np.int32)), "TIFF"), "tiff", KEEP)
 
 
 def test_cmyk_becomes_rgb():
@@ -151,11 +174,42 @@ def test_crop_takes_the_centre():
     assert decoded(stored)[:, 2:-2].min() == 255
 
 
+@pytest.mark.parametrize("size", [(60, 30), (30, 61), (30, 30)])
+def test_crop_of_what_has_the_size_already(size):
+    """A square is cut out of its middle, without touching a pixel."""
+    image = picture(size=size)
+    stored = store(encoded(image), "png", ImageOptions("png", resize="crop", size=30))
+    left, top = (size[0] - 30) // 2, (size[1] - 30) // 2
+    np.testing.assert_array_equal(decoded(stored), np.asarray(image)[top : top + 30, left : left + 30])
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_quality_decides_the_bytes(kind):
+    """Of what is encoded because it was asked for, and of what has to be."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = encoded(picture(size=(64, 64)), "JPEG", exif=exif, quality=98)
+    for options in ({"format": kind}, {}):
+        sizes = [len(store(turned, "jpg", ImageOptions(quality=q, **options)).data) for q in (10, 60, 97)]
+        assert sizes[0] < sizes[1] < sizes[2]
+
+
 def test_reduced_decoding_is_close_to_the_full_one():
     data = encoded(picture(size=(640, 480)), "JPEG", quality=95)
     stored = store(data, "jpg", ImageOptions("png", resize="short", size=60))
     full = Image.open(io.BytesIO(data)).resize((80, 60), Image.Resampling.BICUBIC)
     assert np.abs(decoded(stored).astype(int) - np.asarray(full)).max() <= 3
+
+
+def test_enough_is_left_where_a_part_is_decoded():
+    """At least twice of what is asked for; an eighth is the least that there is."""
+    data = encoded(picture(size=(640, 480)), "JPEG")
+    found = {near: load(data, "jpg", near) for near in (0, 10, 30, 31, 60, 61, 120, 121, 400)}
+    assert {near: image.size[1] for near, (image, _) in found.items()} == {
+        **{0: 480, 10: 60, 30: 60, 31: 120, 60: 120},
+        **{61: 240, 120: 240, 121: 480, 400: 480},
+    }
+    assert {size for _, size in found.values()} == {(640, 480)}
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -183,7 +237,10 @@ def test_disguised_formats_are_rejected():
         store(encoded(picture()), "jpg", KEEP)
     with pytest.raises(Rejected, match="not an image in a known format"):
         store(encoded(picture(), "ICO"), "", KEEP)
-    assert store(encoded(picture(), "JPEG"), "jpeg", KEEP).extension == "jpg"
+    for extension in ("jpeg", "jpe", "jfif"):
+        assert store(encoded(picture(), "JPEG"), extension, KEEP).extension == "jpg"
+    for extension in ("tif", "tiff"):
+        assert store(encoded(picture(), "TIFF"), extension, KEEP).extension == "png"
 
 
 def test_bombs_are_rejected_before_they_are_unpacked(monkeypatch):

@@ -1,12 +1,13 @@
 """Many keys: against Python's own sets and dictionaries."""
 
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.ahead import in_order
+from data_prep.ahead import in_order, processes
 from data_prep.keys import Keys
 
 SHARDS = st.lists(st.lists(st.sampled_from("abcdefghijklmnop") | st.text(max_size=3), max_size=6), max_size=5)
@@ -35,6 +36,12 @@ def test_every_key_is_found():
     keys.sort()
     assert all(f"{shard}/{i}" in keys for shard in range(20) for i in range(200))
     assert not any(f"{shard}/{i}" in keys for shard in range(20, 30) for i in range(200))
+
+
+def test_workers_leave_the_keyboard_to_their_parent():
+    """Ctrl-C goes to all processes of a terminal: the parent stops the build, and needs its workers until then."""
+    with processes(1, "data_prep.prepare") as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
 
 
 def test_work_is_a_few_ahead_and_in_order():

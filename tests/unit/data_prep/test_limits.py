@@ -11,6 +11,7 @@ from data_prep.fetch import Fetcher, Remote
 from data_prep.options import FetchOptions, Filters, Options
 from data_prep.prepare import Sample, prepare
 from data_prep.record import Inline, Record, Rejected, split_of
+from pipeline.core.errors import ConfigError
 from tests.unit.data_prep.samples import ListSource, png
 
 WIDE = Record("a", "a", Inline(png(1, (30, 20))), caption="\u00e4bcd")
@@ -82,6 +83,45 @@ def test_robots_words_for_this_agent_alone():
     with pytest.raises(Rejected, match="noindex"):
         answered(tag, b"x", agent="painter")
     assert answered(tag, b"x", agent="other") == b"x"
+
+
+def test_turns_of_a_host_are_dealt_out_beforehand(monkeypatch):
+    """Those who ask at the same time get one each; another host has its own."""
+    waits = []
+    monkeypatch.setattr(fetch.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(fetch.time, "sleep", waits.append)
+    fetcher = Fetcher(FetchOptions(per_host=4.0))
+    for host in "aaabaa":
+        fetcher._wait_turn(host)
+    assert waits == [0, 0.25, 0.5, 0, 0.75, 1.0]
+
+
+def test_one_private_address_among_others_is_enough(monkeypatch):
+    def resolved(host, port, **options):
+        return [(2, 1, 6, "", (address, port)) for address in ("8.8.8.8", "10.0.0.1")]
+
+    monkeypatch.setattr(fetch.socket, "getaddrinfo", resolved)
+    monkeypatch.setattr(fetch.socket, "create_connection", lambda *arguments, **options: pytest.fail("connected"))
+    with pytest.raises(Rejected, match=r"10\.0\.0\.1, a private address"):
+        Fetcher(FetchOptions(retries=0)).get(Remote("http://two.places/"))
+
+
+def test_what_is_downloaded_ahead_is_bounded():
+    pulled = []
+    tasks = ((i, "train", Record(str(i), str(i), pulled.append(i) or Remote(str(i)))) for i in range(90))
+    for used, _ in enumerate(fetch.fetched(tasks, FetchOptions(concurrency=3), lambda remote: b"")):
+        assert len(pulled) <= used + 1 + 4 * 3
+    assert len(pulled) == 90
+
+
+def test_bad_limits():
+    nan, inf = float("nan"), float("inf")
+    positive = [{name: n} for name in ("concurrency", "timeout", "max_bytes", "per_host") for n in (0, -1, nan)]
+    counts = [{name: n} for name in ("retries", "backoff", "redirects") for n in (-1, nan)]
+    for wrong in (*positive, *counts, {"timeout": inf}, {"backoff": inf}):
+        with pytest.raises(ConfigError):
+            FetchOptions(**wrong)
+    FetchOptions(retries=0, backoff=0, redirects=0, per_host=inf)
 
 
 def test_waits_between_attempts_double(monkeypatch):

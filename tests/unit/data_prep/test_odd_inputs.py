@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data_prep.build import build
 from data_prep.describe import renew_statistics, sheet
@@ -37,6 +38,16 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6
 def test_orientation_in_xmp(kind):
     stored = store(encoded(picture(size=(40, 20)), kind, xmp=XMP), "", ImageOptions())
     assert stored.pixels.size == (20, 40)
+
+
+def test_orientation_of_formats_that_keep_it_elsewhere():
+    image, exif, text = picture(size=(40, 20)), Image.Exif(), PngInfo()
+    exif[0x0112] = 6
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    for data in (encoded(image, "TIFF", exif=exif), encoded(image, pnginfo=text)):
+        turned = store(data, "", ImageOptions())
+        np.testing.assert_array_equal(turned.pixels, image.transpose(Image.Transpose.ROTATE_270))
+        assert store(data, "", ImageOptions("png", resize="short", size=10)).pixels.size == (10, 20)
 
 
 def test_bytes_after_the_end_of_a_jpeg_do_no_harm():
@@ -219,6 +230,7 @@ def test_a_folder_beside_the_root_is_outside(tmp_path):
     from data_prep import places
 
     assert places.inside("../root2/a.png", "memory://store") is None
+    assert places.inside("../store2/a.png", "memory://store") is None
     assert places.inside("b/../a.png", "memory://store") == "memory://store/a.png"
 
 

@@ -228,8 +228,9 @@ def test_extensions_that_begin_alike_in_different_samples(tmp_path):
 
 
 def test_names_between_underscores_belong_to_no_sample(tmp_path):
-    _tar(tmp_path / "x.tar", {"__about.this__": b"1", "__a.jpg": b"2", "d/__b.c__": b"3"})
-    assert scan(tmp_path / "x.tar").rows.keys == ("__a", "d/__b")
+    _tar(tmp_path / "x.tar", {"__about.this__": b"1", "__a.jpg": b"2", "d/__b.c__": b"3", "__d/e.f__": b"4"})
+    assert scan(tmp_path / "x.tar").rows.keys == ("__a", "d/__b", "__d/e")
+    assert [key for key, _ in group(walk((tmp_path / "x.tar").read_bytes()))] == ["__a", "d/__b", "__d/e"]
 
 
 def test_an_extension_that_is_not_utf8(tmp_path):

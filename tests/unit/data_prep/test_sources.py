@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.build import build
 from data_prep.options import ImageOptions, Options
+from data_prep.record import Rejected
 from data_prep.sources.tars import TarsSource
 from data_prep.sources.torchvision import TorchvisionSource
 from pipeline.core.errors import ConfigError, DataError
@@ -77,6 +78,26 @@ def test_keys_with_dots_follow_webdataset(tmp_path):
     _tar(tmp_path / "x.tar", {"a/b.1.png": png(), "a/b.png": png(), "a/b.npy": b"x"})
     (record,) = TarsSource([tmp_path / "x.tar"])
     assert record.identity == "a/b" and set(record.more) == {"1.png", "npy"}
+
+
+def test_only_tars_of_a_folder(tmp_path):
+    _tar(tmp_path / "a.tar", {"dog/b/c/x.png": png(), "y.png": png(1)})
+    (tmp_path / "b.tar.part").write_bytes(b"half")
+    source = TarsSource([tmp_path], "folder")
+    assert source.classes == ("dog",) and [r.label for r in source] == [0, None], "the first folder alone"
+
+
+@pytest.mark.parametrize(("length", "problem"), [(88, ""), (89, "name too long")])
+def test_names_as_long_as_a_header_holds(tmp_path, length, problem):
+    """00000/, the key, a dot: with 88 letters exactly 100 bytes."""
+    _tar(tmp_path / "x.tar", {"abcde.png": png(), f"abcde.{'e' * length}": b"x"})
+    (record,) = TarsSource([tmp_path / "x.tar"])
+    if problem:
+        with pytest.raises(Rejected, match=problem):
+            record.image.read()
+    else:
+        build(TarsSource([tmp_path / "x.tar"]), tmp_path / "out", Options({}))
+        assert max(map(len, members(tmp_path / "out/train"))) == 100
 
 
 def test_labels_from_folders(tmp_path):
@@ -153,6 +174,66 @@ def test_torchvision_from_files_keeps_their_bytes(tmp_path):
     build(source, tmp_path / "out", Options({}))
     content = members(tmp_path / "out/train")
     assert content["train-00000001.jpg"] == (tmp_path / "in/b/2.jpg").read_bytes()
+
+
+class Array:
+    """What has ``tolist``, as tensors have."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def tolist(self):
+        return self.value
+
+
+def test_targets_of_torchvision(tmp_path, monkeypatch):
+    """A number is a label, a text a caption, several texts the first and the others; all else is metadata."""
+    from torchvision import datasets
+
+    targets = [3, Array(4), "text", ["one", "two"], Array([0.5, 1]), {"box": 1}]
+
+    class FakeData(list):
+        def __init__(self, root):
+            super().__init__((picture(i), target) for i, target in enumerate(targets))
+            self.append(("no image", 1))
+
+    monkeypatch.setattr(datasets, "FakeData", FakeData)
+    records = list(TorchvisionSource("FakeData", str(tmp_path), {"train": {}}))
+    assert [(r.label, r.caption, r.metadata) for r in records[:-1]] == [
+        (3, None, None),
+        (4, None, None),
+        (None, "text", None),
+        (None, "one", {"captions": ["one", "two"]}),
+        (None, None, {"target": [0.5, 1]}),
+        (None, None, {"target": {"box": 1}}),
+    ]
+    with pytest.raises(Rejected, match="not an image but str"):
+        records[-1].image.read()
+
+
+def test_files_of_torchvision_are_judged_by_their_names(tmp_path):
+    for name, data in {"a/1.jpg": png(), "a/2.png": png(1)}.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    source = TorchvisionSource("ImageFolder", str(tmp_path / "in"), {"train": {}})
+    build(source, tmp_path / "out", Options({}))
+    assert ["disguised" in r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")] == [True]
+
+
+def test_splits_of_torchvision_are_compared_and_remembered(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class FakeData(list):
+        def __init__(self, root, number=0):
+            super().__init__([(picture(number), 0)])
+            self.classes = ["a", "b" * number]
+
+    monkeypatch.setattr(datasets, "FakeData", FakeData)
+    with pytest.raises(DataError, match="different classes"):
+        TorchvisionSource("FakeData", str(tmp_path), {"train": {}, "val": {"number": 1}})
+    build(TorchvisionSource("FakeData", str(tmp_path), {"train": {}}), tmp_path / "out", Options({}))
+    with pytest.raises(ConfigError, match="other settings"):
+        build(TorchvisionSource("FakeData", str(tmp_path), {"train": {"number": 0}}), tmp_path / "out", Options({}))
 
 
 def test_torchvision_mistakes(tmp_path):

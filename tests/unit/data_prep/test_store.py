@@ -83,6 +83,38 @@ def test_folders_behind_urls(tmp_path, memory):
         FolderSource("memory://nowhere")
 
 
+def test_a_file_that_changes_behind_a_url_is_another_input(memory):
+    stamps = [next(iter(FolderSource(memory({"a.png": data})))).stamp for data in (b"one", b"two")]
+    assert stamps[0] != stamps[1], "though it has the same size"
+
+
+def test_a_server_that_fails_stops_the_build_and_it_goes_on(tmp_path, memory, monkeypatch):
+    """It says nothing about the image."""
+    source = FolderSource(memory({f"{i}.png": png(i) for i in range(3)}))
+
+    def fail(*arguments, **options):
+        raise OSError("503 Slow Down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
+        with pytest.raises(DataError, match=r"503 Slow Down.*same command to go on"):
+            build(source, tmp_path / "out", Options({}))
+    assert build(source, tmp_path / "out", Options({})).counts.samples == 3
+
+
+def test_images_in_tars_elsewhere_outlive_the_copy(tmp_path, memory):
+    """Workers read them when the source may be at another tar."""
+    for i in range(2):
+        _tar(tmp_path / f"{i}.tar", {"a.png": png(i), "b.png": png(i + 7)})
+    url = memory({f"{i}.tar": (tmp_path / f"{i}.tar").read_bytes() for i in range(2)})
+    assert [r.image.read() for r in list(TarsSource([url]))] == [png(0), png(7), png(1), png(8)]
+
+
+def test_hidden_folders_elsewhere_are_passed_over(memory):
+    memory({"a/1": "x", ".git/2": "x", "3": "x"})
+    assert open_store("memory://src").folders("") == ["a"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_tables_behind_urls(tmp_path, memory, kind):
     rows = [{"file": f"images/{i}.png", "text": f"t{i}", "kind": "ab"[i % 2]} for i in range(5)]

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.build import build
+from data_prep.fetch import Remote
 from data_prep.options import Options
 from data_prep.sources.table import Columns, TableSource
 from pipeline.core.errors import ConfigError, DataError
@@ -96,6 +97,83 @@ def test_a_folder_of_tables_and_several_captions(tmp_path, rows):
     assert built.counts.samples == N
     content = members(tmp_path / "out/train")
     assert (content["000000005.1.txt"], content["000000005.2.txt"]) == (b"second", b"third")
+
+
+def test_a_folder_of_compressed_tables(tmp_path, rows):
+    write(tmp_path / "t.csv.gz", rows)
+    assert len(list(TableSource([tmp_path], COLUMNS))) == N
+    whole = (tmp_path / "t.csv.gz").read_bytes()
+    for broken in (whole[:-20], whole[:-8] + bytes(8)):
+        (tmp_path / "t.csv.gz").write_bytes(broken)
+        with pytest.raises(DataError, match="no whole gzip file"):
+            list(TableSource([tmp_path], COLUMNS))
+
+
+def test_a_column_may_decide_the_split(tmp_path, rows):
+    for i, row in enumerate(rows):
+        row["person"] = f"p{i % 2}"
+    write(tmp_path / "t.jsonl", rows)
+    source = TableSource([tmp_path / "t.jsonl"], Columns("file", key="person"))
+    assert [r.identity for r in source] == ["p0", "p1"] * 3
+    assert all("person" not in r.metadata for r in source)
+    assert [r.identity for r in TableSource([tmp_path / "t.jsonl"], Columns("file"))] == [r["file"] for r in rows]
+
+
+def test_expected_hashes_go_with_their_addresses(tmp_path):
+    stamps = set()
+    for expected in ("ab" * 16, "cd" * 16):
+        write(tmp_path / "t.csv", [{"url": "http://x/y.png", "md5": expected}])
+        (record,) = TableSource([tmp_path / "t.csv"], Columns("url", expected="md5"))
+        assert (record.image, record.metadata) == (Remote("http://x/y.png", expected), None)
+        stamps.add(record.stamp)
+    assert len(stamps) == 2, "another one is another input"
+
+
+def test_whatever_is_written_beside_an_image_is_part_of_the_input(tmp_path, rows):
+    row, stamps = rows[0], set()
+    for change in ({}, {"kind": "emu"}, {"text": "t"}, {"alt": "a"}, {"n": 9}):
+        write(tmp_path / "t.jsonl", [{**row, **change}, row, {**row, "kind": "emu"}])
+        stamps.add(next(iter(TableSource([tmp_path / "t.jsonl"], COLUMNS))).stamp)
+    assert len(stamps) == 5
+
+
+def test_bytes_that_change_under_their_name_are_another_input(tmp_path):
+    stamps = set()
+    for i in range(2):
+        write(tmp_path / "t.parquet", [{"image": {"bytes": png(i), "path": "a.png"}}])
+        stamps.add(next(iter(TableSource([tmp_path / "t.parquet"], Columns("image")))).stamp)
+    assert len(stamps) == 2
+
+
+def test_cells_hold_long_texts_and_ends_of_lines(tmp_path):
+    data = png(1, (480, 480))
+    assert len(base64.b64encode(data)) > 131_072, "what Python's csv takes unless it is told otherwise"
+    text = "one\r\ntwo\nthree"
+    write(tmp_path / "t.csv", [{"image": "base64:" + base64.b64encode(data).decode(), "text": text}])
+    (record,) = TableSource([tmp_path / "t.csv"], Columns("image", ("text",)))
+    assert (record.image.read(), record.caption) == (data, text)
+
+
+def test_the_first_caption_that_is_not_empty(tmp_path, rows):
+    (row,) = rows[:1]
+    write(tmp_path / "t.jsonl", [{**row, "text": ["", None, "a", "", "b"]}])
+    (record,) = TableSource([tmp_path / "t.jsonl"], Columns("file", ("text",)))
+    assert (record.caption, record.more) == ("a", {"1.txt": b"b"})
+
+
+def test_long_names_of_captions_fit_a_header(tmp_path, rows):
+    name = "Caption_" * 30
+    write(tmp_path / "t.jsonl", [{**row, name: "x"} for row in rows])
+    build(TableSource([tmp_path / "t.jsonl"], Columns("file", ("text", name))), tmp_path / "out", Options({}))
+    assert f"000000000.{name.lower()[:40]}.txt" in members(tmp_path / "out/train")
+
+
+def test_the_root_may_be_a_link_and_elsewhere(tmp_path, rows):
+    (tmp_path / "tables").mkdir()
+    write(tmp_path / "tables/t.csv", rows)
+    (tmp_path / "link").symlink_to(tmp_path)
+    build(TableSource([tmp_path / "tables/t.csv"], COLUMNS, root=str(tmp_path / "link")), tmp_path / "out", Options({}))
+    check(tmp_path / "out/train")
 
 
 def test_numbers_as_labels(tmp_path, rows):
