@@ -38,6 +38,7 @@ class ImageOptions:
         _need(self.format in ("keep", "jpg", "webp", "png"), f"format is keep, jpg, webp or png, not {self.format!r}")
         _need(self.resize in ("none", "short", "long", "crop"), f"resize is none, short, long or crop: {self.resize!r}")
         _need((self.size > 0) == (self.resize != "none"), "resize and size go together: give both or neither")
+        _need(not self.enlarge or self.resize != "none", "enlarging is a way of resizing: give resize and size as well")
         _need(self.resize == "none" or self.format != "keep", "resizing needs a format to store: jpg, webp or png")
 
 
@@ -76,6 +77,7 @@ class Duplicates:
 
     def __post_init__(self) -> None:
         _need(self.action in ("off", "report", "drop"), f"duplicates are off, report or drop, not {self.action!r}")
+        _need(self.distance < 0 or self.action != "off", "a distance is of duplicates: report or drop them")
         _need(-1 <= self.distance <= 15, f"a perceptual distance is 0 to 15 bits, not {self.distance}")
 
 

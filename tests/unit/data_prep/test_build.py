@@ -138,7 +138,7 @@ def _dying(monkeypatch, at: int):
 
 @pytest.mark.parametrize("action", ["off", "drop", "report"])
 def test_killed_at_any_change_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, action):
-    options = replace(OPTIONS, duplicates=Duplicates(action, 3))
+    options = replace(OPTIONS, duplicates=Duplicates(action, -1 if action == "off" else 3))
     whole = tmp_path / "whole"
     with monkeypatch.context() as patch:
         changes = _dying(patch, 10**9)
@@ -298,6 +298,8 @@ def test_bad_options_are_refused():
         lambda: Filters(caption="("),
         lambda: Filters(max_aspect=0.5),
         lambda: Duplicates("drop", 40),
+        lambda: Duplicates("off", 3),
+        lambda: ImageOptions("jpg", enlarge=True),
     ):
         with pytest.raises(ConfigError):
             make()

@@ -72,9 +72,10 @@ def test_options_of_other_sources(asked, tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(png())
     _tar(tmp_path / "x.tar", {"dog/a.png": png(), "dog/a.cls": b"5"})
-    assert asked("build", "folder", "in", "out", "--no-shuffle", "--seed", 3)[0].describe() == {
-        **{"kind": "folder", "root": "in", "shuffle": False, "seed": 3}
+    assert asked("build", "folder", "in", "out", "--no-shuffle", "--links", "--seed", 3)[0].describe() == {
+        **{"kind": "folder", "root": "in", "shuffle": False, "seed": 3, "links": True}
     }
+    assert asked("build", "folder", "in", "out")[0].describe()["links"] is False
     assert asked("build", "folder", "in", "out")[0].shuffle
     assert asked("build", "tars", "x.tar", "out")[0].classes == tuple("012345")
     assert asked("build", "tars", "x.tar", "out", "--label", "folder")[0].classes == ("dog",)

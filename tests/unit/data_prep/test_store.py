@@ -9,6 +9,7 @@ from data_prep.build import build
 from data_prep.index import index
 from data_prep.merge import merge
 from data_prep.options import Options
+from data_prep.places import tars
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.table import Columns, TableSource
 from data_prep.sources.tars import TarsSource
@@ -111,8 +112,8 @@ def test_images_in_tars_elsewhere_outlive_the_copy(tmp_path, memory):
 
 
 def test_hidden_folders_elsewhere_are_passed_over(memory):
-    memory({"a/1": "x", ".git/2": "x", "3": "x"})
-    assert open_store("memory://src").folders("") == ["a"]
+    memory({"a/1.tar": "x", ".git/2.tar": "x", "3": "x"})
+    assert tars("memory://src") == ["a/1.tar"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
