@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if body:
             self.server.asked.append((name, wanted and wanted.group()))
-        if fault == "silent":
+        if fault == "silent" and body:
             self.server.released.wait(30)
         if isinstance(fault, int) and fault > 0 and body:
             self.server.faults[name] = fault - 1
