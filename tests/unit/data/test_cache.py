@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import Cache, Data
-from pipeline.core import location
 from pipeline.core.manifest import load
-from pipeline.data import storage
 from pipeline.data.assemble import Assembler
 from pipeline.data.cache import Cached
 from pipeline.data.plan import EvalPlan
 from pipeline.data.storage import Local, Ranges
 from pipeline.data.stream import assemble_here
-from tests.unit.data.server import Server
 from tests.unit.data.shards import write_data
 
 
@@ -28,17 +25,6 @@ def alike(number):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"), [50, 50, 50, 50], alike)
-
-
-@pytest.fixture
-def server(local, monkeypatch):
-    monkeypatch.setattr(storage, "_PAUSE", 0.01)
-    made = Server(local.root)
-    yield made
-    made.released.set()
-    made.shutdown()
-    made.server_close()
-    location.filesystem.cache_clear()
 
 
 def use(cached, shard):

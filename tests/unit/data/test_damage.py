@@ -18,12 +18,10 @@ from pipeline.config.schema import Cache, Data, Image
 from pipeline.core import location
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import load
-from pipeline.data import storage
 from pipeline.data.assemble import Assembler
 from pipeline.data.order import Order
 from pipeline.data.plan import EvalPlan
 from pipeline.data.stream import assemble_here, open_stream
-from tests.unit.data.server import Server
 from tests.unit.data.shards import write_data
 
 SIZES = [5, 9, 20, 14]
@@ -160,17 +158,6 @@ def test_a_page_of_the_right_size_stops_the_run_above_the_threshold(tmp_path):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"), SIZES)
-
-
-@pytest.fixture
-def server(local, monkeypatch):
-    monkeypatch.setattr(storage, "_PAUSE", 0.01)
-    made = Server(local.root)
-    yield made
-    made.released.set()
-    made.shutdown()
-    made.server_close()
-    location.filesystem.cache_clear()
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["cache", "ranges"])

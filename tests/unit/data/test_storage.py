@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pipeline.config.schema import Cache, Data, Image
-from pipeline.core import location
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import load
 from pipeline.data import storage
@@ -20,7 +19,6 @@ from pipeline.data.plan import EvalPlan
 from pipeline.data.storage import Local, Ranges, Remote, check_shard, patiently
 from pipeline.data.stream import assemble_here, open_stream
 from pipeline.data.workers import Workers
-from tests.unit.data.server import Server
 from tests.unit.data.shards import write_data
 
 SIZES = [5, 9, 20, 13]
@@ -29,17 +27,6 @@ SIZES = [5, 9, 20, 13]
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"), SIZES)
-
-
-@pytest.fixture
-def server(local, monkeypatch):
-    monkeypatch.setattr(storage, "_PAUSE", 0.01)
-    made = Server(local.root)
-    yield made
-    made.released.set()
-    made.shutdown()
-    made.server_close()
-    location.filesystem.cache_clear()
 
 
 def open_at(url, **settings):
