@@ -46,6 +46,20 @@ def prep(context: typer.Context) -> None:
     prep_app(args=context.args, prog_name="sluice prep")
 
 
+@app.command("init")
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder for the files; nothing in it is replaced.")],
+    recipe: Annotated[str, typer.Option(metavar="NAME", help="Which run: pretrain/clip_b16_datacomp_large.")] = (
+        "demo/mae_glyphs"
+    ),
+    suite: Annotated[str, typer.Option(metavar="NAME", help="Which suite of evaluations.")] = "eval/glyphs",
+) -> None:
+    """Copy a recipe, a suite and a cluster's profile to start from."""
+    from launch.init import copy_start
+
+    typer.echo(copy_start(folder, recipe, suite))
+
+
 @app.command("check")
 def check(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
     """Check a configuration and show what a run of it would do."""

@@ -15,9 +15,11 @@ from pipeline.config.schema import Positive, PositiveFloat, Strict, Text
 from pipeline.core.errors import ConfigError
 from pipeline.core.registry import suggest
 
-HOME = Path(__file__).resolve().parents[1]
-"""The checkout."""
+HOME = (Path(__file__).parent / "shipped" / "slurm").resolve().parent
+"""Holds ``slurm/`` and ``configs/``: the checkout, or the folder where an installed package has them."""
 PROFILES = HOME / "slurm" / "profiles"
+OWN_PROFILES = Path("slurm/profiles")
+"""Of the folder where a command is given."""
 
 Word = Annotated[str, Field(pattern=r"^[^\s\x00-\x1f\x7f]+$")]
 """Text without white space or control characters."""
@@ -98,18 +100,21 @@ def load(cluster: str | None) -> tuple[str, Profile]:
     """A profile and its name.
 
     Args:
-        cluster: a name of ``slurm/profiles/NAME.toml``, or the path of a file; None: SLURM's own defaults.
+        cluster: a name of ``slurm/profiles/NAME.toml``, in this folder or of this program, or the path of a file;
+            None: SLURM's own defaults.
 
     Raises:
         ConfigError: no such profile, or with every mistake in it.
     """
     if cluster is None:
         return "default", Profile()
-    path = Path(cluster) if cluster.endswith(".toml") else PROFILES / f"{cluster}.toml"
+    path = Path(cluster) if cluster.endswith(".toml") else OWN_PROFILES / f"{cluster}.toml"
+    if not cluster.endswith(".toml") and not path.is_file():
+        path = PROFILES / f"{cluster}.toml"
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        known = sorted(p.stem for p in PROFILES.glob("*.toml"))
+        known = sorted({p.stem for folder in (OWN_PROFILES, PROFILES) for p in folder.glob("*.toml")})
         raise ConfigError(f"no cluster profile {path}; {suggest(path.stem, known)}, or name a file") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the cluster profile {path}: {error}") from error

@@ -2,7 +2,7 @@
 # The environment of a job, made by its batch script and by `sluice submit` before it, when it checks the configuration
 # in that same environment. All values are variables that `sluice submit` has set; none is part of any shell text.
 #
-#   SLUICE_HOME     the checkout
+#   SLUICE_HOME     holds slurm/: the checkout, or a folder of the installed package
 #   SLUICE_MODULES  modules to load, separated by spaces; may be empty
 #   SLUICE_SETUP    a shell file of the cluster's profile to read; may be empty
 
@@ -18,4 +18,6 @@ if [[ -n ${SLUICE_SETUP:-} ]]; then
   # shellcheck source=/dev/null
   source "$SLUICE_SETUP"
 fi
-export PYTHONPATH="${SLUICE_HOME:?}${PYTHONPATH:+:$PYTHONPATH}"
+if [[ -d ${SLUICE_HOME:?}/launch ]]; then  # an installed package is found without
+  export PYTHONPATH="$SLUICE_HOME${PYTHONPATH:+:$PYTHONPATH}"
+fi
