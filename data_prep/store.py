@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.manifest import replace_file, sync_folder
+from pipeline.core.files import replace_file, sync_folder
 
 
 class Store(Protocol):

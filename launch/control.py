@@ -16,7 +16,7 @@ from launch.status import check_run, read_status
 from launch.supervise import STATE, STOP, clear_stop
 from pipeline.config import provenance
 from pipeline.core.errors import LaunchError
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 from pipeline.record import logs
 from pipeline.record.lock import refuse_second
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch.decide import Budget
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 
 Kind = Literal["pretrain", "evaluate", "prepare"]
 Launcher = Literal["srun", "deepspeed"]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pipeline
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 
 if TYPE_CHECKING:
     from pipeline.config.resolve import Plan

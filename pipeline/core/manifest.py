@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.core.errors import DataError
+from pipeline.core.files import replace_file
 from pipeline.core.location import read_file, reason
 
 if TYPE_CHECKING:
@@ -225,31 +226,6 @@ def _some(whole: Manifest, pattern: str) -> Manifest:
     if len(set(names)) < len(names):
         raise DataError(f"the shard list {pattern!r} names a shard twice")
     return replace(whole, shards=tuple(known[n] for n in names))
-
-
-def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that at any moment, also after a crash, the name holds the old content or all of the new."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make renames inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sizes_json(manifest: Manifest) -> str:

@@ -151,7 +151,7 @@ class Assembler:
 
     def expect(self, number: int) -> None:
         """See :class:`Filler`. What is wrong with those samples is said when it is their turn."""
-        for reader, ids in self._shares(self.plan.place(number).id):
+        for reader, ids in self._shares(self.plan.draw(number).id):
             with suppress(DataError):
                 reader.expect(ids)
 
@@ -163,7 +163,7 @@ class Assembler:
         """
         self._prefetch(number + _AHEAD)
         self._events = Counter()
-        epochs, ids = self.plan.place(number)
+        epochs, ids = self.plan.draw(number)
         numbers = self._numbers(epochs, ids)
         failed = {}
         arrays["epoch"][: len(ids)] = epochs
@@ -199,7 +199,7 @@ class Assembler:
 
     def _prefetch(self, number: int) -> None:
         if self._cached:
-            for reader, ids in self._shares(self.plan.place(number).id):
+            for reader, ids in self._shares(self.plan.draw(number).id):
                 reader.prefetch(ids)
 
     def _shares(self, ids: Ints) -> Iterator[tuple[Reader, Ints]]:
@@ -239,7 +239,7 @@ class Assembler:
 
     def _replace(self, number: int, row: int, epoch: int, error: SampleError, arrays: Arrays) -> Bad:
         """Put the next readable sample of the window in place of one that cannot be used."""
-        planned, tried = int(self.plan.place(number).id[row]), 0
+        planned, tried = int(self.plan.draw(number).id[row]), 0
         while tried < _SUBSTITUTES:
             other = self.plan.substitute(number, row, tried + 1)
             if other is None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import ConfigError
-from pipeline.data.order import Ints, Order, Place
+from pipeline.data.order import Draw, Ints, Order
 
 
 def shares(global_batch: int, weights: Sequence[float]) -> list[int]:
@@ -72,16 +72,16 @@ class Mixture:
     def _bases(self) -> Ints:
         return np.cumsum([0, *(o.samples for o in self.orders)])
 
-    def batch(self, step: int, first: int, last: int) -> Place:
+    def batch(self, step: int, first: int, last: int) -> Draw:
         """See :meth:`Order.batch`."""
         source, number = self._slots[0][first:last], self._slots[1][first:last]
         epochs, ids = np.empty_like(number), np.empty_like(number)
         for i in np.unique(source).tolist():
             chosen = source == i
             own = number[chosen]
-            place = self.orders[i].batch(step, int(own[0]), int(own[-1]) + 1)
-            epochs[chosen], ids[chosen] = place.epoch, place.id + self._bases[i]
-        return Place(epochs, ids)
+            draw = self.orders[i].batch(step, int(own[0]), int(own[-1]) + 1)
+            epochs[chosen], ids[chosen] = draw.epoch, draw.id + self._bases[i]
+        return Draw(epochs, ids)
 
     def substitute(self, step: int, index: int, attempt: int) -> int | None:
         """See :meth:`Order.substitute`."""

@@ -69,8 +69,8 @@ def default_lanes(global_batch: int, shards: int) -> int:
     return max(d for d in range(1, min(global_batch, max(shards, 1)) + 1) if global_batch % d == 0)
 
 
-class Place(NamedTuple):
-    """Where samples are found. All of shape [Q]."""
+class Draw(NamedTuple):
+    """Samples, as an epoch draws them. All of shape [Q]."""
 
     epoch: Ints
     """The epoch that delivers the sample."""
@@ -131,7 +131,7 @@ class Order:
         fixed = ("seed", "global_batch", "lanes", "window", "tail")
         return {name: getattr(self, name) for name in fixed}
 
-    def batch(self, step: int, first: int, last: int) -> Place:
+    def batch(self, step: int, first: int, last: int) -> Draw:
         """The samples ``first`` to ``last`` (exclusive) of the global batch of ``step``, which is lane-major."""
         per_lane = self.global_batch // self.lanes
         lane, offset = np.divmod(np.arange(first, last), per_lane)
@@ -145,7 +145,7 @@ class Order:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             ids[chosen] = self._lookup(int(epoch), lane[chosen], position[chosen])
-        return Place(epochs, ids)
+        return Draw(epochs, ids)
 
     def substitute(self, step: int, index: int, attempt: int) -> int | None:
         """The sample that stands in when sample ``index`` of the global batch cannot be read, and its next ones.
@@ -153,16 +153,16 @@ class Order:
         It is the ``attempt``-th (from 1) after it on the line of shards, inside the same window of the same lane, so
         that the order of all others stays; None when the window holds no more.
         """
-        place = self.batch(step, index, index + 1)
-        epoch = self._epoch(int(place.epoch[0]))
+        draw = self.batch(step, index, index + 1)
+        epoch = self._epoch(int(draw.epoch[0]))
         lane = np.array([index // (self.global_batch // self.lanes)])
-        shard = np.searchsorted(self.starts, place.id, "right") - 1
+        shard = np.searchsorted(self.starts, draw.id, "right") - 1
         at = np.flatnonzero(epoch.shard == shard)
-        begin, end, _ = self._window(epoch, lane, epoch.line[at] + place.id - self.starts[shard])
+        begin, end, _ = self._window(epoch, lane, epoch.line[at] + draw.id - self.starts[shard])
         size = end - begin
         if attempt >= size[0]:
             return None
-        line = begin + (epoch.line[at] + place.id - self.starts[shard] - begin + attempt) % size
+        line = begin + (epoch.line[at] + draw.id - self.starts[shard] - begin + attempt) % size
         return int(self._ids(epoch, line)[0])
 
     def windows(self, step: int) -> tuple[Ints, Ints]:

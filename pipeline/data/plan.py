@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.data.mixture import Mixture
-from pipeline.data.order import Order, Place
+from pipeline.data.order import Draw, Order
 
 
 class Plan(Protocol):
@@ -24,7 +24,7 @@ class Plan(Protocol):
         """Samples of a micro-batch; the last may be smaller."""
         ...
 
-    def place(self, number: int) -> Place:
+    def draw(self, number: int) -> Draw:
         """The samples of a micro-batch; none after the last one."""
         ...
 
@@ -59,7 +59,7 @@ class TrainPlan:
     def _first(self, number: int) -> int:
         return (self.rank * self.accumulation + number % self.accumulation) * self.size
 
-    def place(self, number: int) -> Place:
+    def draw(self, number: int) -> Draw:
         """The samples of a micro-batch."""
         first = self._first(number)
         return self.order.batch(self.step(number), first, first + self.size)
@@ -86,11 +86,11 @@ class EvalPlan:
         """Evaluation has no steps; micro-batches count."""
         return number
 
-    def place(self, number: int) -> Place:
+    def draw(self, number: int) -> Draw:
         """The samples of a micro-batch."""
         begin = self.first + number * self.size
         ids = np.arange(begin, min(begin + self.size, self.last))
-        return Place(np.zeros_like(ids), ids)
+        return Draw(np.zeros_like(ids), ids)
 
     def substitute(self, number: int, index: int, attempt: int) -> None:
         """None: a score over other samples than the promised ones is no score."""

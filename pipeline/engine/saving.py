@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.manifest import replace_file, sync_folder
+from pipeline.core.files import replace_file, sync_folder
 from pipeline.core.tensors import write_tensors
 from pipeline.dist.group import gather_objects
 from pipeline.engine.checkpoint import LATEST, MANIFEST, PREFIX, CheckpointStore, manifest_text, sha256_of

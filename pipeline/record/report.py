@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.config import provenance
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 from pipeline.record.curves import Curves, chart, curves
 from pipeline.record.files import dumps, read_lines
 from pipeline.record.formats import duration, short

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 from pipeline.record.files import dumps, number
 from pipeline.record.formats import decimals, with_error
 

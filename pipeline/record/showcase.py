@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 from pipeline.record.files import dumps
 
 if TYPE_CHECKING:

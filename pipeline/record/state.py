@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 from pipeline.record.files import dumps
 
 FILE = "state.json"

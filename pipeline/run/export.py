@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config.exitcodes import FINISHED
 from pipeline.core.errors import ConfigError
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 from pipeline.core.protocols import Export
 from pipeline.dist.group import process_group
 from pipeline.engine.fragments import MODEL

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from pipeline.config import provenance
 from pipeline.core.errors import LaunchError
-from pipeline.core.manifest import replace_file
+from pipeline.core.files import replace_file
 from pipeline.dist.group import Place, from_first, gather_objects
 
 FILE = "preflight.json"

@@ -65,7 +65,7 @@ def test_sources_are_spread_evenly_over_ranks():
     subject = mixture(((64,), (64,)), (36, 12))
     for world in (2, 4, 12):
         for rank in range(world):
-            ids = TrainPlan(subject, 48 // world, rank, world).place(5).id
+            ids = TrainPlan(subject, 48 // world, rank, world).draw(5).id
             assert (ids >= 64).sum() == 12 // world
 
 

@@ -164,7 +164,7 @@ def test_global_batches_do_not_depend_on_the_world_size(world, micro, tail):
     for step in (0, 1, 5):
         plans = [TrainPlan(subject, micro, rank, world) for rank in range(world)]
         numbers = [step * plan.accumulation + m for plan in plans[:1] for m in range(plan.accumulation)]
-        parts = [plan.place(number).id for plan in plans for number in numbers]
+        parts = [plan.draw(number).id for plan in plans for number in numbers]
         assert np.concatenate(parts).tolist() == subject.batch(step, 0, 48).id.tolist()
         assert all(plan.step(number) == step for plan in plans for number in numbers)
 
