@@ -8,13 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from pipeline.core.random import SampleRandom
+
+T = TypeVar("T")
 
 Batch = dict[str, Tensor]
 """Field name to tensor. Always holds ``"id"``: int64[B], the sample's number in its manifest, and ``"epoch"``:
@@ -155,9 +156,9 @@ class Embeddings(NamedTuple):
 class PairwiseObjective(Objective):
     """A loss that compares samples with each other, so that it is not the mean of the losses of a batch's parts.
 
-    It is cut in two, so that accumulation can compute the loss once, over all micro-batches: the forward of a part
-    gives embeddings (``embed_only``), the loss of all gives their gradients, and a second forward of the part gives a
-    scalar with just that gradient (``upstream``). All calls go through ``forward``, which engines wrap.
+    It is cut in two, so that accumulation can embed micro-batches one by one and compute the loss once, over all of
+    them. ``loss`` is given embeddings in the types in which ``embed`` and ``shared`` made them, however many
+    micro-batches there are: numbers of samples stay whole numbers.
     """
 
     @abstractmethod
@@ -176,28 +177,15 @@ class PairwiseObjective(Objective):
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput: ...
 
     @overload
-    def forward(self, batch: Batch, ctx: StepContext, *, embed_only: bool) -> Embeddings: ...
+    def forward(self, batch: Batch, ctx: StepContext, then: Callable[[Embeddings], T]) -> T: ...
 
-    @overload
-    def forward(self, batch: Batch, ctx: StepContext, *, upstream: Embeddings) -> Tensor: ...
+    def forward(self, batch: Batch, ctx: StepContext, then: Callable[[Embeddings], T] | None = None) -> StepOutput | T:
+        """What ``then`` makes of the embeddings: the loss, if nothing else is asked for.
 
-    def forward(
-        self, batch: Batch, ctx: StepContext, *, embed_only: bool = False, upstream: Embeddings | None = None
-    ) -> StepOutput | Embeddings | Tensor:
-        """The loss of a batch; or its embeddings; or a scalar whose gradient is ``upstream`` times the embeddings'."""
+        Parameters are read in here alone, since engines wrap this call and may take them away after it.
+        """
         embeddings = Embeddings(self.embed(batch, ctx), self.shared())
-        if embed_only:
-            # Copies, since an engine may take the parameters away as soon as this forward is over.
-            return Embeddings(embeddings.rows, {name: t.detach().clone() for name, t in embeddings.shared.items()})
-        if upstream is None:
-            return self.loss(embeddings, ctx)
-        products = [
-            (value.to(gradients[name].dtype) * gradients[name]).sum()
-            for part, gradients in zip(embeddings, upstream, strict=True)
-            for name, value in part.items()
-            if name in gradients
-        ]
-        return torch.stack(products).sum()
+        return self.loss(embeddings, ctx) if then is None else then(embeddings)
 
 
 @dataclass(frozen=True)
@@ -235,22 +223,6 @@ class Stream(Protocol):
 
     def close(self) -> None:
         """Stop workers and release files."""
-        ...
-
-
-class Engine(Protocol):
-    """Owns the optimizer and all that depends on how the model is spread over ranks."""
-
-    def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
-        """The objective's forward under the engine's precision; ``last`` says which micro-batch ends the step."""
-        ...
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of ``loss`` divided by the accumulation; ``last`` ends the accumulation."""
-        ...
-
-    def update(self, lr: float) -> Tensor:
-        """Clip, step and clear. Returns the gradient's norm before clipping: a scalar, the same on all ranks."""
         ...
 
 

@@ -15,6 +15,7 @@ not change the gradient, but for batch norm, whose statistics are those of a mic
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,15 +53,21 @@ def _in_two_passes(
 ) -> Iterator[tuple[StepOutput, Batch]]:
     dice: list[list[Tensor]] = []
     parts: list[Embeddings] = []
+
+    def keep(embeddings: Embeddings) -> None:
+        # Kept here and not returned, since an engine may change the types of what a forward returns; and as copies,
+        # since it may take the parameters away.
+        parts.append(Embeddings(*({name: x.detach().clone() for name, x in part.items()} for part in embeddings)))
+
     with torch.no_grad(), frozen_statistics(objective):
         for batch in batches:
             dice.append(_generator_states(engine.place.device))
-            parts.append(engine.call(batch, ctx, embed_only=True))
+            engine.call(batch, ctx, then=keep)
     after = _generator_states(engine.place.device)
     output, gradients = _loss_of_all(objective, parts, ctx)
     for index, batch in enumerate(batches):
         _set_generators(engine.place.device, dice[index])
-        scalar = engine.call(batch, ctx, upstream=gradients[index])
+        scalar = engine.call(batch, ctx, then=partial(_times, gradients[index]))
         # The engine divides by the number of micro-batches; the loss of all is a mean already.
         engine.backward(scalar * len(batches), last=index == len(batches) - 1)
         yield output, batch
@@ -74,26 +81,32 @@ def _loss_of_all(
 
     What is shared has one gradient, of which each micro-batch carries an equal part.
     """
-    rows = {name: _wide(torch.cat([part.rows[name] for part in parts])).requires_grad_() for name in parts[0].rows}
-    shared = {name: value.requires_grad_() for name, value in parts[0].shared.items()}
-    output = objective.loss(Embeddings(rows, shared), ctx)
-    found = torch.autograd.grad(output.loss, [*rows.values(), *shared.values()], allow_unused=True)
-    named = {name: g for name, g in zip([*rows, *shared], found, strict=True) if g is not None}
-    size = len(next(iter(parts[0].rows.values())))
-    pieces = {name: named[name].split(size) for name in rows if name in named}
+    whole = Embeddings({n: torch.cat([part.rows[n] for part in parts]) for n in parts[0].rows}, parts[0].shared)
+    leaves = [x.requires_grad_() for part in whole for x in part.values() if x.is_floating_point()]
+    output = objective.loss(whole, ctx)
+    found = dict(zip(leaves, torch.autograd.grad(output.loss, leaves, allow_unused=True), strict=True))
+    rows, shared = ({n: g for n, x in part.items() if (g := found.get(x)) is not None} for part in whole)
+    sizes = [len(next(iter(part.rows.values()))) for part in parts]
+    pieces = {name: gradient.split(sizes) for name, gradient in rows.items()}
     gradients = [
         Embeddings(
             {name: piece[index] for name, piece in pieces.items()},
-            {name: named[name] / len(parts) for name in shared if name in named},
+            {name: gradient / len(parts) for name, gradient in shared.items()},
         )
         for index in range(len(parts))
     ]
     return StepOutput(output.loss.detach(), output.metrics), gradients
 
 
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32, so that the gradient is not rounded on its way between the passes."""
-    return x if x.dtype == torch.float64 else x.float()
+def _times(gradients: Embeddings, embeddings: Embeddings) -> Tensor:
+    """A scalar whose gradient with respect to ``embeddings`` is ``gradients``."""
+    products = [
+        (value * known[name]).sum(dtype=None if value.dtype == torch.float64 else torch.float32)
+        for value_of, known in zip(embeddings, gradients, strict=True)
+        for name, value in value_of.items()
+        if name in known
+    ]
+    return torch.stack(products).sum()
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:

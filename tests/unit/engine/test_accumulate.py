@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -148,3 +149,76 @@ def test_running_statistics_count_each_micro_batch_once(lone_group):
     norm = objective.left[2] = nn.BatchNorm1d(9)
     list(accumulate(Engine(objective), list(halves()), CONTEXT))
     assert int(norm.num_batches_tracked) == 2 and norm.track_running_stats
+
+
+BIG = 2**24
+"""From here on float32 leaves out whole numbers."""
+
+
+class Typed(Twins):
+    """Rows of every type; samples of equal "number" are each other's positives. Names of rows and shared repeat."""
+
+    def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        left = functional.normalize(self.left[0](batch["x"]).float(), dim=1)
+        return {
+            "scale": left,
+            "half": left.bfloat16(),
+            "double": left.double(),
+            "number": BIG + batch["id"] % 4,
+            "chosen": batch["id"] % 2 == 0,
+        }
+
+    def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
+        rows, scale = embeddings.rows, embeddings.shared["scale"]
+        self.types = {name: value.dtype for name, value in rows.items()}
+        same = (rows["number"][:, None] == rows["number"]) & rows["chosen"][:, None]
+        cosines = scale * (rows["scale"] @ rows["scale"].T) + rows["double"] @ rows["double"].T
+        loss = -(cosines.log_softmax(dim=1) * same).sum() / len(same) + rows["half"].float().square().mean()
+        return StepOutput(loss.float(), {})
+
+
+def typed(names: tuple[tuple[str, int, str], ...]) -> list[list[tuple[dict[str, str], dict[str, np.ndarray]]]]:
+    """Of each engine and precision, in one part and in four: types that the loss saw, and gradients."""
+    found = []
+    with process_group(1.0) as place:
+        for name, stage, precision in names:
+            module = importlib.import_module(f"pipeline.engine.{name}")
+            make = module.DeepSpeedEngine if name == "deepspeed" else module.AccelerateEngine
+            zero = {"zero": stage} if name == "deepspeed" else {}
+            both = []
+            for count in (1, 4):
+                torch.manual_seed(0)
+                objective = Typed().train()
+                plan = Plan(count)
+                plan.global_batch, plan.micro_batch = BATCH, BATCH // count
+                config = EngineConfig(name=name, precision=precision, micro_batch=plan.micro_batch, **zero)
+                before = {n: p.detach().clone().numpy() for n, p in objective.named_parameters()}
+                engine = make(objective, config, Optimizer(name="sgd", lr=1.0, momentum=0, weight_decay=0), plan, place)
+                parts = zip(*(v.chunk(count) for v in batch().values()), strict=True)
+                list(accumulate(engine, [dict(zip(batch(), part, strict=True)) for part in parts], CONTEXT))
+                engine.update(1.0)
+                with engine.whole_parameters():
+                    moved = {n: before[n] - p.detach().numpy() for n, p in objective.named_parameters()}
+                both.append(({n: str(t) for n, t in objective.types.items()}, moved))
+            found.append(both)
+    return found
+
+
+def test_rows_keep_their_types_between_the_passes():
+    names = (("accelerate", 0, "bf16"), ("deepspeed", 1, "bf16"), ("deepspeed", 3, "fp32"))
+    (ended,) = start_ranks(1, typed, names=names)
+    assert ended.problem is None
+    for how, ((types, whole), (types_of_parts, parts)) in zip(names, ended.value, strict=True):
+        assert types == {
+            "scale": "torch.float32",
+            "half": "torch.bfloat16",
+            "double": "torch.float64",
+            "number": "torch.int64",
+            "chosen": "torch.bool",
+        }, how
+        assert types_of_parts == types, how
+        assert np.linalg.norm(whole["left.0.weight"]) > 1e-3 and abs(whole["log_scale"][0]) > 1e-3
+        tolerance = 1e-5 if how[2] == "fp32" else 2e-2
+        for name, want in whole.items():
+            error = np.linalg.norm(parts[name] - want)
+            assert error <= tolerance * max(np.linalg.norm(want), 1e-3), (how, name, error)

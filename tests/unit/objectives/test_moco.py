@@ -14,7 +14,7 @@ from torch.nn import functional
 from pipeline.config.schema import EngineConfig
 from pipeline.config.schema import Optimizer as OptimizerConfig
 from pipeline.core.errors import ConfigError
-from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext
+from pipeline.core.protocols import Batch, Clock, DataFacts, Embeddings, StepContext
 from pipeline.core.random import SampleRandom
 from pipeline.dist.group import process_group
 from pipeline.engine import optimizers
@@ -148,7 +148,7 @@ def shuffled() -> dict[str, np.ndarray]:
         model = build(encoder="resnet18", encoder_args=RESNET, small_stem=True)
         mine = {n: v.chunk(place.world_size)[place.rank] for n, v in batch(0).items()}
         rows = model.embed(mine, context(0))
-        model.loss(model.forward(mine, context(0), embed_only=True), context(0))
+        model.loss(Embeddings(rows, {}), context(0))
         model.after_step(context(1).clock)
         kept = {n: b.numpy() for n, b in model.named_buffers() if "running" in n}
         return {"key": rows["key"].numpy(), "query": rows["query"].detach().numpy()} | kept
