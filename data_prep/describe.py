@@ -68,7 +68,7 @@ def _facts(fields: dict[str, bytes]) -> Facts:
     data = fields.get("image")
     if data is None:
         return Facts(None, None, None, length, number)
-    pixels = images.normalize(images.load(data)[0])[0]
+    pixels = images.decode(data)[0].pixels
     return Facts(*pixels.size, len(data), length, number, channel_sums(pixels))
 
 
@@ -130,7 +130,7 @@ def _tiles(store: Store, manifest: Manifest, rows: list[int]) -> Iterator[Tile]:
         text = "\n".join(t for t in (label, item.fields.get("caption", b"").decode("utf-8", "replace")) if t)
         picture = None
         try:
-            picture = images.normalize(images.load(item.fields.get("image", b""))[0])[0].convert("RGB")
+            picture = images.decode(item.fields.get("image", b""))[0].pixels.convert("RGB")
             picture = picture.resize([side * max(1, TILE // max(picture.size)) for side in picture.size], 0)
             picture.thumbnail((TILE, TILE))
         except Rejected as reason:

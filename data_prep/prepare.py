@@ -50,7 +50,7 @@ def prepare(record: Record, options: Options) -> Sample | str:
 def _prepare(record: Record, options: Options) -> Sample:
     _check_caption(record.caption or "", options.filters)
     data = record.image.read()
-    stored = images.store(data, record.extension, options.image, functools.partial(_check_size, options.filters))
+    stored = images.store(data, options.image, functools.partial(_check_size, options.filters))
     members = [(stored.extension, stored.data)]
     if record.label is not None:
         members.append(("cls", str(record.label).encode()))

@@ -82,8 +82,6 @@ class Record:
     metadata: Mapping[str, Any] | None = None
     split: str | None = None
     """Set by sources that come with splits; otherwise a hash of the identity decides."""
-    extension: str = ""
-    """What the input's name claims it to be ("jpg"); empty when nothing is claimed."""
 
 
 class Source(Protocol):
@@ -190,7 +188,7 @@ def readable(text: str) -> str:
 
 
 def extension_of(name: str) -> str:
-    """What a file's name claims it to be: "jpg"; empty without a dot in its last part."""
+    """Of a file's name, in lower case: "jpg"; empty without a dot in its last part."""
     return name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
 
 

@@ -137,7 +137,7 @@ def _decode(path: Path, manifest: Manifest, found: Scan, part: float) -> tuple[l
             for extension, offset, size in zip(found.extensions, offsets.tolist(), sizes.tolist(), strict=True):
                 if offset < 0:
                     continue
-                problem = _content(os.pread(f.fileno(), size, offset), fields[extension], extension, manifest)
+                problem = _content(os.pread(f.fileno(), size, offset), fields[extension], manifest)
                 if problem:
                     problems.append(f"{key}.{extension}: {problem}")
     if len(problems) > MOST:
@@ -145,11 +145,11 @@ def _decode(path: Path, manifest: Manifest, found: Scan, part: float) -> tuple[l
     return problems, decoded
 
 
-def _content(data: bytes, field_name: str, extension: str, manifest: Manifest) -> str:
+def _content(data: bytes, field_name: str, manifest: Manifest) -> str:
     """What is wrong with one member; empty when nothing is."""
     if field_name == "image":
         try:
-            images.load(data, extension)
+            images.decode(data)
         except Rejected as reason:
             return str(reason)
     elif field_name == "label" and manifest.classes:

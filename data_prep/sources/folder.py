@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 from data_prep import places
 from data_prep.fetch import Failed
-from data_prep.images import EXTENSIONS
 from data_prep.places import UrlFile
 from data_prep.record import LocalFile, Payload, Record, extension_of, file_stamp, json_table, readable, safe_key
 from pipeline.core.errors import DataError
+from pipeline.core.manifest import FIELDS
 
 SPLITS = ("train", "val", "test")
 
@@ -69,7 +69,7 @@ class FolderSource:
         found = [f for f in self._files if not f.problem]
         if not found:
             hint = "".join(f", only {f.relative}, {f.problem}" for f in self._files[:1])
-            raise DataError(f"no images in {self.root}{hint or '; known extensions: ' + ', '.join(EXTENSIONS)}")
+            raise DataError(f"no images in {self.root}{hint or '; known extensions: ' + ', '.join(FIELDS['image'])}")
         self.total = len(self._files)
         names = {self._class(f) for f in found}
         labelled = "" not in names
@@ -105,7 +105,7 @@ class FolderSource:
         prefix = f"{below}/" if below else ""
         above = (*above, _real(self._path(below)))
         problems = {f.name: self._refused(prefix + f.name, above) for f in files}
-        images = [f for f in files if extension_of(f.name) in EXTENSIONS]
+        images = [f for f in files if extension_of(f.name) in FIELDS["image"]]
         stems = Counter(_stem(f.name) for f in images)
         sidecars = {f"{stem}.{e}" for stem in stems for e in ("txt", "json")} & problems.keys()
         others = problems.keys() - sidecars - {f.name for f in images}
@@ -164,7 +164,6 @@ class FolderSource:
                 caption=caption,
                 metadata=metadata,
                 split=found.split,
-                extension=extension_of(found.relative),
             )
 
     def _sidecars(self, stem: str, found: _Found) -> tuple[str | None, dict[str, Any] | None, str, str]:

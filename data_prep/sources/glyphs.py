@@ -161,7 +161,6 @@ class GlyphsSource:
                 label=label,
                 caption=f"{article} {typeface.style} {name}",
                 split="val" if typeface.held_out else "train",
-                extension="png",
             )
 
 

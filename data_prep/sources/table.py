@@ -37,7 +37,6 @@ from data_prep.record import (
     Payload,
     Record,
     Rejected,
-    extension_of,
     file_stamp,
     number_classes,
     readable,
@@ -140,7 +139,7 @@ class TableSource:
 
     def _record(self, place: int, row: Row, root: str, table: str) -> Record:
         c = self.columns
-        payload, identity, stamp, extension = self._image(row, root, table)
+        payload, identity, stamp = self._image(row, root, table)
         label = self._number.get(readable(_text(row.get(c.label)))) if c.label else None
         if c.label and label is None and not isinstance(payload, Failed):
             payload = Failed(f"no label in column {c.label!r}")
@@ -158,15 +157,14 @@ class TableSource:
             caption=captions.pop("txt", None),
             more={extension: text.encode("utf-8", "replace") for extension, text in captions.items()},
             metadata=metadata or None,
-            extension=extension,
         )
 
-    def _image(self, row: Row, root: str, table: str) -> tuple[Payload, str, str, str]:
-        """Payload, identity, stamp and claimed extension of a row's image."""
+    def _image(self, row: Row, root: str, table: str) -> tuple[Payload, str, str]:
+        """Payload, identity and stamp of a row's image."""
         value = row.get(self.columns.image)
         named = ""
         if _BROKEN in row:
-            return Failed(str(row[_BROKEN])), f"{os.path.basename(table)}: {row[_BROKEN]}", "broken", ""
+            return Failed(str(row[_BROKEN])), f"{os.path.basename(table)}: {row[_BROKEN]}", "broken"
         if isinstance(value, Mapping):
             table_cell = cast("Mapping[str, Any]", value)
             named = _text(table_cell.get("path"))
@@ -175,37 +173,37 @@ class TableSource:
             try:
                 value = base64.b64decode(value[7:], validate=True)
             except binascii.Error as error:
-                return Failed(f"not base64: {error}"), value[:80], "broken", ""
+                return Failed(f"not base64: {error}"), value[:80], "broken"
         if isinstance(value, bytes):
             digest = hashlib.sha256(value).hexdigest()
-            return Inline(value), named or digest, digest, ""
+            return Inline(value), named or digest, digest
         text = _text(value)
         if not text:
-            return Failed(f"nothing in column {self.columns.image!r}"), f"{os.path.basename(table)}: empty", "empty", ""
+            return Failed(f"nothing in column {self.columns.image!r}"), f"{os.path.basename(table)}: empty", "empty"
         return self._named(text, row, root)
 
-    def _named(self, text: str, row: Row, root: str) -> tuple[Payload, str, str, str]:
+    def _named(self, text: str, row: Row, root: str) -> tuple[Payload, str, str]:
         """The same for an image that the row names."""
         if places.is_url(root) and (text.startswith(f"{root.rstrip('/')}/") or not places.is_url(text)):
             url = places.inside(text, root)
             payload = Failed(f"outside of {root}") if url is None else UrlFile(url)
-            return payload, text, "", extension_of(text)
+            return payload, text, ""
         if places.is_url(text):
             expected = _text(row.get(self.columns.expected)) if self.columns.expected else ""
-            return Remote(text, expected), text, expected, ""
+            return Remote(text, expected), text, expected
         return _local(text, root)
 
 
-def _local(text: str, root: str) -> tuple[Payload, str, str, str]:
+def _local(text: str, root: str) -> tuple[Payload, str, str]:
     try:
         path = os.path.realpath(os.path.join(root, text))
         if not path.startswith(root.rstrip("/") + "/"):
-            return Failed(f"outside of {root}"), text, "outside", ""
-        return TableFile(path, root), text, file_stamp(path), extension_of(text)
+            return Failed(f"outside of {root}"), text, "outside"
+        return TableFile(path, root), text, file_stamp(path)
     except (FileNotFoundError, NotADirectoryError):
-        return TableFile(path, root), text, "missing", ""
+        return TableFile(path, root), text, "missing"
     except (ValueError, OSError) as error:
-        return Failed(f"not a path: {error}"), text, "broken", ""
+        return Failed(f"not a path: {error}"), text, "broken"
 
 
 @dataclass(frozen=True, slots=True)

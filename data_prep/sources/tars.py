@@ -88,13 +88,13 @@ class TarsSource:
 
     def _record(self, path: str, key: str, unique: str, members: Sequence[Member], stamp: str) -> Record:
         image: Payload | None = None
-        claimed, problem, more = "", "", dict[str, bytes]()
+        problem, more = "", dict[str, bytes]()
         caption: str | None = None
         metadata: dict[str, Any] | None = None
         for m in members:
             kind = field_of(m.extension)
             if kind == "image" and image is None:
-                image, claimed = Slice(path, m.offset, m.size), m.extension
+                image = Slice(path, m.offset, m.size)
             elif kind == "caption":
                 caption = _read(path, m).decode("utf-8", "replace")
             elif kind == "metadata":
@@ -108,7 +108,7 @@ class TarsSource:
         label = self._number.get(self._label(path, key, members))
         payload = Failed(problem) if problem or image is None else image
         first = members[0].offset
-        return Record(unique, key, payload, f"{stamp} {first}", label, caption, more, metadata, extension=claimed)
+        return Record(unique, key, payload, f"{stamp} {first}", label, caption, more, metadata)
 
 
 def _unfit(name: str) -> str:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 from data_prep.fetch import Failed
-from data_prep.record import Inline, LocalFile, Payload, Record, extension_of, file_stamp
+from data_prep.record import Inline, LocalFile, Payload, Record, file_stamp
 from pipeline.core.errors import ConfigError, DataError
 
 
@@ -49,13 +49,12 @@ class TorchvisionSource:
                 if files is not None:
                     path, target = files[i][:2]
                     image: Payload = LocalFile(str(path))
-                    stamp, extension = file_stamp(path), extension_of(str(path))
+                    stamp = file_stamp(path)
                 else:
                     picture, target = dataset[i][:2]
                     image, stamp = _encoded(picture)
-                    extension = ""
                 label, caption, metadata = _target(target)
-                yield Record(key, key, image, stamp, label, caption, {}, metadata, split, extension)
+                yield Record(key, key, image, stamp, label, caption, {}, metadata, split)
 
 
 @lru_cache(maxsize=4)

@@ -31,7 +31,9 @@ VERSION = 1
 FILE = "manifest.json"
 SIZES = "sizes.json"
 """Shard name to number of samples, as open_clip reads it."""
-FIELDS = {"image": ("jpg", "jpeg", "png", "webp"), "label": ("cls",), "caption": ("txt",), "metadata": ("json",)}
+IMAGES = ("jpg", "jpeg", "png", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm", "pbm", "pnm")
+"""Extensions of images, wherever they lie; what is in them is told by their content (``core/image.py``)."""
+FIELDS = {"image": IMAGES, "label": ("cls",), "caption": ("txt",), "metadata": ("json",)}
 """Fields with a name of their own; any other extension is a field named like itself."""
 
 

@@ -5,20 +5,18 @@ Shape letters: B samples, H and W height and width of the result, h and w those 
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from PIL import Image as PillowImage
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config.schema import Image
+from pipeline.core.image import LEFT_RIGHT, TRANSPOSED, UPSIDE_DOWN, ImageError, Picture, jpeg_orientation
 from pipeline.core.random import SampleRandom
-from pipeline.data.jpeg import MAGIC, Box, Jpeg, check_pixels
+from pipeline.data.jpeg import MAGIC, Box, Jpeg
 
 _TRIES = 10
 
@@ -45,19 +43,12 @@ class Stored(Protocol):
 
 
 class _Other:
-    """An image file that is not a JPEG, decoded as a whole by Pillow."""
+    """An image file that is decoded as a whole by Pillow."""
 
     def __init__(self, data: memoryview) -> None:
         try:
-            with PillowImage.open(io.BytesIO(data)) as image:
-                check_pixels(image.height, image.width)
-                # Pillow warns when a transparent colour of a palette goes straight to RGB.
-                has_palette_alpha = image.mode == "P" and "transparency" in image.info
-                rgb = (image.convert("RGBA") if has_palette_alpha else image).convert("RGB")
-        except UnidentifiedImageError as error:
-            raise ValueError("not a readable image (of no known format)") from error
-        # Each format's library fails in its own way: AVIF's raises RuntimeError.
-        except (OSError, ValueError, SyntaxError, RuntimeError, PillowImage.DecompressionBombError) as error:
+            rgb = Picture(bytes(data)).decode().pixels.convert("RGB")
+        except ImageError as error:
             raise ValueError(f"not a readable image ({error})") from error
         self.size = (rgb.height, rgb.width)
         self._pixels = (
@@ -68,13 +59,49 @@ class _Other:
         return cut(self._pixels, box)
 
 
+class _Turned:
+    """An image file as EXIF says that it is to be seen.
+
+    Args:
+        stored: as it is stored.
+        orientation: 2 to 8, see ``core/image.py``.
+    """
+
+    def __init__(self, stored: Stored, orientation: int) -> None:
+        self._stored = stored
+        self._transposed = orientation in TRANSPOSED
+        self._flips = (orientation in UPSIDE_DOWN, orientation in LEFT_RIGHT)
+        h, w = stored.size
+        self.size = (w, h) if self._transposed else (h, w)
+
+    def window(self, box: Box) -> Tensor:
+        top, left, height, width = box
+        top = self.size[0] - top - height if self._flips[0] else top
+        left = self.size[1] - left - width if self._flips[1] else left
+        if self._transposed:
+            pixels = self._stored.window(Box(left, top, width, height)).transpose(1, 2)
+        else:
+            pixels = self._stored.window(Box(top, left, height, width))
+        return pixels.flip([axis for axis, flipped in zip((1, 2), self._flips, strict=True) if flipped])
+
+
+def turned(stored: Stored, file: memoryview) -> Stored:
+    """A JPEG file's pixels as its EXIF says that they are to be seen."""
+    orientation = jpeg_orientation(file)
+    return stored if orientation == 1 else _Turned(stored, orientation)
+
+
 def open_image(data: memoryview) -> Stored:
-    """An image file by its content.
+    """An image file by its content, by the rules of ``core/image.py``.
 
     Raises:
         ValueError: not a readable image.
     """
-    return Jpeg(data) if bytes(data[: len(MAGIC)]) == MAGIC else _Other(data)
+    if bytes(data[: len(MAGIC)]) != MAGIC:
+        return _Other(data)
+    jpeg = Jpeg(data)
+    # Of four colours the library does not always know which of them are stored the wrong way round.
+    return turned(jpeg, data) if jpeg.colours < 4 else _Other(data)
 
 
 def cut(pixels: Tensor, box: Box) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.core.errors import DataError
 from pipeline.core.protocols import Batch
-from pipeline.data.decode import ImageDecoder, cut
+from pipeline.data.decode import ImageDecoder, cut, turned
 from pipeline.data.jpeg import MAGIC, Box, Jpeg
 
 MAX_BYTES = 1 << 24
@@ -37,7 +37,8 @@ def check_jpeg(data: memoryview) -> np.ndarray:
         raise ValueError('not a JPEG, which data.decode = "device" needs; set it to "loader"')
     if len(data) > MAX_BYTES:
         raise ValueError(f'a JPEG of {len(data):,} bytes; data.decode = "device" takes {MAX_BYTES:,}')
-    Jpeg(data)
+    if Jpeg(data).colours == 4:
+        raise ValueError('a JPEG in CMYK; data.decode = "device" takes grey and RGB')
     return np.frombuffer(data, np.uint8)
 
 
@@ -129,8 +130,8 @@ class DeviceImages:
             files = [torch.from_numpy(row[:n]) for row, n in zip(arrays[f"{prefix}encoded"], sizes, strict=True)]
             geometry = decoder.geometry(epoch, ids - base)
             views = [
-                decoder.views(_Pixels(pixels), own)
-                for pixels, own in zip(self._decode(files, ids), geometry, strict=True)
+                decoder.views(turned(_Pixels(pixels), file.numpy().data), own)
+                for file, pixels, own in zip(files, self._decode(files, ids), geometry, strict=True)
             ]
             for name, view in zip(decoder.names, zip(*views, strict=True), strict=True):
                 images[prefix + name] = torch.stack(view)

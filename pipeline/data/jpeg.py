@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.core.image import check_pixels, jpeg_is_whole
+
 MAGIC = b"\xff\xd8\xff"
-MAX_PIXELS = 1 << 26
-"""Of an image; a larger one is not decoded, so that no file can take all memory of a worker."""
 
 
 class Box(NamedTuple):
@@ -49,30 +49,27 @@ def _decoder() -> tuple[Any, Any]:
     codec = _codec()
     backends = [codec.Backend(codec.CPU_ONLY)]
     decoder = codec.Decoder(codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
-    # Orientation is left as stored, as Pillow's and OpenCLIP's loaders do.
+    # Of a window it would be the window's; decode.py turns images.
     return decoder, codec.DecodeParams(apply_exif_orientation=False)
-
-
-def check_pixels(height: int, width: int) -> None:
-    """Raise ValueError for an image that is too large to decode."""
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"an image of {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
 class Jpeg:
     """A JPEG file in memory.
 
     Raises:
-        ValueError: its header cannot be read.
+        ValueError: its header cannot be read, it has too many pixels, or no end.
     """
 
     def __init__(self, data: memoryview) -> None:
         try:
             self._stream = _codec().CodeStream(np.frombuffer(data, np.uint8))
             self.size = (int(self._stream.height), int(self._stream.width))
+            self.colours = int(self._stream.num_channels)
         except RuntimeError as error:
             raise ValueError(f"not a readable JPEG ({error})") from error
-        check_pixels(*self.size)
+        check_pixels(self.size[1], self.size[0])
+        if not jpeg_is_whole(data):
+            raise ValueError("not a readable JPEG (cut short)")
 
     def window(self, box: Box) -> Tensor:
         """uint8[3,h,w], the pixels of a window.

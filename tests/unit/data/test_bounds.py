@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.config.schema import Beside, Data, Image, Source
+from pipeline.core import image as rules
 from pipeline.core.manifest import load
-from pipeline.data import jpeg
 from pipeline.data.assemble import Assembler
 from pipeline.data.decode import open_image
 from pipeline.data.plan import EvalPlan
@@ -71,10 +71,10 @@ def test_several_data_sets_share_the_budget(tmp_path, mixed):
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_an_image_too_large_to_decode_is_bad(monkeypatch, kind):
     data = memoryview(bytearray(encode(picture(0, (40, 50)), kind)))
-    monkeypatch.setattr(jpeg, "MAX_PIXELS", 2000)
+    monkeypatch.setattr(rules, "MAX_PIXELS", 2000)
     assert open_image(data).size == (40, 50)
-    monkeypatch.setattr(jpeg, "MAX_PIXELS", 1999)
-    with pytest.raises(ValueError, match="an image of 50 x 40 pixels, more than 1,999"):
+    monkeypatch.setattr(rules, "MAX_PIXELS", 1999)
+    with pytest.raises(ValueError, match="too many pixels: 50 x 40, most is 1,999"):
         open_image(data)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PillowImage
+from PIL import ImageOps
 from scipy import stats
 from torchvision import transforms
 
@@ -65,10 +66,36 @@ def test_transparent_palette_gives_no_warning():
     assert stored.window(Box(0, 0, 75, 101)).shape == (3, 75, 101)
 
 
-def test_orientation_is_left_as_stored():
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_images_are_turned_upright(kind, orientation):
+    """Windows of them too, as Pillow turns the whole."""
     exif = PillowImage.Exif()
-    exif[0x0112] = 6
-    assert open_image(file(photo(), exif=exif)).size == (75, 101)
+    exif[0x0112] = orientation
+    data = file(photo(), kind, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(PillowImage.open(io.BytesIO(data))))
+    stored = open_image(data)
+    assert stored.size == expected.shape[:2]
+    for box in (Box(0, 0, *stored.size), Box(13, 35, 41, 22), Box(1, 2, 3, 4)):
+        found = stored.window(box).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(found, expected[box.top :, box.left :][: box.height, : box.width])
+
+
+def test_four_colours_without_adobes_mark_are_as_pillow_reads_them():
+    data = bytes(file(photo().convert("CMYK"), quality=95))
+    at = data.index(b"\xff\xee")
+    bare = memoryview(bytearray(data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]))
+    assert PillowImage.open(io.BytesIO(bare)).mode == "CMYK"
+    found = open_image(bare).window(Box(0, 0, 75, 101)).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(found, np.asarray(stock(bare)))
+
+
+def test_windows_above_the_cut_of_a_jpeg_are_no_less_broken():
+    """Else a sample would be replaced in some epochs and not in others."""
+    data = bytes(file(photo(400, 400), quality=95))
+    with pytest.raises(ValueError, match="cut short"):
+        open_image(memoryview(bytearray(data[: len(data) * 9 // 10]))).window(Box(0, 0, 8, 8))
+    assert open_image(memoryview(bytearray(data + b"more behind its end"))).size == (400, 400)
 
 
 PillowImage.init()
@@ -92,7 +119,7 @@ def test_broken_files_are_errors(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", sorted({"JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"} & set(SAVE)))
+@pytest.mark.parametrize("kind", sorted({"JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "PPM"} & set(SAVE)))
 def test_no_wrong_byte_of_a_files_head_is_more_than_a_bad_sample(kind):
     """Whatever a library raises of it: else one file would end a run."""
     whole = bytes(file(photo(16, 16), kind))

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PillowImage
 
 from pipeline.config.schema import Beside, Data, Image
 from pipeline.core.errors import ConfigError, DataError
@@ -20,13 +21,18 @@ from pipeline.data.together import Together
 from pipeline.data.workers import Workers
 from tests.unit.data.shards import encode, picture, write_data
 from tests.unit.data.test_stream import assert_same, open_rank
+from tests.unit.data_prep.samples import encoded
 
 CPU = torch.device("cpu")
 VIEWS = Image(size=(8, 6), views=2)
 
 
 def photographs(number):
-    return {"cls": b"%d" % (number % 7), "jpg": encode(picture(number, (40, 52)), "jpg")}
+    """Some of them are to be turned."""
+    exif = PillowImage.Exif()
+    exif[0x0112] = number % 9
+    file = encoded(PillowImage.fromarray(picture(number, (40, 52))), "JPEG", exif=exif)
+    return {"cls": b"%d" % (number % 7), "jpg": file}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,8 @@ def test_files_come_through_shared_memory(data):
 def test_files_that_cannot_be_decoded(monkeypatch):
     with pytest.raises(ValueError, match=r'not a JPEG, which data\.decode = "device" needs; set it to "loader"'):
         check_jpeg(memoryview(encode(picture(0), "png")))
+    with pytest.raises(ValueError, match="CMYK"):
+        check_jpeg(memoryview(encoded(PillowImage.new("CMYK", (8, 8)), "JPEG")))
     file = encode(picture(0), "jpg")
     with pytest.raises(ValueError, match="not a readable JPEG"):
         check_jpeg(memoryview(file[:30]))
@@ -86,7 +94,8 @@ def test_files_that_cannot_be_decoded(monkeypatch):
 def test_a_file_that_only_the_device_finds_broken_is_named(data, tmp_path):
     def make(number):
         parts = photographs(number)
-        return parts | {"jpg": parts["jpg"][:-200] if number == 5 else parts["jpg"]}
+        without_tables = parts["jpg"].replace(b"\xff\xc4", b"\xff\xef")
+        return parts | {"jpg": without_tables if number == 5 else parts["jpg"]}
 
     broken = write_data(tmp_path, [16], make)
     receive = DeviceImages({"": Encoded(ImageDecoder(VIEWS, 1), 0)}, CPU)

@@ -26,6 +26,11 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return target.getvalue()
 
 
+def opened(data: bytes) -> Image.Image:
+    """As Pillow reads it."""
+    return Image.open(io.BytesIO(data))
+
+
 def png(seed: int = 0, size: tuple[int, int] = (24, 20)) -> bytes:
     return encoded(picture(seed, size))
 
@@ -62,6 +67,15 @@ def inline(n: int, **fields) -> list[Record]:
 def tree(folder: Path) -> dict[str, bytes]:
     """All files below ``folder`` and what they hold."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write_tar(path: Path, content: dict[str, bytes]) -> None:
+    """A tar as Python's own tarfile writes it."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
 
 def members(folder: Path) -> dict[str, bytes]:

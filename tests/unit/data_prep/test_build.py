@@ -19,7 +19,7 @@ from data_prep.record import Inline, Record
 from data_prep.store import LocalStore
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import load, load_index
-from tests.unit.data_prep.samples import ListSource, inline, members, png, tree
+from tests.unit.data_prep.samples import ListSource, inline, members, opened, png, tree
 
 OPTIONS = Options(splits={"val": 0.3}, shard_samples=4)
 
@@ -99,9 +99,7 @@ def test_statistics(tmp_path):
     statistics = (
         build(ListSource(records, ("a", "b")), tmp_path, Options({}, shard_samples=3)).manifests["train"].statistics
     )
-    from data_prep.images import load as decode
-
-    pixels = np.concatenate([np.asarray(decode(r.image.data)[0]).reshape(-1, 3) for r in records]) / 255
+    pixels = np.concatenate([np.asarray(opened(r.image.data)).reshape(-1, 3) for r in records]) / 255
     np.testing.assert_allclose(statistics["mean"], pixels.mean(0), atol=1e-6)
     np.testing.assert_allclose(statistics["std"], pixels.std(0), atol=1e-6)
     assert statistics["samples"] == 7 and statistics["labels"] == {"0": 4, "1": 3}

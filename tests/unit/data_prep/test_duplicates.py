@@ -13,7 +13,7 @@ from data_prep.build import build
 from data_prep.duplicates import Seen, perceptual_hash
 from data_prep.options import Duplicates, Options
 from data_prep.record import Inline, Record
-from tests.unit.data_prep.samples import ListSource, encoded, members, picture
+from tests.unit.data_prep.samples import ListSource, encoded, members, opened, picture
 
 
 def bits(one, other):
@@ -74,9 +74,7 @@ def test_perceptual_hash_knows_an_image_again():
     apart = min(bits(a, b) for i, a in enumerate(hashes) for b in hashes[:i])
     assert apart > 12
     for image, first in zip(pictures, hashes, strict=True):
-        from data_prep.images import load
-
-        smaller = load(encoded(image.resize((60, 50), Image.Resampling.BICUBIC), "JPEG", quality=70))[0]
+        smaller = opened(encoded(image.resize((60, 50), Image.Resampling.BICUBIC), "JPEG", quality=70))
         brighter = image.point(lambda v: min(255, int(v * 0.9 + 20)))
         assert bits(first, perceptual_hash(smaller)) <= 6
         assert bits(first, perceptual_hash(brighter)) <= 6

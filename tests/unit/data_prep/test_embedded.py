@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from data_prep import images
 from data_prep.build import build
 from data_prep.options import Options
 from data_prep.sources.digits import DigitsSource
 from data_prep.sources.glyphs import TYPEFACES, GlyphsSource, alphabet, has
 from pipeline.core.errors import ConfigError
-from tests.unit.data_prep.samples import members, tree
+from tests.unit.data_prep.samples import members, opened, tree
 
 
 def test_glyphs_are_the_same_every_time(tmp_path):
@@ -43,7 +42,7 @@ def test_glyphs_have_captions_and_visible_ink():
             "an" if typeface.style[0] == "i" else "a",
             f"{typeface.style} {unicodedata.name(character)}",
         ]
-        pixels = np.asarray(images.load(record.image.read())[0].convert("L"), float)
+        pixels = np.asarray(opened(record.image.read()).convert("L"), float)
         assert np.ptp(pixels) > 40, "ink and paper differ"
 
 
@@ -61,7 +60,7 @@ def test_each_seed_has_an_order_and_pixels_of_its_own():
 
 def test_without_variation_glyphs_are_black_on_white():
     for record in list(GlyphsSource(characters=3, samples=1, variation=0))[:20]:
-        pixels = np.asarray(images.load(record.image.read())[0])
+        pixels = np.asarray(opened(record.image.read()))
         assert (pixels == pixels[..., :1]).all() and pixels.min() < 30
         assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all(), "paper in the corners"
 
@@ -103,7 +102,7 @@ def test_digits_are_those_of_scikit_learn():
     records = list(source)
     assert source.total == len(records) == 40 and DigitsSource(limit=5000).total == len(digits.target) == 1797
     for i, record in enumerate(records):
-        pixels = np.asarray(images.load(record.image.read())[0])
+        pixels = np.asarray(opened(record.image.read()))
         np.testing.assert_allclose(pixels / 255, digits.images[i] / 16, atol=0.5 / 255)
         assert record.label == digits.target[i]
     assert len({str(DigitsSource(size, limit).describe()) for size in (8, 9) for limit in (1, 2)}) == 4
@@ -118,4 +117,4 @@ def test_digits(tmp_path):
     content = members(tmp_path / "train")
     key = next(iter(content)).split(".")[0]
     assert content[f"{key}.txt"].decode().split()[-1] == built.manifests["train"].classes[int(content[f"{key}.cls"])]
-    assert images.load(content[f"{key}.png"])[0].size == (16, 16)
+    assert opened(content[f"{key}.png"]).size == (16, 16)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.images import load, normalize, store
+from data_prep.images import decode, store
 from data_prep.options import ImageOptions
 from data_prep.record import Rejected
+from pipeline.core import image as rules
 from pipeline.core.errors import ConfigError
 from tests.unit.data_prep.samples import encoded, picture
 
@@ -24,14 +25,14 @@ def decoded(stored):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_plain_images_are_kept_byte_for_byte(kind, extension, mode):
     data = encoded(picture(mode=mode), kind)
-    stored = store(data, extension, KEEP)
+    stored = store(data, KEEP)
     assert (stored.data, stored.extension, stored.pixels.size) == (data, extension, (24, 20))
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
 def test_other_formats_become_png(kind):
     image = picture(mode="L")
-    stored = store(encoded(image, kind), kind.lower(), KEEP)
+    stored = store(encoded(image, kind), KEEP)
     assert stored.extension == "png"
     np.testing.assert_array_equal(Image.open(io.BytesIO(stored.data)).convert("L"), np.asarray(image))
 
@@ -50,11 +51,11 @@ def test_orientation_is_applied(orientation):
         7: image.transpose(Image.Transpose.TRANSVERSE),
         8: image.transpose(Image.Transpose.ROTATE_90),
     }[orientation]
-    stored = store(encoded(image, "PNG", exif=exif), "png", KEEP)
+    stored = store(encoded(image, "PNG", exif=exif), KEEP)
     np.testing.assert_array_equal(decoded(stored), np.asarray(transposed))
     assert stored.pixels.size == transposed.size
     grey, expected = image.convert("L"), np.asarray(transposed.convert("L")).astype(int)
-    jpeg = store(encoded(grey, "JPEG", exif=exif, quality=100), "jpg", ImageOptions(quality=100))
+    jpeg = store(encoded(grey, "JPEG", exif=exif, quality=100), ImageOptions(quality=100))
     assert jpeg.extension == "jpg" and Image.open(io.BytesIO(jpeg.data)).getexif().get(0x0112) is None
     assert np.abs(decoded(jpeg) - expected).max() <= 3
 
@@ -63,13 +64,13 @@ def test_orientation_is_applied(orientation):
 def test_orientations_that_are_none_change_nothing(nonsense):
     exif = Image.Exif()
     exif[0x0112] = nonsense
-    for kind, extension in (("JPEG", "jpg"), ("PNG", "png")):
+    for kind in ("JPEG", "PNG"):
         data = encoded(picture(), kind, exif=exif)
-        assert store(data, extension, KEEP).data == data
+        assert store(data, KEEP).data == data
 
 
 def test_zeros_after_the_end_of_a_gif_do_no_harm():
-    assert store(encoded(picture(), "GIF") + bytes(9), "gif", KEEP).extension == "png"
+    assert store(encoded(picture(), "GIF") + bytes(9), KEEP).extension == "png"
 
 
 def test_too_little_memory_is_no_fault_of_the_image(monkeypatch):
@@ -78,14 +79,14 @@ def test_too_little_memory_is_no_fault_of_the_image(monkeypatch):
 
     monkeypatch.setattr(Image, "open", full)
     with pytest.raises(MemoryError):
-        load(encoded(picture()))
+        decode(encoded(picture()))
 
 
 def test_orientation_and_resize():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(picture(size=(400, 200)), "JPEG", exif=exif)
-    stored = store(data, "jpg", ImageOptions("jpg", resize="short", size=50))
+    stored = store(data, ImageOptions("jpg", resize="short", size=50))
     assert stored.pixels.size == (50, 100)
 
 
@@ -93,40 +94,40 @@ def test_transparency_is_over_white():
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[..., 0], rgba[:4, :, 3], rgba[4:, :, 3] = 200, 255, 51
     for image in (Image.fromarray(rgba), Image.fromarray(rgba[..., [0, 3]])):
-        stored = store(encoded(image), "png", KEEP)
+        stored = store(encoded(image), KEEP)
         out = decoded(stored)
         assert out.shape == (8, 8, 3)
         assert (out[:4, :, 0] == 200).all()
         # 0.2 * 200 + 0.8 * 255
         assert np.abs(out[4:, :, 0].astype(int) - 244).max() <= 1
     palette = picture().quantize(8)
-    assert store(encoded(palette), "png", KEEP).data == encoded(palette), "without transparency it is kept"
-    out = decoded(store(encoded(palette, transparency=0), "png", KEEP))
+    assert store(encoded(palette), KEEP).data == encoded(palette), "without transparency it is kept"
+    out = decoded(store(encoded(palette, transparency=0), KEEP))
     assert (out[np.asarray(palette) == 0] == 255).all()
 
 
 def test_sixteen_bits_keep_their_range():
     wide = np.linspace(0, 65535, 400).astype(np.uint16).reshape(20, 20)
-    stored = store(encoded(Image.fromarray(wide)), "png", KEEP)
+    stored = store(encoded(Image.fromarray(wide)), KEEP)
     np.testing.assert_array_equal(decoded(stored), np.round(wide / 257).astype(np.uint8))
     with pytest.raises(Rejected, match="floating-point"):
-        store(encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "tiff", KEEP)
+        store(encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), KEEP)
     for value in (65_536, -1):
         with pytest.raises(Rejected, match="32-bit"):
-            store(encoded(Image.fromarray(np.full((4, 4), value, np.int32)), "TIFF"), "tiff", KEEP)
+            store(encoded(Image.fromarray(np.full((4, 4), value, np.int32)), "TIFF"), KEEP)
 
 
 def test_cmyk_becomes_rgb():
     image = picture().convert("CMYK")
-    stored = store(encoded(image, "JPEG", quality=100), "jpg", ImageOptions(quality=100))
+    stored = store(encoded(image, "JPEG", quality=100), ImageOptions(quality=100))
     assert stored.extension == "jpg" and stored.pixels.mode == "RGB"
     assert np.abs(decoded(stored).astype(int) - np.asarray(picture())).mean() < 5
 
 
 def test_black_and_white_stays_grey():
     image = picture(mode="1")
-    assert store(encoded(image), "png", KEEP).data == encoded(image)
-    pixels, _ = normalize(load(encoded(image))[0])
+    assert store(encoded(image), KEEP).data == encoded(image)
+    pixels = decode(encoded(image))[0].pixels
     assert pixels.mode == "L" and set(np.unique(np.asarray(pixels))) == {0, 255}
 
 
@@ -135,7 +136,7 @@ def test_of_animations_the_first_frame(kind):
     first, second = picture(1), picture(2)
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(first, kind, save_all=True, append_images=[second], **options)
-    stored = store(data, kind.lower(), KEEP)
+    stored = store(data, KEEP)
     assert stored.extension == "png"
     assert np.abs(decoded(stored)[..., :3].astype(int) - np.asarray(first)).mean() < 12
 
@@ -145,7 +146,7 @@ def test_nothing_but_pixels_is_written():
     exif[0x010E] = "secret"
     data = encoded(picture(), "JPEG", exif=exif, comment=b"secret", icc_profile=b"secret" * 40)
     for extension in ("jpg", "webp", "png"):
-        stored = store(data, "jpg", ImageOptions(extension))
+        stored = store(data, ImageOptions(extension))
         assert b"secret" not in stored.data and stored.extension == extension
 
 
@@ -161,16 +162,16 @@ def test_nothing_but_pixels_is_written():
     ],
 )
 def test_resize(resize, size, expected):
-    stored = store(encoded(picture(size=(120, 60))), "png", ImageOptions("png", resize=resize, size=size))
+    stored = store(encoded(picture(size=(120, 60))), ImageOptions("png", resize=resize, size=size))
     assert stored.pixels.size == expected
-    larger = store(encoded(picture(size=(20, 10))), "png", ImageOptions("png", resize=resize, size=40, enlarge=True))
+    larger = store(encoded(picture(size=(20, 10))), ImageOptions("png", resize=resize, size=40, enlarge=True))
     assert larger.pixels.size == {"short": (80, 40), "long": (40, 20), "crop": (40, 40)}[resize]
 
 
 def test_crop_takes_the_centre():
     pixels = np.zeros((60, 180, 3), np.uint8)
     pixels[:, 60:120] = 255
-    stored = store(encoded(Image.fromarray(pixels)), "png", ImageOptions("png", resize="crop", size=20))
+    stored = store(encoded(Image.fromarray(pixels)), ImageOptions("png", resize="crop", size=20))
     assert decoded(stored)[:, 2:-2].min() == 255
 
 
@@ -178,7 +179,7 @@ def test_crop_takes_the_centre():
 def test_crop_of_what_has_the_size_already(size):
     """A square is cut out of its middle, without touching a pixel."""
     image = picture(size=size)
-    stored = store(encoded(image), "png", ImageOptions("png", resize="crop", size=30))
+    stored = store(encoded(image), ImageOptions("png", resize="crop", size=30))
     left, top = (size[0] - 30) // 2, (size[1] - 30) // 2
     np.testing.assert_array_equal(decoded(stored), np.asarray(image)[top : top + 30, left : left + 30])
 
@@ -190,13 +191,13 @@ def test_quality_decides_the_bytes(kind):
     exif[0x0112] = 3
     turned = encoded(picture(size=(64, 64)), "JPEG", exif=exif, quality=98)
     for options in ({"format": kind}, {}):
-        sizes = [len(store(turned, "jpg", ImageOptions(quality=q, **options)).data) for q in (10, 60, 97)]
+        sizes = [len(store(turned, ImageOptions(quality=q, **options)).data) for q in (10, 60, 97)]
         assert sizes[0] < sizes[1] < sizes[2]
 
 
 def test_reduced_decoding_is_close_to_the_full_one():
     data = encoded(picture(size=(640, 480)), "JPEG", quality=95)
-    stored = store(data, "jpg", ImageOptions("png", resize="short", size=60))
+    stored = store(data, ImageOptions("png", resize="short", size=60))
     full = Image.open(io.BytesIO(data)).resize((80, 60), Image.Resampling.BICUBIC)
     assert np.abs(decoded(stored).astype(int) - np.asarray(full)).max() <= 3
 
@@ -204,52 +205,47 @@ def test_reduced_decoding_is_close_to_the_full_one():
 def test_enough_is_left_where_a_part_is_decoded():
     """At least twice of what is asked for; an eighth is the least that there is."""
     data = encoded(picture(size=(640, 480)), "JPEG")
-    found = {near: load(data, "jpg", near) for near in (0, 10, 30, 31, 60, 61, 120, 121, 400)}
-    assert {near: image.size[1] for near, (image, _) in found.items()} == {
+    found = {near: decode(data, near)[0] for near in (0, 10, 30, 31, 60, 61, 120, 121, 400)}
+    assert {near: one.pixels.size[1] for near, one in found.items()} == {
         **{0: 480, 10: 60, 30: 60, 31: 120, 60: 120},
         **{61: 240, 120: 240, 121: 480, 400: 480},
     }
-    assert {size for _, size in found.values()} == {(640, 480)}
+    assert {one.size for one in found.values()} == {(640, 480)}
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM"])
 def test_truncated_files_are_rejected(kind):
     data = encoded(picture(size=(64, 64)), kind)
     for cut in (len(data) // 3, len(data) - 40, len(data) - 12):
         with pytest.raises(Rejected):
-            store(data[:cut], "", KEEP)
+            store(data[:cut], KEEP)
 
 
 def test_only_the_end_missing_is_rejected():
     for kind, tail in (("JPEG", 2), ("PNG", 12), ("GIF", 1)):
         with pytest.raises(Rejected, match="has no end"):
-            store(encoded(picture(), kind)[:-tail], "", KEEP)
+            store(encoded(picture(), kind)[:-tail], KEEP)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"<html></html>", b"%PDF-1.4", b"GIF89a", b"RIFF\0\0\0\0WEBP"])
 def test_what_is_no_image_is_rejected(data):
     with pytest.raises(Rejected):
-        store(data, "", KEEP)
+        store(data, KEEP)
 
 
-def test_disguised_formats_are_rejected():
-    with pytest.raises(Rejected, match=r"named \.jpg, holds PNG"):
-        store(encoded(picture()), "jpg", KEEP)
-    with pytest.raises(Rejected, match="not an image in a known format"):
-        store(encoded(picture(), "ICO"), "", KEEP)
-    for extension in ("jpeg", "jpe", "jfif"):
-        assert store(encoded(picture(), "JPEG"), extension, KEEP).extension == "jpg"
-    for extension in ("tif", "tiff"):
-        assert store(encoded(picture(), "TIFF"), extension, KEEP).extension == "png"
+def test_other_formats_are_rejected():
+    for kind in ("ICO", "JPEG2000", "TGA"):
+        with pytest.raises(Rejected, match="not an image in a known format"):
+            store(encoded(picture(), kind), KEEP)
 
 
 def test_bombs_are_rejected_before_they_are_unpacked(monkeypatch):
     data = encoded(Image.new("1", (20_000, 20_000)))
     with pytest.raises(Rejected, match="too many pixels"):
-        store(data, "png", KEEP)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+        store(data, KEEP)
+    monkeypatch.setattr(rules, "MAX_PIXELS", 400)
     with pytest.raises(Rejected, match="too many pixels"):
-        store(encoded(picture()), "png", KEEP)
+        store(encoded(picture()), KEEP)
 
 
 def test_random_damage_never_escapes():
@@ -260,7 +256,7 @@ def test_random_damage_never_escapes():
             bad = data.copy()
             bad[rng.integers(0, len(bad), 4)] = rng.integers(0, 256, 4)
             with contextlib.suppress(Rejected):
-                store(bad.tobytes(), "", KEEP)
+                store(bad.tobytes(), KEEP)
 
 
 def test_options_that_do_not_fit():

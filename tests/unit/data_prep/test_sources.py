@@ -13,7 +13,7 @@ from data_prep.record import Rejected
 from data_prep.sources.tars import TarsSource
 from data_prep.sources.torchvision import TorchvisionSource
 from pipeline.core.errors import ConfigError, DataError
-from tests.unit.data_prep.samples import encoded, members, picture, png, stock_reader
+from tests.unit.data_prep.samples import encoded, members, opened, picture, png, stock_reader
 from tests.unit.data_prep.test_build import lines
 from tests.unit.data_prep.test_scan import _tar
 
@@ -159,9 +159,7 @@ def test_torchvision_from_memory(tmp_path):
     assert {s: m.samples for s, m in built.manifests.items()} == {"train": 10, "val": 2}
     assert built.manifests["train"].classes == tuple(names)
     content = members(tmp_path / "out/val")
-    from data_prep.images import load
-
-    found = np.asarray(load(content["val-00000001.png"])[0])
+    found = np.asarray(opened(content["val-00000001.png"]))
     np.testing.assert_array_equal(found, pixels["test_batch"][1].reshape(3, 32, 32).transpose(1, 2, 0))
     assert content["val-00000001.cls"] == b"9"
 
@@ -211,13 +209,17 @@ def test_targets_of_torchvision(tmp_path, monkeypatch):
         records[-1].image.read()
 
 
-def test_files_of_torchvision_are_judged_by_their_names(tmp_path):
+def test_files_of_torchvision_are_what_they_hold(tmp_path):
     for name, data in {"a/1.jpg": png(), "a/2.png": png(1)}.items():
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(data)
     source = TorchvisionSource("ImageFolder", str(tmp_path / "in"), {"train": {}})
     build(source, tmp_path / "out", Options({}))
-    assert ["disguised" in r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")] == [True]
+    assert not lines(tmp_path / "out/rejects.jsonl")
+    assert {k: v for k, v in members(tmp_path / "out/train").items() if k.endswith(".png")} == {
+        "train-00000000.png": png(),
+        "train-00000001.png": png(1),
+    }
 
 
 def test_splits_of_torchvision_are_compared_and_remembered(tmp_path, monkeypatch):

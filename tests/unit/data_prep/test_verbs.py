@@ -18,7 +18,7 @@ from data_prep.verify import verify
 from launch.prep import app
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import load, load_index
-from tests.unit.data_prep.samples import ListSource, inline, members, png, tree
+from tests.unit.data_prep.samples import ListSource, inline, members, opened, png, tree
 from tests.unit.data_prep.test_build import lines
 from tests.unit.data_prep.test_scan import _tar
 
@@ -49,9 +49,7 @@ def test_contact_sheet(tmp_path):
     assert page.count("<figure") == 4 and "<b>" not in page and "&lt;b&gt;" in page and "http" not in page
     # the second tile shows sample 2 = 1 * 9 // 4, enlarged five times, in its middle
     shown = np.asarray(picture)[8 + 64, 8 + 136 + 64]
-    from data_prep.images import load as decode
-
-    small = np.asarray(decode(png(2))[0])
+    small = np.asarray(opened(png(2)))
     assert (np.abs(small.reshape(-1, 3).astype(int) - shown).sum(1) == 0).any()
     assert np.asarray(picture).std() > 10
 
