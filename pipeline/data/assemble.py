@@ -15,12 +15,12 @@ from pipeline.config.schema import Data
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import Joined, Manifest
 from pipeline.core.registry import suggest
+from pipeline.data.access import open_storage
 from pipeline.data.decode import Geometry, ImageDecoder, decode_label
 from pipeline.data.device import MAX_BYTES, check_jpeg
 from pipeline.data.order import Ints
-from pipeline.data.plan import Plan
 from pipeline.data.reader import Members, Reader, SampleError
-from pipeline.data.storage import open_storage
+from pipeline.data.reading import ReadingPlan
 from pipeline.data.text import EmptyText, TextDecoder, read_tokenizer
 
 Arrays = dict[str, np.ndarray]
@@ -67,7 +67,7 @@ class Filled(NamedTuple):
 class Filler(Protocol):
     """Writes micro-batches into arrays; runs in loader processes or in the rank itself."""
 
-    plan: Plan
+    reading: ReadingPlan
     columns: dict[str, Column]
 
     def expect(self, number: int) -> None:
@@ -113,15 +113,15 @@ class Assembler:
         manifest: the data set.
         data: fields, geometry, captions, cache and budget.
         seed: seed of the run.
-        plan: which samples.
+        reading: which samples.
 
     Raises:
         ConfigError: see :func:`check_fields` and :class:`TextDecoder`.
     """
 
-    def __init__(self, manifest: Manifest, data: Data, seed: int, plan: Plan) -> None:
+    def __init__(self, manifest: Manifest, data: Data, seed: int, reading: ReadingPlan) -> None:
         check_fields(manifest, data)
-        self.plan = plan
+        self.reading = reading
         self.samples = manifest.samples
         self.kinds = ("truncated_texts", "empty_texts") if "text" in data.fields else ()
         self._events: Counter[str] = Counter()
@@ -151,7 +151,7 @@ class Assembler:
 
     def expect(self, number: int) -> None:
         """See :class:`Filler`. What is wrong with those samples is said when it is their turn."""
-        for reader, ids in self._shares(self.plan.draw(number).id):
+        for reader, ids in self._shares(self.reading.draw(number).id):
             with suppress(DataError):
                 reader.expect(ids)
 
@@ -163,7 +163,7 @@ class Assembler:
         """
         self._prefetch(number + _AHEAD)
         self._events = Counter()
-        epochs, ids = self.plan.draw(number)
+        epochs, ids = self.reading.draw(number)
         numbers = self._numbers(epochs, ids)
         failed = {}
         arrays["epoch"][: len(ids)] = epochs
@@ -199,7 +199,7 @@ class Assembler:
 
     def _prefetch(self, number: int) -> None:
         if self._cached:
-            for reader, ids in self._shares(self.plan.draw(number).id):
+            for reader, ids in self._shares(self.reading.draw(number).id):
                 reader.prefetch(ids)
 
     def _shares(self, ids: Ints) -> Iterator[tuple[Reader, Ints]]:
@@ -239,9 +239,9 @@ class Assembler:
 
     def _replace(self, number: int, row: int, epoch: int, error: SampleError, arrays: Arrays) -> Bad:
         """Put the next readable sample of the window in place of one that cannot be used."""
-        planned, tried = int(self.plan.draw(number).id[row]), 0
+        planned, tried = int(self.reading.draw(number).id[row]), 0
         while tried < _SUBSTITUTES:
-            other = self.plan.substitute(number, row, tried + 1)
+            other = self.reading.substitute(number, row, tried + 1)
             if other is None:
                 break
             tried += 1
@@ -249,7 +249,7 @@ class Assembler:
             ((_, found),) = self._read(one)
             numbers = self._numbers(np.array([epoch]), one)[0]
             if not isinstance(found, SampleError) and not self._decode(row, other, found, numbers, arrays):
-                return Bad(self.plan.step(number), epoch, planned, error.shard, error.key, error.reason, other)
+                return Bad(self.reading.step(number), epoch, planned, error.shard, error.key, error.reason, other)
         if not tried:
             raise error
         raise DataError(f"{error}; none of the {tried} samples after it can be used either") from error

@@ -12,9 +12,9 @@ from pipeline.config.schema import Captions, Data, Image
 from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import load
 from pipeline.core.protocols import Batch
+from pipeline.data.access import check_shard
 from pipeline.data.assemble import Assembler
-from pipeline.data.plan import EvalPlan
-from pipeline.data.storage import check_shard
+from pipeline.data.reading import EvalReading
 from pipeline.data.stream import assemble_here
 from pipeline.data.workers import Workers
 
@@ -98,9 +98,9 @@ def open_eval(
     manifest = load(folder)
     for shard in manifest.shards[rank::world]:
         check_shard(manifest, shard)
-    plan = EvalPlan(rank * manifest.samples // world, (rank + 1) * manifest.samples // world, batch)
+    reading = EvalReading(rank * manifest.samples // world, (rank + 1) * manifest.samples // world, batch)
     data = Data(train=os.fspath(folder), fields=tuple(fields), image=image, captions=captions or Captions())
-    assembler = Assembler(manifest, data, 0, plan)
+    assembler = Assembler(manifest, data, 0, reading)
     return OrderedStream(
         assembler,
         classes=manifest.classes,

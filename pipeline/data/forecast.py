@@ -36,10 +36,10 @@ class Forecast:
 
 
 def covered(first: Ints, last: Ints, parts: int) -> Ints:
-    """How many places of the line the lanes of each part cover together.
+    """How many slots of the line the lanes of each part cover together.
 
     Args:
-        first: int64[L], ascending: first place on the line that a lane needs.
+        first: int64[L], ascending: first slot of the line that a lane needs.
         last: int64[L], ascending: the one after its last.
         parts: ranks or nodes. Each takes a run of lanes; where there are more parts than lanes, they share lanes.
     """
@@ -48,7 +48,7 @@ def covered(first: Ints, last: Ints, parts: int) -> Ints:
     high = -(-(np.arange(parts) + 1) * lanes // parts)
     before = np.concatenate([[0], last[:-1]])
     own = np.cumsum(np.concatenate([[0], last - np.maximum(first, np.minimum(before, last))]))
-    # The first lane of a part shares places with the lane before it only in the other part's count.
+    # The first lane of a part shares slots with the lane before it only in the other part's count.
     shared = np.maximum(0, before[low] - first[low])
     return own[high] - own[low] + shared
 
@@ -66,7 +66,7 @@ def forecast(manifest: Manifest, order: Order, *, nodes: int, world: int, micro_
     steps = order.samples // order.global_batch
     looked_at = np.unique(np.linspace(0, steps - 1, _STEPS).astype(np.int64)).tolist()
     windows = [order.windows(step) for step in looked_at]
-    first, last = order.places(0)
+    first, last = order.slots(0)
     touched = covered(first, last, nodes)
     per_rank = order.global_batch // world
     kinds = []

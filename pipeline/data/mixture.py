@@ -61,7 +61,7 @@ class Mixture:
 
     @cached_property
     def _slots(self) -> tuple[Ints, Ints]:
-        """int64[G] twice: the source of each place of the global batch, and its number among that source's."""
+        """int64[G] twice: the source of each position of the global batch, and its number among that source's."""
         sizes = [o.global_batch for o in self.orders]
         even = np.concatenate([(np.arange(n) + 0.5) / n for n in sizes])
         order = np.argsort(even, kind="stable")
@@ -79,8 +79,8 @@ class Mixture:
         for i in np.unique(source).tolist():
             chosen = source == i
             own = number[chosen]
-            draw = self.orders[i].batch(step, int(own[0]), int(own[-1]) + 1)
-            epochs[chosen], ids[chosen] = draw.epoch, draw.id + self._bases[i]
+            drawn = self.orders[i].batch(step, int(own[0]), int(own[-1]) + 1)
+            epochs[chosen], ids[chosen] = drawn.epoch, drawn.id + self._bases[i]
         return Draw(epochs, ids)
 
     def substitute(self, step: int, index: int, attempt: int) -> int | None:

@@ -70,7 +70,7 @@ def default_lanes(global_batch: int, shards: int) -> int:
 
 
 class Draw(NamedTuple):
-    """Samples, as an epoch draws them. All of shape [Q]."""
+    """Samples that were drawn. All of shape [Q]."""
 
     epoch: Ints
     """The epoch that delivers the sample."""
@@ -83,9 +83,9 @@ class _Epoch(NamedTuple):
 
     key: np.uint64
     shard: Ints
-    """int64[S], the manifest's shard at each place of the line."""
+    """int64[S], the manifest's shard in each slot of the line."""
     line: Ints
-    """int64[S+1], where each place begins, and the end."""
+    """int64[S+1], where each slot begins, and the end."""
 
 
 @dataclass(frozen=True)
@@ -153,20 +153,20 @@ class Order:
         It is the ``attempt``-th (from 1) after it on the line of shards, inside the same window of the same lane, so
         that the order of all others stays; None when the window holds no more.
         """
-        draw = self.batch(step, index, index + 1)
-        epoch = self._epoch(int(draw.epoch[0]))
+        drawn = self.batch(step, index, index + 1)
+        epoch = self._epoch(int(drawn.epoch[0]))
         lane = np.array([index // (self.global_batch // self.lanes)])
-        shard = np.searchsorted(self.starts, draw.id, "right") - 1
+        shard = np.searchsorted(self.starts, drawn.id, "right") - 1
         at = np.flatnonzero(epoch.shard == shard)
-        begin, end, _ = self._window(epoch, lane, epoch.line[at] + draw.id - self.starts[shard])
+        begin, end, _ = self._window(epoch, lane, epoch.line[at] + drawn.id - self.starts[shard])
         size = end - begin
         if attempt >= size[0]:
             return None
-        line = begin + (epoch.line[at] + draw.id - self.starts[shard] - begin + attempt) % size
+        line = begin + (epoch.line[at] + drawn.id - self.starts[shard] - begin + attempt) % size
         return int(self._ids(epoch, line)[0])
 
     def windows(self, step: int) -> tuple[Ints, Ints]:
-        """For each lane int64[L], the places of the line whose windows a step of epoch 0 reads: first, one after last.
+        """For each lane int64[L], the slots of the line whose windows a step of epoch 0 reads: first, one after last.
 
         Args:
             step: of a lane that does not roll over in it.
@@ -178,8 +178,8 @@ class Order:
         high = self._window(epoch, lane, begin + (step + 1) * share - 1)[1]
         return np.searchsorted(epoch.line, low, "right") - 1, np.searchsorted(epoch.line, high - 1, "right")
 
-    def places(self, epoch: int) -> tuple[Ints, Ints]:
-        """For each lane int64[L], the places of the line that it covers: first, one after last."""
+    def slots(self, epoch: int) -> tuple[Ints, Ints]:
+        """For each lane int64[L], the slots of the line that it covers: first, one after last."""
         begin, end = self._bounds(np.arange(self.lanes))
         line = self._epoch(epoch).line
         return np.searchsorted(line, begin, "right") - 1, np.searchsorted(line, end - 1, "right")
@@ -202,24 +202,24 @@ class Order:
             self._epochs[epoch] = _Epoch(key[0], shard, line)
         return self._epochs[epoch]
 
-    def _window(self, epoch: _Epoch, lane: Ints, place: Ints) -> tuple[Ints, Ints, Ints]:
-        """Begin and end of the window around each place of the line, and its number in the lane."""
+    def _window(self, epoch: _Epoch, lane: Ints, point: Ints) -> tuple[Ints, Ints, Ints]:
+        """Begin and end of the window around each point of the line, and its number in the lane."""
         begin, end = self._bounds(lane)
         first = np.searchsorted(epoch.line, begin, "right") - 1
-        number = (np.searchsorted(epoch.line, place, "right") - 1 - first) // self.window
+        number = (np.searchsorted(epoch.line, point, "right") - 1 - first) // self.window
         low = first + number * self.window
         high = np.minimum(low + self.window, len(epoch.shard))
         return np.maximum(begin, epoch.line[low]), np.minimum(end, epoch.line[high]), number
 
     def _ids(self, epoch: _Epoch, line: Ints) -> Ints:
-        """Numbers in the manifest of places on the line."""
+        """Numbers in the manifest of points on the line."""
         at = np.searchsorted(epoch.line, line, "right") - 1
         return self.starts[epoch.shard[at]] + line - epoch.line[at]
 
     def _lookup(self, number: int, lane: Ints, position: Ints) -> Ints:
         """Ids at positions of lanes, in one epoch."""
         epoch = self._epoch(number)
-        place = self._bounds(lane)[0] + position
-        begin, end, window = self._window(epoch, lane, place)
+        point = self._bounds(lane)[0] + position
+        begin, end, window = self._window(epoch, lane, point)
         key = mix(mix(lane.astype(np.uint64) + epoch.key) + window.astype(np.uint64))
-        return self._ids(epoch, begin + shuffle(place - begin, end - begin, key))
+        return self._ids(epoch, begin + shuffle(point - begin, end - begin, key))

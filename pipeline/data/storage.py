@@ -1,4 +1,7 @@
-"""Where the bytes of shards come from: local files, or URLs by ranges; see ``cache.py`` for whole shards of URLs."""
+"""Where the bytes of shards come from: local files, or URLs by ranges.
+
+``cache.py`` keeps whole shards of URLs; ``access.py`` chooses among the three.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeVar
 
-from pipeline.config.schema import Cache
-from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.location import filesystem, is_url, reason
-from pipeline.core.manifest import Manifest, Shard
+from pipeline.core.errors import DataError
+from pipeline.core.location import filesystem, reason
+from pipeline.core.manifest import Shard
 
 _OPEN_FILES = 256
 _ATTEMPTS = 3
@@ -83,22 +85,6 @@ def missing(where: str, error: OSError) -> DataError:
     return DataError(
         f"cannot open shard {where} ({reason(error)}); put it back, or renew the manifest with `sluice prep index`"
     )
-
-
-def check_shard(manifest: Manifest, shard: Shard) -> None:
-    """Raise DataError when a shard is missing or its size is not the manifest's."""
-    where = f"{manifest.root.rstrip('/')}/{shard.name}"
-    try:
-        if is_url(manifest.root):
-            files, path = filesystem(manifest.root)
-            found = patiently(where, lambda: files.size(f"{path.rstrip('/')}/{shard.name}"))
-        else:
-            found = os.stat(where).st_size
-    except OSError as error:
-        raise missing(where, error) from error
-    # A server need not say how long a file is.
-    if found is not None and found != shard.bytes:
-        raise wrong_size(where, found, shard)
 
 
 class Local:
@@ -244,26 +230,3 @@ class Remote:
 
 def _key(ranges: Ranges) -> tuple[str, ...]:
     return (ranges.shard.name, str(ranges.starts), str(ranges.stops))
-
-
-def open_storage(manifest: Manifest, cache: Cache | None = None) -> Storage:
-    """What reads the shards of a data set.
-
-    Args:
-        manifest: the data set.
-        cache: where whole shards of remote data sets are kept; None: they are read by ranges.
-
-    Raises:
-        ConfigError: the cache cannot hold the largest shard.
-    """
-    if not is_url(manifest.root):
-        return Local(manifest.root)
-    if cache is None:
-        return Remote(manifest.root)
-    largest, limit = max((s.bytes for s in manifest.shards), default=0), int(cache.limit_gb * 10**9)
-    if largest > limit:
-        raise ConfigError(f"data.cache.limit_gb = {cache.limit_gb:g} is less than a shard of {largest / 1e9:.3g} GB")
-    from pipeline.data.cache import Cached  # it builds on this module
-
-    # Of the shards that are alike in two data sets, each set keeps its own: only then is the name enough to know one.
-    return Cached(manifest.root, f"{cache.folder}/{manifest.fingerprint}", limit)

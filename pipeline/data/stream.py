@@ -15,13 +15,13 @@ from pipeline.config.schema import Data, Image
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.manifest import Joined, Manifest, load
 from pipeline.core.protocols import Batch, DataFacts
+from pipeline.data.access import check_shard
 from pipeline.data.assemble import Assembler, Bad, Filler
 from pipeline.data.decode import ImageDecoder
 from pipeline.data.device import DeviceImages, Encoded, Receive, copied, pinned
 from pipeline.data.mixture import Mixture, shares
 from pipeline.data.order import Order, default_lanes
-from pipeline.data.plan import TrainPlan
-from pipeline.data.storage import check_shard
+from pipeline.data.reading import TrainReading
 from pipeline.data.together import Together
 from pipeline.data.workers import Made, Workers
 
@@ -36,9 +36,9 @@ def facts(manifest: Manifest, image: Image) -> DataFacts:
 
 def assemble_here(filler: Filler, first: int, receive: Receive | None = None) -> Iterator[Made]:
     """Micro-batches from number ``first`` on, made in this process."""
-    count = filler.plan.count
+    count = filler.reading.count
     for number in itertools.count(first) if count is None else range(first, count):
-        arrays = {n: np.empty((filler.plan.size, *c.shape), c.dtype) for n, c in filler.columns.items()}
+        arrays = {n: np.empty((filler.reading.size, *c.shape), c.dtype) for n, c in filler.columns.items()}
         filler.expect(number + 1)
         filled = filler.fill(number, arrays)
         arrays = {name: array[: filled.samples] for name, array in arrays.items()}
@@ -53,7 +53,7 @@ class _Set(NamedTuple):
     prefix: str
     """Of its columns."""
     assembler: Assembler
-    plan: TrainPlan
+    reading: TrainReading
     fingerprint: str
     decoder: ImageDecoder | None
     """Of its images."""
@@ -61,7 +61,7 @@ class _Set(NamedTuple):
     @property
     def identity(self) -> dict[str, Any]:
         """All that fixes its samples and their order."""
-        facts = {"manifest": self.fingerprint} | self.plan.order.identity
+        facts = {"manifest": self.fingerprint} | self.reading.order.identity
         if self.assembler.text:
             facts["tokenizer"] = self.assembler.text.sha256
         return {self.prefix + name: value for name, value in facts.items()}
@@ -71,17 +71,17 @@ class TrainStream:
     """A rank's part of the stream; see :func:`open_stream`."""
 
     def __init__(
-        self, sets: Sequence[_Set], plan: TrainPlan, *, workers: int, max_bad: float, receive: Receive | None
+        self, sets: Sequence[_Set], reading: TrainReading, *, workers: int, max_bad: float, receive: Receive | None
     ) -> None:
         assemblers = {s.prefix: s.assembler for s in sets}
-        self._plan = plan
+        self._reading = reading
         self._filler: Filler = Together(assemblers) if len(sets) > 1 else sets[0].assembler
         self._receive = receive
         self._workers = Workers(self._filler, workers, receive or copied) if workers else None
         self._identity = {name: value for s in sets for name, value in s.identity.items()}
         self._max_bad = max_bad
         # A fraction of a few samples says nothing, so at least a fair number is presumed to have been seen.
-        self._fair = min(sum(s.plan.order.samples for s in sets), _FAIR_SAMPLE)
+        self._fair = min(sum(s.reading.order.samples for s in sets), _FAIR_SAMPLE)
         self._sets = len(sets)
         self._seen = 0
         self._bad = 0
@@ -95,7 +95,7 @@ class TrainStream:
         Raises:
             DataError: a damaged shard, a dead loader process, or more bad samples than allowed.
         """
-        accumulation = self._plan.accumulation
+        accumulation = self._reading.accumulation
         first = step * accumulation
         made = self._workers.batches(first) if self._workers else assemble_here(self._filler, first, self._receive)
         while True:
@@ -194,27 +194,27 @@ def open_stream(
         # With the same seed, data sets of the same sizes would meet in the same pairs in every epoch.
         wanted.append((f"{name}_", own.model_copy(update=settings), load(beside.path), _seed_of(seed, name)))
     sets = [
-        _open_set(*each, TrainPlan(_order(each[1], each[2], each[3], global_batch), micro_batch, rank, world))
+        _open_set(*each, TrainReading(_order(each[1], each[2], each[3], global_batch), micro_batch, rank, world))
         for each in wanted
     ]
     return TrainStream(
-        sets, sets[0].plan, workers=data.workers, max_bad=data.max_bad, receive=_receive(data, sets, device)
+        sets, sets[0].reading, workers=data.workers, max_bad=data.max_bad, receive=_receive(data, sets, device)
     )
 
 
-def _open_set(prefix: str, data: Data, manifest: Manifest, seed: int, plan: TrainPlan) -> _Set:
+def _open_set(prefix: str, data: Data, manifest: Manifest, seed: int, reading: TrainReading) -> _Set:
     """One data set, after a look at the sizes of its shards."""
     for part in _parts(manifest):
-        for shard in part.shards[plan.rank :: plan.world]:
+        for shard in part.shards[reading.rank :: reading.world]:
             check_shard(part, shard)
     decoder = ImageDecoder(data.image, seed) if "image" in data.fields else None
-    return _Set(prefix, Assembler(manifest, data, seed, plan), plan, manifest.fingerprint, decoder)
+    return _Set(prefix, Assembler(manifest, data, seed, reading), reading, manifest.fingerprint, decoder)
 
 
 def _receive(data: Data, sets: Sequence[_Set], device: torch.device) -> Receive | None:
     """What makes batches for a device of what loaders write; None: nothing needs to be done."""
     if data.decode == "device":
-        bases = itertools.accumulate((s.plan.order.samples for s in sets), initial=0)
+        bases = itertools.accumulate((s.reading.order.samples for s in sets), initial=0)
         images = {s.prefix: Encoded(s.decoder, base) for s, base in zip(sets, bases, strict=False) if s.decoder}
         return DeviceImages(images, device)
     return pinned if device.type == "cuda" else None

@@ -18,7 +18,7 @@ class Together:
 
     def __init__(self, parts: Mapping[str, Assembler]) -> None:
         self._parts = dict(parts)
-        self.plan = next(iter(self._parts.values())).plan
+        self.reading = next(iter(self._parts.values())).reading
         self.columns = {prefix + name: c for prefix, part in parts.items() for name, c in part.columns.items()}
 
     def expect(self, number: int) -> None:

@@ -98,7 +98,7 @@ def _buffers(memory: mmap.mmap, columns: dict[str, Column], rows: int, workers: 
 
 def _work(worker: int, workers: int, assembler: Filler, rank: Connection, buffers: list[Arrays]) -> None:
     """The life of one loader process."""
-    count = assembler.plan.count
+    count = assembler.reading.count
     generation, number, free = -1, None, []
     while True:
         while number is None or not free or rank.poll():
@@ -145,7 +145,7 @@ def nursery(control: int, memory: int, pipes: Sequence[int], rows: int) -> None:
     # What imports have made is no garbage; looking through it again and again would take two hundredths of the time.
     gc.freeze()
     context, connections = get_context("fork"), [Connection(p) for p in pipes]
-    buffers = _buffers(mmap.mmap(memory, 0), assembler.columns, assembler.plan.size, len(pipes))
+    buffers = _buffers(mmap.mmap(memory, 0), assembler.columns, assembler.reading.size, len(pipes))
 
     def worker_main(worker: int) -> None:
         rank.close()
@@ -208,19 +208,19 @@ class Workers:
     """
 
     def __init__(self, assembler: Filler, workers: int, receive: Receive = copied) -> None:
-        self._plan = assembler.plan
+        self._reading = assembler.reading
         self._receive = receive
         self._generation = 0
-        size = _views(memoryview(b""), assembler.columns, self._plan.size)[1]
+        size = _views(memoryview(b""), assembler.columns, self._reading.size)[1]
         descriptor = os.memfd_create("sluice-loader")
         os.ftruncate(descriptor, size * workers * _BUFFERS)
         memory = mmap.mmap(descriptor, 0)
-        self._buffers = _buffers(memory, assembler.columns, self._plan.size, workers)
+        self._buffers = _buffers(memory, assembler.columns, self._reading.size, workers)
         self._control, control = Pipe()
         self._pipes, theirs = map(list, zip(*(Pipe() for _ in range(workers)), strict=True))
         passed = [control.fileno(), descriptor, *(p.fileno() for p in theirs)]
         root = str(Path(__file__).parents[2])
-        main = f"nursery({passed[0]}, {passed[1]}, {passed[2:]}, {self._plan.size})"
+        main = f"nursery({passed[0]}, {passed[1]}, {passed[2:]}, {self._reading.size})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}); from {__name__} import nursery; {main}"],
             env=os.environ
@@ -245,7 +245,7 @@ class Workers:
         generation, number = self._generation, first
         for worker in range(len(self._pipes)):
             self._send(worker, _Start(generation, first))
-        while self._plan.count is None or number < self._plan.count:
+        while self._reading.count is None or number < self._reading.count:
             assert generation == self._generation, "another call of batches() has taken the workers over"
             worker = number % len(self._pipes)
             made = self._answer(worker)

@@ -14,9 +14,9 @@ import numpy as np
 import webdataset
 
 from pipeline.core.manifest import Manifest
+from pipeline.data.access import open_storage
 from pipeline.data.order import Order, default_lanes
 from pipeline.data.reader import Reader
-from pipeline.data.storage import open_storage
 from tests.perf.stream_corpus import compare, shards, trials, unchecked
 
 BATCH = 64

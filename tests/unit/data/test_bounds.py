@@ -12,7 +12,7 @@ from pipeline.core import image as rules
 from pipeline.core.manifest import load
 from pipeline.data.assemble import Assembler
 from pipeline.data.decode import open_image
-from pipeline.data.plan import EvalPlan
+from pipeline.data.reading import EvalReading
 from pipeline.data.stream import open_stream
 from pipeline.data.workers import Workers
 from tests.unit.data.shards import encode, members, picture, write_data
@@ -32,7 +32,7 @@ def test_a_micro_batch_is_read_within_the_budget(tmp_path, size, count):
 
     manifest = write_data(tmp_path, [count // 2, count // 2], make)
     data = Data(train=manifest.root, fields=("image", "label"), image=Image(size=8, crop="center"), read_mb=4)
-    assembler = Assembler(manifest, data, 0, EvalPlan(0, count, count))
+    assembler = Assembler(manifest, data, 0, EvalReading(0, count, count))
     arrays = {name: np.empty((count, *c.shape), c.dtype) for name, c in assembler.columns.items()}
     assembler.fill(0, arrays)
     tracemalloc.start()
@@ -87,7 +87,7 @@ def peak_of_a_worker(folder, size, count):
 
     manifest = write_data(folder, [count // 2, count // 2], make)
     data = Data(train=manifest.root, fields=("image", "label"), image=Image(size=8, crop="center"), read_mb=4)
-    workers = Workers(Assembler(manifest, data, 0, EvalPlan(0, count, count)), 1)
+    workers = Workers(Assembler(manifest, data, 0, EvalReading(0, count, count)), 1)
     for _ in range(2):
         assert sum(made.filled.samples for made in workers.batches(0)) == count
     status = Path(f"/proc/{started(workers)[0]}/status").read_text()

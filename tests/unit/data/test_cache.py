@@ -11,7 +11,7 @@ from pipeline.config.schema import Cache, Data
 from pipeline.core.manifest import load
 from pipeline.data.assemble import Assembler
 from pipeline.data.cache import Cached
-from pipeline.data.plan import EvalPlan
+from pipeline.data.reading import EvalReading
 from pipeline.data.storage import Local, Ranges
 from pipeline.data.stream import assemble_here
 from tests.unit.data.shards import write_data
@@ -101,7 +101,7 @@ def test_a_copy_that_a_crash_of_the_node_cut_is_fetched_again(local, server, tmp
 def test_shards_come_long_before_their_turn(local, server, tmp_path):
     """The first micro-batch of one sample asks for the shard of the sixty-fourth after it."""
     data = Data(train=server.url, fields=("label",), cache=Cache(folder=str(tmp_path), limit_gb=1))
-    assembler = Assembler(load(server.url), data, 0, EvalPlan(0, 200, 1))
+    assembler = Assembler(load(server.url), data, 0, EvalReading(0, 200, 1))
     assert next(assemble_here(assembler, 0)).batch["id"].tolist() == [0]
     until(lambda: kept(tmp_path / local.fingerprint) == [s.name for s in local.shards[:2]])
     assembler.close()

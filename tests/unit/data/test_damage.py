@@ -20,7 +20,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.manifest import load
 from pipeline.data.assemble import Assembler
 from pipeline.data.order import Order
-from pipeline.data.plan import EvalPlan
+from pipeline.data.reading import EvalReading
 from pipeline.data.stream import assemble_here, open_stream
 from tests.unit.data.shards import write_data
 
@@ -125,7 +125,7 @@ def test_all_that_comes_before_a_lost_shard_is_delivered(tmp_path, name):
     manifest = write_data(tmp_path, SIZES)
     STOPS[name][0](str(tmp_path / BAD_SHARD))
     data = Data(train=manifest.root, fields=("label",))
-    made = assemble_here(Assembler(manifest, data, 0, EvalPlan(0, 48, 7)), 0)
+    made = assemble_here(Assembler(manifest, data, 0, EvalReading(0, 48, 7)), 0)
     assert [next(made).batch["id"].tolist() for _ in range(2)] == [list(range(7)), list(range(7, 14))]
     with pytest.raises(DataError, match="x-000002"):
         next(made)

@@ -15,7 +15,7 @@ from pipeline.data.assemble import Assembler
 from pipeline.data.decode import ImageDecoder
 from pipeline.data.device import DeviceImages, Encoded, check_jpeg
 from pipeline.data.order import Order
-from pipeline.data.plan import TrainPlan
+from pipeline.data.reading import TrainReading
 from pipeline.data.stream import assemble_here, open_stream
 from pipeline.data.together import Together
 from pipeline.data.workers import Workers
@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 
 def assembler(data, image=VIEWS):
     settings = Data(train=data.root, fields=("image", "label"), image=image, decode="device")
-    return Assembler(data, settings, 1, TrainPlan(Order(np.array(data.starts), 1, 16, 2, 4, "drop"), 16, 0, 1))
+    return Assembler(data, settings, 1, TrainReading(Order(np.array(data.starts), 1, 16, 2, 4, "drop"), 16, 0, 1))
 
 
 @pytest.mark.parametrize("image", [VIEWS, Image(size=8, crop="center"), Image(size=(6, 8), crop="resize")])
@@ -55,7 +55,7 @@ def test_same_batches_as_from_the_loader(data, image):
 
 def test_crops_of_a_data_set_beside_belong_to_its_own_ids(data):
     """In the batch its ids go on where those of the first one end."""
-    plan = assembler(data).plan
+    plan = assembler(data).reading
     settings = {"train": data.root, "fields": ("image",), "image": VIEWS}
     both = [
         Together({prefix: Assembler(data, Data(decode=decode, **settings), 1, plan) for prefix in ("", "target_")})
@@ -100,7 +100,7 @@ def test_a_file_that_only_the_device_finds_broken_is_named(data, tmp_path):
     broken = write_data(tmp_path, [16], make)
     receive = DeviceImages({"": Encoded(ImageDecoder(VIEWS, 1), 0)}, CPU)
     settings = Data(train=broken.root, fields=("image",), image=VIEWS, decode="device")
-    plan = TrainPlan(Order(np.array(broken.starts), 1, 16, 1, 4, "drop"), 16, 0, 1)
+    plan = TrainReading(Order(np.array(broken.starts), 1, 16, 1, 4, "drop"), 16, 0, 1)
     with pytest.raises(DataError, match=r'sample number 5: its JPEG cannot be decoded.*set data.decode = "loader"'):
         next(assemble_here(Assembler(broken, settings, 1, plan), 0, receive))
 

@@ -12,7 +12,7 @@ from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.manifest import load, save
 from pipeline.data.mixture import Mixture, shares
 from pipeline.data.order import Order
-from pipeline.data.plan import TrainPlan
+from pipeline.data.reading import TrainReading
 from pipeline.data.stream import open_stream
 from tests.unit.data.shards import members, write_data
 from tests.unit.data.test_stream import spoil
@@ -65,7 +65,7 @@ def test_sources_are_spread_evenly_over_ranks():
     subject = mixture(((64,), (64,)), (36, 12))
     for world in (2, 4, 12):
         for rank in range(world):
-            ids = TrainPlan(subject, 48 // world, rank, world).draw(5).id
+            ids = TrainReading(subject, 48 // world, rank, world).draw(5).id
             assert (ids >= 64).sum() == 12 // world
 
 

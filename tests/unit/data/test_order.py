@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pipeline.data.order import Order, default_lanes, mix, shuffle
-from pipeline.data.plan import TrainPlan
+from pipeline.data.reading import TrainReading
 
 AWKWARD = {
     "even": [8] * 6,
@@ -162,7 +162,7 @@ def test_global_batches_do_not_depend_on_the_world_size(world, micro, tail):
     """Sixteen ranks are more than the shards here."""
     subject = order([13, 40, 1, 0, 70, 9], batch=48, lanes=12, tail=tail)
     for step in (0, 1, 5):
-        plans = [TrainPlan(subject, micro, rank, world) for rank in range(world)]
+        plans = [TrainReading(subject, micro, rank, world) for rank in range(world)]
         numbers = [step * plan.accumulation + m for plan in plans[:1] for m in range(plan.accumulation)]
         parts = [plan.draw(number).id for plan in plans for number in numbers]
         assert np.concatenate(parts).tolist() == subject.batch(step, 0, 48).id.tolist()

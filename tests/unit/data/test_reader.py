@@ -10,10 +10,9 @@ import pytest
 from data_prep.index import index
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import index_name
-from pipeline.data import reader as reading
-from pipeline.data import storage
+from pipeline.data import locate, storage
+from pipeline.data.access import open_storage
 from pipeline.data.reader import Reader, SampleError
-from pipeline.data.storage import open_storage
 from tests.unit.data.shards import members, write_data
 
 SIZES = [3, 0, 4, 1]
@@ -87,11 +86,11 @@ def test_few_files_stay_open(data, monkeypatch):
 
 
 def test_few_indexes_are_kept(data, monkeypatch):
-    monkeypatch.setattr(reading, "_INDEXES", 2)
+    monkeypatch.setattr(locate, "_INDEXES", 2)
     reader = open_reader(data, ("label",))
     for sample in (0, 3, 7, 0, 7, 3):
         assert read(reader, [sample, 0]) == [{"label": members(i)["cls"]} for i in (sample, 0)]
-        assert len(reader._indexes) <= 2
+        assert len(reader._locator._kept) <= 2
     reader.close()
 
 

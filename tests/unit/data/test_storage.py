@@ -13,10 +13,11 @@ from pipeline.config.schema import Cache, Data, Image
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import load
 from pipeline.data import storage
+from pipeline.data.access import check_shard
 from pipeline.data.assemble import Assembler
 from pipeline.data.cache import Cached
-from pipeline.data.plan import EvalPlan
-from pipeline.data.storage import Local, Ranges, Remote, check_shard, patiently
+from pipeline.data.reading import EvalReading
+from pipeline.data.storage import Local, Ranges, Remote, patiently
 from pipeline.data.stream import assemble_here, open_stream
 from pipeline.data.workers import Workers
 from tests.unit.data.shards import write_data
@@ -57,7 +58,7 @@ def test_loader_processes_over_http(local, server):
 def test_loader_processes_fetch_early_what_they_make_themselves(local, server):
     """So no part of a shard is fetched twice in a pass."""
     data = Data(train=server.url, fields=("label",))
-    workers = Workers(Assembler(load(server.url), data, 0, EvalPlan(0, 47, 8)), 2)
+    workers = Workers(Assembler(load(server.url), data, 0, EvalReading(0, 47, 8)), 2)
     assert sum(made.filled.samples for made in workers.batches(0)) == 47
     workers.close()
     tars = [asked for asked in server.asked if asked[0].endswith(".tar")]

@@ -14,7 +14,7 @@ import torch
 from pipeline.config.schema import Data
 from pipeline.core.errors import DataError
 from pipeline.data.assemble import Assembler
-from pipeline.data.plan import EvalPlan
+from pipeline.data.reading import EvalReading
 from pipeline.data.workers import Workers
 from tests.unit.data.shards import write_data
 from tests.unit.data.test_stream import IMAGE, assert_same, open_rank, spoil, steps_of
@@ -154,7 +154,7 @@ class Stuck(Assembler):
 
 
 def test_closing_leaves_no_worker_that_is_stuck(data, tmp_path):
-    assembler = Stuck(data, Data(train=data.root, fields=("label",)), 0, EvalPlan(8, 45, 7))
+    assembler = Stuck(data, Data(train=data.root, fields=("label",)), 0, EvalReading(8, 45, 7))
     assembler.note = tmp_path / "stuck"
     workers = Workers(assembler, 1)
     next(workers.batches(0))
@@ -178,7 +178,7 @@ class Faulty(Assembler):
 
 def test_errors_of_workers_reach_the_rank_and_the_last_batch_is_smaller(data):
     settings = Data(train=data.root, fields=("image", "label"), image=IMAGE)
-    workers = Workers(Faulty(data, settings, 0, EvalPlan(8, 45, 7)), 2)
+    workers = Workers(Faulty(data, settings, 0, EvalReading(8, 45, 7)), 2)
     batches = workers.batches(0)
     first = next(batches).batch
     assert first["id"].tolist() == list(range(8, 15))

@@ -11,7 +11,7 @@ from pipeline.data.mixture import Mixture
 from pipeline.data.order import Draw, Order
 
 
-class Plan(Protocol):
+class ReadingPlan(Protocol):
     """Which samples a rank's micro-batches hold."""
 
     @property
@@ -38,8 +38,8 @@ class Plan(Protocol):
 
 
 @dataclass(frozen=True)
-class TrainPlan:
-    """A rank's part of every global batch, in micro-batches: number = step * accumulation + place in the step."""
+class TrainReading:
+    """A rank's part of every global batch, in micro-batches: number = step * accumulation + part of the step."""
 
     order: Order | Mixture
     size: int
@@ -70,7 +70,7 @@ class TrainPlan:
 
 
 @dataclass(frozen=True)
-class EvalPlan:
+class EvalReading:
     """Samples ``first`` to ``last`` (exclusive) in order, each once, none replaced."""
 
     first: int
