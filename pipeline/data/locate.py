@@ -156,10 +156,10 @@ def lay_out(located: Located, shards: Sequence[Shard], piece: int) -> Layout:
     rows = [*_first(new_range).tolist(), len(located.id)]
     spans = np.searchsorted(first, rows).tolist()
     ranges = [
-        Ranges(shards[located.shard[row]], start[low:high].tolist(), stop[low:high].tolist())
+        Ranges(shards[int(located.shard[row])], start[low:high].tolist(), stop[low:high].tolist())
         for row, (low, high) in zip(rows, pairwise(spans), strict=False)
     ]
-    span_of = np.cumsum(np.concatenate([[0], new_span]))
+    span_of: Ints = np.concatenate([[0], np.cumsum(new_span)])
     return Layout(ranges, [slice(*ends) for ends in pairwise(rows)], shift[span_of])
 
 
