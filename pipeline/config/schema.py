@@ -279,7 +279,10 @@ class Run(Strict):
     """Samples per update, over all ranks."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     keep: Positive = 3
-    """Newest checkpoints that are kept."""
+    """Newest whole checkpoints that are kept."""
+    change: tuple[Text, ...] = ()
+    """Settings ("objective.mask_ratio") that may differ from what the run was trained with so far, although they make
+    another experiment of it; see pipeline/config/changes.py."""
 
     @model_validator(mode="after")
     def _has_length(self) -> Run:

@@ -42,8 +42,8 @@ class Saved:
 
     @property
     def step(self) -> int:
-        """Updates done when it was made."""
-        return int(self.folder.name.removeprefix(PREFIX))
+        """Updates done when it was made, whatever its folder is called by now."""
+        return int(self.state["step"])
 
     def fill(self, fragments: Iterable[Fragment], rank: int) -> None:
         """Copy the checkpoint's values into live fragments."""
@@ -82,6 +82,8 @@ class CheckpointStore:
         self.folder = folder
         self.place = place
         self.say = say
+        self.damaged: set[int] = set()
+        """Steps of the checkpoints that were passed over."""
 
     def steps(self) -> list[int]:
         """Steps of the checkpoint folders, oldest first."""
@@ -108,6 +110,7 @@ class CheckpointStore:
                 for line in passed_over:
                     self.say(line)
                 return saved
+            self.damaged.add(step)
             passed_over.append(f"passed over checkpoint {self.path(step)}: {problems[0]}")
         if passed_over:
             raise CheckpointError(

@@ -48,6 +48,10 @@ class Ema:
             keep = decay(self.config.decay, clock.step) if gamma is None else power_decay(gamma, clock.step)
             torch._foreach_lerp_(average, self.parts, 1 - keep)
 
+    def begin(self) -> None:
+        """Begin anew, as the parameters are now."""
+        torch._foreach_copy_(self.averages[EMA], self.parts)
+
     def fragments(self) -> Iterator[Fragment]:
         """Live views, for checkpoints."""
         for name, average in self.averages.items():

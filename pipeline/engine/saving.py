@@ -6,7 +6,7 @@
 3. With every update the ranks tell each other how far they are (:mod:`pipeline.engine.watch`). When all have written,
    they gather what they wrote; if any failed, all raise in the same step and the old checkpoints are untouched.
 4. A thread of rank 0 writes ``checkpoint.json`` (files, hashes, tensors, clock, stream), fsyncs, renames the folder to
-   ``step-N``, fsyncs the parent, replaces ``latest``, and removes what is more than ``keep`` old.
+   ``step-N``, fsyncs the parent, replaces ``latest``, and removes what is older than the ``keep`` newest whole ones.
 5. With a later update all ranks know that it is there.
 
 A crash at any moment leaves the checkpoints before it, or the new one, whole. One save is in flight at a time; a run
@@ -97,7 +97,7 @@ class Saver:
 
     Args:
         store: where they go.
-        keep: newest checkpoints that are kept.
+        keep: newest whole checkpoints that are kept.
         saved: called on every rank with the step of a checkpoint that is there.
     """
 
@@ -210,7 +210,10 @@ class Saver:
         os.rename(temporary, final)
         sync_folder(self.store.folder)
         replace_file(self.store.folder / LATEST, f"{final.name}\n".encode())
-        for old in self.store.steps()[: -self.keep]:
+        self.store.damaged.discard(flight.step)
+        steps = self.store.steps()
+        kept = [step for step in steps if step not in self.store.damaged][-self.keep :]
+        for old in (step for step in steps if step < kept[0]):
             # What cannot go now, as when somebody reads it over NFS, goes another time: the new one is there.
             shutil.rmtree(self.store.path(old), ignore_errors=True)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.config import provenance
 from pipeline.config.resolve import Plan
@@ -19,19 +20,54 @@ from pipeline.record.lock import RunLock
 from pipeline.record.state import State, close_state, read_state, write_state
 from pipeline.run.ending import ending
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
+
+@dataclass
 class Attempt:
-    """A start of the run."""
+    """A start of the run: it has the folder, but has changed nothing of what a run says of itself until it begins."""
 
+    folder: Path
     number: int
     """How often the run was started before."""
     pulse: Pulse
+    begun: bool = False
+
+    def begin(self, plan: Plan) -> None:
+        """Say that the run runs, on all ranks together.
+
+        Raises:
+            LaunchError: on every rank; the folder cannot be written.
+        """
+
+        def say() -> None:
+            before = read_state(self.folder)
+            write_state(self.folder, State("running", None, before.step if before else 0, self.number))
+            provenance.write(self.folder, plan)
+
+        by_first(lambda: in_folder(self.folder, say))
+        self.begun = True
+
+    def saved(self, step: int) -> None:
+        """Say that a checkpoint is there, on rank 0."""
+        write_state(self.folder, State("running", None, step, self.number))
+
+
+def in_folder(folder: Path, work: Callable[[], T]) -> T:
+    """Do ``work``, which writes into a run folder.
+
+    Raises:
+        LaunchError: the system refuses.
+    """
+    try:
+        return work()
+    except OSError as error:
+        raise LaunchError(f"cannot write the run folder {folder}: {error.strerror}; set run.folder") from error
 
 
 @contextmanager
-def attempt(config: RunConfig, plan: Plan, place: Place) -> Iterator[Attempt]:
-    """Say that the run runs, and in the end, if it ends by an error, how it ended.
+def attempt(config: RunConfig, place: Place) -> Iterator[Attempt]:
+    """Have the run folder, and if what has begun there ends by an error, say how.
 
     That is written before the process group is left: the other ranks learn of a failure from connections that close,
     and the first to say why it failed is believed.
@@ -45,35 +81,32 @@ def attempt(config: RunConfig, plan: Plan, place: Place) -> Iterator[Attempt]:
         if lock is not None:
             stack.callback(lock.release)
 
-        def begin() -> int:
+        def take() -> int:
             assert lock is not None
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock.take()
-                return _begin(folder, config, plan)
-            except OSError as error:
-                raise LaunchError(f"cannot write the run folder {folder}: {error.strerror}; set run.folder") from error
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.take()
+            return _number(folder)
 
-        number = by_first(begin)
+        number = by_first(lambda: in_folder(folder, take))
         pulse = stack.enter_context(closing(Pulse(folder, place.rank, number)))
         watchdog = Watchdog(folder, pulse, config.engine.hang_minutes * 60, lock)
         watchdog.start()
         stack.callback(watchdog.stop)
+        found = Attempt(folder, number, pulse)
         try:
-            yield Attempt(number, pulse)
+            yield found
         except Exception as error:
-            code, text = ending(error, place.rank)
-            close_state(folder, "failed", code, error=text, rank=place.rank, fault=pulse.last.step)
+            if found.begun:
+                code, text = ending(error, place.rank)
+                close_state(folder, "failed", code, error=text, rank=place.rank, fault=pulse.last.step)
             raise
 
 
-def _begin(folder: Path, config: RunConfig, plan: Plan) -> int:
-    """Note how the attempt before ended and that this one runs; returns how often the run was started before."""
+def _number(folder: Path) -> int:
+    """How often the run was started before; how it ended the last time is noted."""
     before = read_state(folder)
-    if before is not None:
-        remember(folder, before)
-        refuse_repetition(folder)
-    number = before.attempt + 1 if before else 0
-    write_state(folder, State("running", None, before.step if before else 0, number))
-    provenance.write(folder, config, plan)
-    return number
+    if before is None:
+        return 0
+    remember(folder, before)
+    refuse_repetition(folder)
+    return before.attempt + 1

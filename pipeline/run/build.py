@@ -16,7 +16,7 @@ from pipeline.core import registry
 from pipeline.core.components import OBJECTIVES, check_component
 from pipeline.core.errors import CheckpointError
 from pipeline.core.manifest import Manifest
-from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, Stream
+from pipeline.core.protocols import Batch, DataFacts, Objective, Stream
 from pipeline.data.stream import open_stream
 from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.dist.group import Place
@@ -119,17 +119,3 @@ def check_model(saved: Saved, expected: dict[str, Spec]) -> None:
 
 def _say(spec: Spec | None) -> str:
     return "absent" if spec is None else f"{spec.dtype}{list(spec.shape)}"
-
-
-def resume(engine: BaseEngine, stream: Stream, saved: Saved, total_samples: int) -> Clock:
-    """Bring engine and stream to where ``saved`` is.
-
-    Raises:
-        CheckpointError: it is of another model or of another order of samples.
-    """
-    stream.check(saved.state["stream"])
-    check_model(saved, engine.expected())
-    engine.make_state(saved.tensors)
-    saved.fill(engine.held(), engine.place.rank)
-    engine.publish()
-    return Clock(saved.state["step"], saved.state["samples"], total_samples)

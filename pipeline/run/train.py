@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,15 @@ from pipeline.engine.meter import Meter
 from pipeline.engine.saving import Saver
 from pipeline.engine.stopping import StopRequest
 from pipeline.engine.watch import Watch
+from pipeline.nn.weights import no_initial_weights
 from pipeline.record.files import Lines
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
-from pipeline.record.state import State, close_state, write_state
+from pipeline.record.state import close_state
 from pipeline.run.attempt import Attempt, attempt
-from pipeline.run.build import build_engine, build_objective, build_stream, resume, sample_batch, text_reader
+from pipeline.run.build import build_engine, build_objective, build_stream, sample_batch, text_reader
 from pipeline.run.preflight import preflight
+from pipeline.run.resuming import Beginning, find_beginning, resume
 
 CHECKPOINTS = "checkpoints"
 
@@ -53,7 +55,6 @@ class Job:
     sample: Batch
     recorder: Recorder | None
     """On rank 0."""
-    attempt: int
 
     @property
     def folder(self) -> Path:
@@ -137,10 +138,25 @@ def train(path: str, overrides: Sequence[str]) -> int:
         place = stack.enter_context(process_group(config.engine.timeout_minutes))
         manifest = manifests.load(config.data.train)
         plan = resolve(config, manifest.samples, place.world_size, path)
-        start = stack.enter_context(attempt(config, plan, place))
+        start = stack.enter_context(attempt(config, place))
+        notes: list[str] = []
+        store = CheckpointStore(Path(config.run.folder) / CHECKPOINTS, place, notes.append)
+        beginning = find_beginning(config, plan, store, path)
+        start.begin(plan)
         preflight(Path(config.run.folder), place)
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
-        job, clock = _prepare(path, config, place, manifest, plan, stream, start, stack)
+        sample = sample_batch(config, manifest)
+        engine = _engine(path, config, manifest, plan, place, beginning, sample)
+        if beginning.saved is not None:
+            notes += resume(engine, stream, beginning.saved)
+        recorder = _recorder(config, plan, place, start, beginning, notes)
+        if recorder is not None:
+            stack.enter_context(closing(recorder))
+        clock = beginning.clock
+        start.pulse.at("start", clock.step)
+        meter = Meter(place.device, place.world_size, start.pulse)
+        saver = Saver(store, config.run.keep, start.saved if place.first else lambda step: None)
+        job = Job(config, place, plan, manifest, engine, stream, saver, meter, sample, recorder)
         try:
             outcome, clock = fit(
                 engine=job.engine,
@@ -159,44 +175,34 @@ def train(path: str, overrides: Sequence[str]) -> int:
         return job.end(outcome, clock, stop)
 
 
-def _prepare(
+def _engine(
     path: str,
     config: RunConfig,
-    place: Place,
     manifest: manifests.Manifest,
     plan: Plan,
-    stream: Stream,
-    start: Attempt,
-    stack: ExitStack,
-) -> tuple[Job, Clock]:
-    """Build what trains, and bring it to the newest checkpoint."""
-    folder = Path(config.run.folder)
-    sample = sample_batch(config, manifest)
-    objective = build_objective(config, facts(manifest, config.data.image), path)
+    place: Place,
+    beginning: Beginning,
+    sample: Batch,
+) -> BaseEngine:
+    """What trains, with its first weights; where a checkpoint is there, files that these came from are not needed."""
+    with no_initial_weights() if beginning.saved is not None else nullcontext():
+        objective = build_objective(config, facts(manifest, config.data.image), path)
     check_batch(objective.needs, sample, config.objective.name)
-    engine = build_engine(config, objective, plan, place)
+    return build_engine(config, objective, plan, place)
 
-    notes: list[str] = []
-    store = CheckpointStore(folder / CHECKPOINTS, place, notes.append)
-    saved = store.newest()
-    clock = Clock(0, 0, plan.total_samples)
-    if saved is not None:
-        clock = resume(engine, stream, saved, plan.total_samples)
-        notes.append(f"resumed from {saved.folder} at step {clock.step}")
 
-    recorder = None
-    if place.first:
-        text = load.dump(config)
-        recorder = Recorder(folder, total_steps=plan.total_steps, attempt=start.number, step=clock.step, config=text)
-        stack.enter_context(closing(recorder))
-        for note in notes:
-            recorder.note(note)
-    start.pulse.at("start", clock.step)
-    meter = Meter(place.device, place.world_size, start.pulse)
-
-    def saved_at(step: int) -> None:
-        if place.first:
-            write_state(folder, State("running", None, step, start.number))
-
-    saver = Saver(store, config.run.keep, saved_at)
-    return Job(config, place, plan, manifest, engine, stream, saver, meter, sample, recorder, start.number), clock
+def _recorder(
+    config: RunConfig, plan: Plan, place: Place, start: Attempt, beginning: Beginning, notes: Sequence[str]
+) -> Recorder | None:
+    """On rank 0, when all is ready for the next step: what the run writes through, after what there is to say first."""
+    if not place.first:
+        return None
+    folder, clock = Path(config.run.folder), beginning.clock
+    if clock.samples < clock.total_samples:
+        provenance.train_on(folder, config, clock.step, beginning.changes)
+    recorder = Recorder(
+        folder, total_steps=plan.total_steps, attempt=start.number, step=clock.step, config=load.dump(config)
+    )
+    for note in notes:
+        recorder.note(note)
+    return recorder

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from pipeline.config import provenance
+from pipeline.config.changes import Change
 from pipeline.config.load import load_run
 from pipeline.config.resolve import resolve
 
@@ -47,10 +48,10 @@ def checkout(tmp_path):
 
 
 def test_what_is_written(started, monkeypatch):
-    folder, config, plan = started
+    folder, _, plan = started
     monkeypatch.setattr(sys, "argv", ["run.py", "train", "--config", "a b.toml"])
     monkeypatch.setattr(provenance, "code_state", lambda source: ("abc", b"+ change\n"))
-    provenance.write(folder, config, plan)
+    provenance.write(folder, plan)
     facts = json.loads((folder / "provenance.json").read_text())
     assert facts["command"] == ["run.py", "train", "--config", "a b.toml"]
     assert (facts["world_size"], facts["plan"]["total_steps"], facts["earlier"]) == (2, 24, [])
@@ -58,18 +59,59 @@ def test_what_is_written(started, monkeypatch):
     diff = f"code-{hashlib.sha256(b'+ change' + bytes([10])).hexdigest()[:12]}.diff"
     assert facts["git"] == {"commit": "abc", "dirty": True, "diff": diff}
     assert (folder / diff).read_bytes() == b"+ change\n"
+
+
+def test_the_command_that_a_person_gave_is_kept(started, monkeypatch):
+    folder, _, plan = started
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv(*next(iter(provenance.command_variable(["sluice", "train", "a b.toml"]).items())))
+    monkeypatch.chdir("/")
+    provenance.write(folder, plan)
+    facts = provenance.read(folder)
+    assert (facts["command"], facts["folder"]) == (["sluice", "train", "a b.toml"], str(folder))
+
+
+@pytest.mark.parametrize("told", ["", "[]", "{", '{"command": ["x"]}'])
+def test_a_variable_that_says_something_else_is_not_believed(told, monkeypatch):
+    monkeypatch.setenv(provenance.COMMAND, told)
+    assert provenance.command()["command"] == sys.argv
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"null"])
+def test_what_is_damaged_is_as_if_nothing_was_written(started, content):
+    folder, _, plan = started
+    (folder / "provenance.json").write_bytes(content)
+    assert provenance.read(folder) == {}
+    provenance.write(folder, plan)
+    assert provenance.read(folder)["earlier"] == []
+
+
+def test_the_configuration_is_what_is_trained_and_changes_have_their_step(started):
+    folder, config, plan = started
+    provenance.write(folder, plan)
+    assert not (folder / "config.toml").exists(), "nothing is trained yet"
+    provenance.train_on(folder, config, 0, [])
     assert load_run(folder / "config.toml") == config
+    for step, now in ((10, 2.0), (20, 3.0), (20, 4.0), (15, 5.0)):  # the third replaces the second, the last one both
+        other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": now})})
+        provenance.write(folder, plan)
+        provenance.train_on(folder, other, step, [Change("optimizer.lr", 1.0, now, "course")])
+    facts = provenance.read(folder)
+    assert [(c["step"], c["settings"]) for c in facts["changes"]] == [
+        (10, {"optimizer.lr": {"before": 1.0, "now": 2.0}}),
+        (15, {"optimizer.lr": {"before": 1.0, "now": 5.0}}),
+    ]
+    assert load_run(folder / "config.toml").optimizer.lr == 5.0
+    assert len(facts["earlier"]) == 4
 
 
 def test_starting_again_keeps_the_earlier_starts(started):
-    folder, config, plan = started
-    for seed in range(3):
-        changed = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
-        provenance.write(folder, changed, plan)
+    folder, _, plan = started
+    for _ in range(3):
+        provenance.write(folder, plan)
     facts = provenance.read(folder)
     assert len(facts["earlier"]) == 2
     assert all("earlier" not in start for start in facts["earlier"])
-    assert load_run(folder / "config.toml").run.seed == 2
 
 
 def test_state_of_a_checkout(checkout):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.engine.checkpoint import read_manifest
 from pipeline.engine.fragments import Fragment, whole
 from tests.unit.engine.test_saving import saver, value_of
 
@@ -54,6 +55,35 @@ def test_a_damaged_file_is_passed_over_and_named_and_may_be_saved_again(damage, 
     saves.save(2, [whole("model/a", torch.full((5,), 7.0))], {"step": 2})
     saves.finish()
     assert value_of(tmp_path) == 7.0 and saves.store.steps() == [1, 2]
+
+
+def test_what_is_damaged_does_not_count_among_those_that_are_kept(tmp_path, lone_group):
+    """Of 8, 10 and 12 the last two are damaged: going on from 8, none but the newest whole ones may replace it."""
+    saves = saver(tmp_path)
+    for step in (8, 10, 12):
+        saves.save(step, [whole("model/a", torch.full((5,), float(step)))], {"step": step})
+    saves.finish()
+    for step in (10, 12):
+        flip(saves.store.path(step) / "rank-00000.safetensors")
+    again = saver(tmp_path, keep=1)
+    found = again.store.newest()
+    assert found is not None and found.step == 8
+    for step in (9, 10, 11):
+        again.save(step, [whole("model/a", torch.full((5,), float(step)))], {"step": step})
+        again.finish()
+        assert value_of(tmp_path) == step
+        assert again.store.steps() == ([9, 10, 12] if step == 9 else [step, 12])
+    again.save(12, [whole("model/a", torch.full((5,), 12.0))], {"step": 12})
+    again.finish()
+    assert again.store.steps() == [12] and value_of(tmp_path) == 12.0
+
+
+def test_a_checkpoint_may_have_any_name(tmp_path, lone_group):
+    saves = saver(tmp_path)
+    saves.save(3, [whole("model/a", torch.ones(5))], {"step": 3})
+    saves.finish()
+    saves.store.path(3).rename(tmp_path / "best")
+    assert read_manifest(tmp_path / "best").step == 3
 
 
 def test_no_byte_of_a_manifest_can_change_unnoticed(tmp_path, lone_group, capsys):

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config.load import load_run
 from pipeline.config.resolve import resolve
-from pipeline.core.errors import LaunchError
+from pipeline.core.errors import ConfigError, LaunchError
 from pipeline.dist.group import Place
 from pipeline.record.beats import read_beats
 from pipeline.record.lock import FILE, RunLock, read_lock
@@ -25,11 +25,13 @@ def start(tmp_path, lone_group):
     """Begin an attempt in ``tmp_path / "run"``."""
 
     @contextmanager
-    def begin(*more: str):
+    def begin(*more: str, begins: bool = True):
         path = SMOKE / "supervised.toml"
         config = load_run(path, overrides(tmp_path / "run", tmp_path / "data", *more))
         plan = resolve(config, 100, 1, str(path))
-        with module.attempt(config, plan, Place(0, 1, 0, torch.device("cpu"), timedelta(minutes=1))) as found:
+        with module.attempt(config, Place(0, 1, 0, torch.device("cpu"), timedelta(minutes=1))) as found:
+            if begins:
+                found.begin(plan)
             yield found
 
     return begin
@@ -70,6 +72,21 @@ def test_an_error_leaves_its_code_its_rank_and_the_step_that_was_being_made(star
     state = read_state(tmp_path / "run")
     assert state is not None and (state.outcome, state.exit_code, state.rank, state.fault) == ("failed", 1, 0, 7)
     assert state.error == "rank 0: ValueError: odd"
+
+
+def test_a_start_that_is_refused_changes_nothing_that_the_run_says(start, tmp_path):
+    """Neither how it ended, nor where it came from, nor what it was asked."""
+    run = tmp_path / "run"
+    with start():
+        pass
+    write_state(run, State("finished", 0, 12, 0))
+    (run / "stop").touch()
+    kept = {name: (run / name).read_bytes() for name in ("state.json", "provenance.json", "stop")}
+    with pytest.raises(ConfigError, match="not what it was"), start(begins=False) as attempt:
+        assert attempt.number == 1
+        raise ConfigError("not what it was")
+    assert {name: (run / name).read_bytes() for name in kept} == kept
+    assert read_lock(run / FILE) is None
 
 
 def test_what_fails_at_the_same_step_again_and_again_is_not_started_any_more(start, tmp_path):

@@ -1,0 +1,121 @@
+"""What of a run's configuration may differ between two of its starts, and what may not.
+
+A run goes on from a checkpoint, which holds the configuration that it was trained with so far. Every difference from
+that one falls under a rule of :data:`RULES`: it says how the run is done, or changes its course from here on, and is
+taken and kept in ``provenance.json``; or it makes another experiment of it, or cannot be taken over at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
+
+from pipeline.core.errors import ConfigError
+
+Rule = Literal["how", "course", "experiment", "never"]
+"""How the run is done; its course from here on; another experiment, unless ``run.change`` names it; never."""
+
+RULES: tuple[tuple[str, Rule], ...] = (
+    ("run.folder", "how"),
+    ("run.keep", "how"),
+    ("run.change", "how"),
+    ("run.length", "course"),
+    ("run.seed", "never"),  # the order of samples, and what is drawn for each
+    ("run.global_batch", "never"),
+    ("data.train", "how"),  # that it is the same data, the stream knows
+    ("data.lanes", "how"),  # left out, it means what the stream has chosen; that knows
+    ("data.window", "never"),
+    ("data.tail", "never"),
+    ("data.workers", "how"),
+    ("data.read_mb", "how"),
+    ("data.cache", "how"),
+    ("data.decode", "how"),
+    ("data.max_bad", "how"),
+    ("data.captions.tokenizer", "how"),  # that it is the same one, the stream knows
+    ("data.beside.*.path", "how"),
+    ("objective.name", "never"),
+    ("objective.weights", "how"),  # where it began; the checkpoint holds what has become of that
+    ("objective.checkpointing", "how"),
+    ("objective.compile", "how"),
+    ("objective.share", "how"),
+    ("objective.sampler", "how"),  # of pictures
+    ("objective.feature_*", "how"),  # of evaluations
+    ("optimizer.name", "never"),  # its state is of another kind
+    ("optimizer", "course"),
+    ("schedule", "course"),
+    ("engine", "how"),
+    ("engine.precision", "course"),
+    ("ema", "course"),
+    ("every", "how"),
+)
+"""Settings, with what lies below them, and the rule for each; the longest that fits holds. Others are "experiment"."""
+ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what it was."""
+
+    key: str
+    before: Any
+    now: Any
+    rule: Rule
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r}, now {self.now!r}"
+
+
+def rule_of(key: str) -> Rule:
+    """The rule for a setting, ``"optimizer.lr"``."""
+    otherwise: tuple[str, Rule] = ("", "experiment")
+    return max((r for r in RULES if _covers(r[0], key)), key=lambda rule: len(rule[0]), default=otherwise)[1]
+
+
+def _covers(pattern: str, key: str) -> bool:
+    return fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """All differences of two configurations, as plain nested values."""
+    old, new = _flat(before), _flat(now)
+    return [
+        Change(key, old.get(key, ABSENT), new.get(key, ABSENT), rule_of(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, ABSENT) != new.get(key, ABSENT)
+    ]
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(cast("dict[str, Any]", value), f"{above}{name}.")
+        else:
+            flat[above + name] = value
+    return flat
+
+
+def refuse(found: Sequence[Change], allowed: Sequence[str], title: str, trained: str) -> None:
+    """Do not go on with a run as what it was not.
+
+    Args:
+        found: the changes.
+        allowed: ``run.change``: settings, or tables of them, that may make another experiment of it.
+        title: what the configuration is called in a message.
+        trained: what was trained, in a message: "step 40 of runs/x".
+
+    Raises:
+        ConfigError: with all changes that may not be.
+    """
+    never = [c for c in found if c.rule == "never"]
+    others = [c for c in found if c.rule == "experiment" and not any(_covers(name, c.key) for name in allowed)]
+    if not never and not others:
+        return
+    lines = [f"  {change}" for change in (*never, *others)]
+    advice = "set it back, or set run.folder for a new run"
+    if not never:
+        keys = ", ".join(f'"{c.key}"' for c in others)
+        advice += f"; to go on with this one all the same: run.change = [{keys}]"
+    raise ConfigError("\n".join([f"{title} is not what {trained} was trained with:", *lines, advice]))
