@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# Files side by side in two processes, each on one thread.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations 25
 
 .PHONY: help venv demo test test-all test-gpu lint bench faults parity clean
 .DELETE_ON_ERROR:
@@ -17,10 +19,10 @@ demo: $(READY)  ## pretrain, be killed, resume, evaluate and report, in a few mi
 	$(BIN)/python -m launch.demo
 
 test: $(READY)  ## all tests but the long ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-all: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-gpu: $(READY)  ## the tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu

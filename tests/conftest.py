@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.faults import matrix
 from tests.ranks import start_ranks
@@ -54,6 +56,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """``--update-golden`` writes the goldens anew; review the difference before committing it."""
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from this run")
     parser.addoption("--faults", type=Path, help="append a line per fault (see tests/faults/matrix.py) to this file")
+
+
+FIRST = ("slurm", "faults", "integration", "contracts")
+"""Folders whose tests take longest: they begin first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
+
+class SideBySide(LoadFileScheduling):
+    """Files side by side, as `make test` runs them; the tests on SLURM stay together, since they share one cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "slurm" if file.startswith("tests/slurm/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> SideBySide:
+    """In place of ``--dist``."""
+    return SideBySide(config, log)
 
 
 ROW = pytest.StashKey[matrix.Row]()

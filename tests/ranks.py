@@ -16,6 +16,18 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any, NamedTuple
 
+PRELOADED = [
+    "torch.distributed",
+    "torch.utils.tensorboard",
+    "timm",
+    "deepspeed.module_inject",
+    "accelerate",
+    "sklearn.linear_model",
+    "matplotlib.figure",
+    "pipeline.run.train",
+    "pipeline.run.evaluate",
+]
+"""What takes long to import, and is the same in every test."""
 RANK_TIMEOUT = 240.0
 """Seconds after which a rank that has not answered is killed."""
 
@@ -74,7 +86,7 @@ def _rank_main(connection: Connection, environment: dict[str, str], body: Callab
 def forkserver() -> ForkServerContext:
     """Processes that start in milliseconds, since their server has imported what takes long."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "timm", "deepspeed", "accelerate", "sklearn"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,9 +54,17 @@ def _import(timeout: timedelta) -> Any:
     from deepspeed.utils import groups, logger
 
     logger.setLevel(logging.WARNING)
-    # On CPU its start would compile a shared-memory all-reduce (half a minute, needs ninja and a compiler) that
-    # training never calls, and that leaves files in /dev/shm when a rank is killed.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Asked for one, it would try all of its compiled operators with a compiler; and on CPU its start would build a
+    # shared-memory all-reduce (half a minute, needs ninja) that training never calls, and that leaves files in
+    # /dev/shm when a rank is killed. It uses none: there are none.
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    # At every step ZeRO imports Muon, if only to ask whether it is the optimizer, and importing that compiles its
+    # kernels: seconds of every start, in every rank.
+    for module, wanted in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
+        name = f"deepspeed.runtime.zero.muon.{module}"
+        stand_in = ModuleType(name)
+        setattr(stand_in, wanted, type(wanted, (), {}))
+        sys.modules.setdefault(name, stand_in)
     # It calls two collectives by the names that torch has replaced.
     renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
     warnings.filterwarnings("ignore", renamed, FutureWarning)
