@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.load import load
+from pipeline.config.load import dropped, load
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.resolve import Plan, resolve
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import Group, RunConfig
 from pipeline.core import manifest
 from pipeline.core.errors import DataError
 
@@ -26,6 +26,8 @@ def check(path: Path, overrides: Sequence[str], procs: int) -> None:
 
     title = str(path)
     config = load(path, overrides)
+    for line in dropped(path, overrides):
+        print(line)
     problems: list[str] = []
     if isinstance(config, RunConfig):
         try:
@@ -61,10 +63,24 @@ def plan_table(config: RunConfig, plan: Plan) -> str:
         f" x {plan.accumulation} accumulated",
         "length": f"{config.run.length} = {plan.total_steps:,} steps = {plan.total_samples:,} samples",
         "epoch": f"{plan.steps_per_epoch:,.6g} steps",
-        "learning rate": f"{plan.peak_lr:.4g} at most, {plan.schedule}, {plan.warmup_steps:,} steps of warm-up"
+        "learning rate": f"{plan.peak_lr:.4g} at most, {plan.schedule.name}"
+        + (f", {plan.warmup_steps:,} steps of warm-up" if plan.warmup_steps else ", no warm-up")
         + (f", {plan.cooldown_steps:,} of cool-down" if plan.cooldown_steps else ""),
+        **{f"  {group.prefix}": _difference(group, plan) for group in config.optimizer.groups},
         "every": ", ".join(f"{name} {steps:,} steps" if steps else f"{name} never" for name, steps in every.items()),
         "run folder": config.run.folder,
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def _difference(group: Group, plan: Plan) -> str:
+    """What is done with a group of parameters that is not done with the rest."""
+    first, end = plan.frozen.get(group.prefix, (0, 0))
+    said = [
+        "frozen" if group.frozen else "",
+        f"{group.lr:g} x the learning rate" if group.lr != 1 else "",
+        f"weight decay {group.weight_decay:g}" if group.weight_decay is not None else "",
+        f"frozen from step {first:,} to {end:,}" if first < end else "",
+    ]
+    return ", ".join(filter(None, said)) or "as the rest"

@@ -1,15 +1,17 @@
 """Reading a configuration: TOML files, the files they build on, and overrides from the command line.
 
 ``base = ["../base/vit.toml"]`` names files, relative to the one it stands in, that are read first; what comes later
-wins, table by table. A table that changes its ``name`` replaces the earlier one whole, since the settings of one
-objective, optimizer or engine mean nothing to another. All other paths stay as they are written: relative ones are
-relative to the folder that the command runs in, and neither ``~`` nor ``$HOME`` is replaced.
+wins, table by table. Where ``name`` changes, those settings stay that the new optimizer, schedule or engine has too;
+the others are dropped, and :func:`dropped` tells them. Of an objective none stay. ``--set optimizer.clip=``, with
+nothing behind it, takes away what the files say, and so does ``unset = ["optimizer.clip"]`` beside ``base``. All other
+paths stay as they are written: relative ones are relative to the folder that the command runs in, and neither ``~`` nor
+``$HOME`` is replaced.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, time
 from functools import reduce
 from pathlib import Path
@@ -18,11 +20,17 @@ from typing import Any, NamedTuple, TypeVar, cast
 from pydantic import BaseModel
 
 from pipeline.config import mistakes
-from pipeline.config.schema import RunConfig, SuiteConfig
+from pipeline.config.schedule import SCHEDULES, schedule
+from pipeline.config.schema import FOREIGN, Component, EngineConfig, Optimizer, RunConfig, SuiteConfig, without_silence
+from pipeline.core import registry
 from pipeline.core.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
 Table = dict[str, Any]
+UNSET = object()
+"""In place of a value: what earlier layers say is taken away."""
+_UNNAMED = {"optimizer": "adamw", "schedule": "cosine"}
+"""What a table without a name is about."""
 
 
 class Layer(NamedTuple):
@@ -67,16 +75,79 @@ def dump(config: RunConfig | SuiteConfig) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
+def dropped(path: str | Path, overrides: Sequence[str] = ()) -> list[str]:
+    """What is written and not used, since a later layer names another optimizer, engine or the like; a line each."""
+    lines: list[str] = []
+    _merge_all(_layers(Path(path), overrides), lines)
+    return lines
+
+
+def _layers(path: Path, overrides: Sequence[str]) -> list[Layer]:
+    return [*read_layers(path), Layer("--set", parse_overrides(overrides))]
+
+
 def _load(model: type[M], path: Path, overrides: Sequence[str]) -> M:
-    layers = [*read_layers(path), Layer("--set", parse_overrides(overrides))]
+    layers = _layers(path, overrides)
+    problems = _nothing_to_unset(layers)
 
     def origin(where: mistakes.Path) -> str | None:
         found = (layer.name for layer in reversed(layers) if where and _contains(layer.values, where))
         name = next(found, str(path))
         return None if name == str(path) else name
 
-    values = reduce(merge, (layer.values for layer in layers), cast("Table", {}))
-    return mistakes.validate(model, values, str(path), origin=origin)
+    values = _merge_all(layers, [])
+    config = curve = None
+    try:
+        config = mistakes.validate(model, values, str(path), origin=origin)
+    except mistakes.Mistakes as error:
+        problems += error.problems
+    table = values.get("schedule", {})
+    if model is RunConfig and isinstance(table, dict):
+        try:
+            curve = schedule(without_silence(table), str(path), origin)
+        except mistakes.Mistakes as error:
+            problems += error.problems
+    if problems or config is None:
+        raise mistakes.Mistakes(str(path), list(dict.fromkeys(problems)))
+    if curve is not None:  # its defaults too, so that a run's folder holds every value
+        written = {"name": curve.name, **curve.model_dump(mode="json")}
+        config = config.model_copy(update={"schedule": Component.model_validate(written)})
+    return config
+
+
+def _nothing_to_unset(layers: Sequence[Layer]) -> list[str]:
+    """Keys that are to be unset, and that no earlier layer sets: most likely misspelt."""
+    problems: list[str] = []
+    for place, layer in enumerate(layers):
+        for where in _unset(layer.values):
+            if not any(_contains(below.values, where) for below in layers[:place]):
+                problems.append(
+                    f"{'.'.join(map(str, where))}: is set nowhere, so there is nothing to unset (in {layer.name})"
+                )
+    return problems
+
+
+def _unset(values: Table, where: mistakes.Path = ()) -> Iterator[mistakes.Path]:
+    for key, value in values.items():
+        if value is UNSET:
+            yield (*where, key)
+        elif isinstance(value, dict):
+            yield from _unset(cast("Table", value), (*where, key))
+
+
+def _merge_all(layers: Sequence[Layer], lost: list[str]) -> Table:
+    merged: Table = {}
+    for layer in layers:
+        merged = merge(merged, layer.values, lost)
+    return _without_unset(merged)
+
+
+def _without_unset(values: Table) -> Table:
+    return {
+        key: _without_unset(cast("Table", value)) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not UNSET
+    }
 
 
 def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
@@ -98,26 +169,60 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     bases = values.pop("base", [])
     if not isinstance(bases, list) or not all(isinstance(b, str) for b in cast("list[object]", bases)):
         raise ConfigError(f'{path}: base must be a list of files, like base = ["../base/vit.toml"]')
+    gone = values.pop("unset", [])
+    if not isinstance(gone, list) or not all(isinstance(key, str) for key in cast("list[object]", gone)):
+        raise ConfigError(f'{path}: unset must be a list of keys, like unset = ["optimizer.clip"]')
     layers = [layer for b in cast("list[str]", bases) for layer in read_layers(path.parent / b, chain)]
+    if gone:
+        layers.append(Layer(str(path), reduce(merge, (_nested(key, UNSET) for key in cast("list[str]", gone)))))
     return [*layers, Layer(str(path), values)]
 
 
-def merge(below: Table, above: Table) -> Table:
-    """``above`` over ``below``, table by table; a table with another ``name`` replaces."""
+def merge(below: Table, above: Table, lost: list[str] | None = None, where: str = "") -> Table:
+    """``above`` over ``below``, table by table; where a table names something else, with what that has too.
+
+    Args:
+        below: what was read first.
+        above: what wins.
+        lost: takes up a line for each setting that is dropped.
+        where: of the tables.
+    """
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            old, value = cast("Table", old), cast("Table", value)
-            renamed = "name" in old and value.get("name", old["name"]) != old["name"]
-            merged[key] = value if renamed else merge(old, value)
+            old, value, path = cast("Table", old), cast("Table", value), f"{where}{key}"
+            before = old.get("name", _UNNAMED.get(path))
+            name = value.get("name", before)
+            if before is not None and name is not UNSET and name != before:
+                kept = {k: v for k, v in old.items() if k != "name" and k in settings_of(path, str(name))}
+                gone = sorted(old.keys() - kept.keys() - value.keys() - {"name"})
+                if lost is not None and gone:
+                    lost.append(f"{path}.name is {name!r}, so these of {before!r} are dropped: {', '.join(gone)}")
+                old = kept
+            merged[key] = merge(old, value, lost, f"{path}.")
         else:
             merged[key] = value
     return merged
 
 
+def settings_of(table: str, name: str) -> set[str]:
+    """Keys beside the name that a table may have, as far as that can be known without the component itself."""
+    if table == "optimizer":
+        return set(Optimizer.model_fields) - FOREIGN.get(name, set())
+    if table == "engine":
+        return set(EngineConfig.model_fields) - ({"zero"} if name == "accelerate" else set())
+    if table == "schedule" and name in registry.names(SCHEDULES):
+        return set(registry.module(SCHEDULES, name).Config.model_fields)
+    return set()
+
+
+def _nested(key: str, value: Any) -> Table:
+    return reduce(lambda inner, k: {k.strip(): inner}, reversed(key.split(".")), value)
+
+
 def parse_overrides(overrides: Iterable[str]) -> Table:
-    """``["optimizer.lr=1e-3", "objective.name=mae"]`` as nested tables; a bare word is text.
+    """``["optimizer.lr=1e-3", "objective.name=mae"]`` as nested tables; a bare word is text, nothing is :data:`UNSET`.
 
     Raises:
         Mistakes: with every override that cannot be read.
@@ -131,11 +236,11 @@ def parse_overrides(overrides: Iterable[str]) -> Table:
             problems.append(f"cannot read {override!r}; write it like optimizer.lr=1e-3")
             continue
         try:
-            value = parse_value(text)
+            value = parse_value(text) if text.strip() else UNSET
         except ValueError as error:
             problems.append(f"cannot read {override!r}: {error}")
             continue
-        merged = merge(merged, reduce(lambda inner, k: {k: inner}, reversed(keys), value))
+        merged = merge(merged, _nested(key, value))
     if problems:
         raise mistakes.Mistakes("--set", problems)
     return merged

@@ -21,6 +21,8 @@ from pipeline.core.registry import suggest
 M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]
 """Keys and places in lists, from the top of the file to a value."""
+Origin = Callable[[Path], str | None]
+"""Names the file that a path was written in, where that is not the one that is read."""
 
 _NAMES: dict[Any, str] = {
     int: "a whole number",
@@ -61,12 +63,17 @@ class Mistakes(ConfigError):
         super().__init__("\n  ".join([f"{title}: {count}", *problems]))
 
 
+def nowhere(path: Path) -> None:
+    """The origin of values that lie in one file."""
+    return None
+
+
 def validate(
     model: type[M],
     values: Mapping[str, Any],
     title: str,
     prefix: Path = (),
-    origin: Callable[[Path], str | None] = lambda path: None,
+    origin: Origin = nowhere,
 ) -> M:
     """An instance of ``model`` from a file's values, without silent conversions ("3" is not 3, 1.0 is not 1).
 

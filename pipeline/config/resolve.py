@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.config.durations import Duration
 from pipeline.config.mistakes import Mistakes
-from pipeline.config.schema import RunConfig
+from pipeline.config.schedule import Cooled, Moment, Schedule, schedule
+from pipeline.config.schema import Optimizer, RunConfig
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,15 @@ class Plan:
     """total_steps * global_batch."""
     warmup_steps: int
     cooldown_steps: int
-    schedule: str
-    """"cosine", "constant" or "inverse_sqrt"."""
+    schedule: Schedule
     peak_lr: float
     """After scaling by the global batch."""
-    final_lr: float
-    """Where the cosine ends."""
     log_every: int
     """Steps; 0 is never, here and below."""
     checkpoint_every: int
     showcase_every: int
+    frozen: dict[str, tuple[int, int]]
+    """Steps, the second not included, for which a group of parameters is frozen, by its prefix; not: for all."""
 
 
 def resolve(config: RunConfig, samples: int, world_size: int, title: str = "plan") -> Plan:
@@ -60,15 +62,14 @@ def resolve(config: RunConfig, samples: int, world_size: int, title: str = "plan
     per_epoch = samples // batch if config.data.tail == "drop" else samples / batch
     total = config.run.length.steps(global_batch=batch, steps_per_epoch=per_epoch)
 
-    def steps(name: str) -> int:
-        part, _, key = name.partition(".")
-        duration = getattr(getattr(config, part), key)
+    def steps(duration: Duration, name: str | None = None) -> int:
+        """Of a duration; with a name, one that must fit into the run."""
         count = duration.steps(global_batch=batch, steps_per_epoch=per_epoch, total_steps=total)
-        if part == "schedule" and count > total:
+        if name and count > total:
             problems.append(f"{name}: {duration} are {count} steps, but the run has only {total}")
         return count
 
-    peak = config.optimizer.lr * _scale(config)
+    curve = schedule(config.schedule.model_dump(mode="json"), title)
     plan = Plan(
         samples=samples,
         global_batch=batch,
@@ -78,14 +79,14 @@ def resolve(config: RunConfig, samples: int, world_size: int, title: str = "plan
         steps_per_epoch=per_epoch,
         total_steps=total,
         total_samples=total * batch,
-        warmup_steps=steps("schedule.warmup"),
-        cooldown_steps=steps("schedule.cooldown"),
-        schedule=config.schedule.name,
-        peak_lr=peak,
-        final_lr=peak * config.schedule.final,
-        log_every=steps("every.log"),
-        checkpoint_every=steps("every.checkpoint"),
-        showcase_every=steps("every.showcase"),
+        warmup_steps=steps(curve.warmup, "schedule.warmup"),
+        cooldown_steps=steps(curve.cooldown, "schedule.cooldown") if isinstance(curve, Cooled) else 0,
+        schedule=curve,
+        peak_lr=config.optimizer.lr * _scale(config),
+        log_every=steps(config.every.log),
+        checkpoint_every=steps(config.every.checkpoint),
+        showcase_every=steps(config.every.showcase),
+        frozen=_frozen(config.optimizer, steps, total, problems),
     )
     if not problems and plan.warmup_steps + plan.cooldown_steps > total:
         problems.append(
@@ -101,23 +102,34 @@ def learning_rate(plan: Plan, samples: int) -> float:
     """Learning rate of the update that starts when ``samples`` samples have been seen.
 
     The curve is taken at the middle of the update, so that neither the first (on a warm-up from zero) nor the last
-    (on a decay to zero) is an update by nothing. With s samples seen there, w the warm-up's and n the run's samples:
-
-    - warm-up: peak * s / w
-    - cosine: final + (peak - final) * (1 + cos(pi * (s - w) / (n - w))) / 2 (Loshchilov and Hutter 2017, eq. 5)
-    - inverse_sqrt: peak * sqrt(w / s) (Vaswani et al. 2017, section 5.3)
-    - cool-down (constant and inverse_sqrt): times (n - s) / c over the last c samples (Zhai et al. 2022, section 3.5)
+    (on a decay to zero) is an update by nothing. With s samples seen there: on a warm-up of w, peak * s / w; then the
+    schedule's part of the peak; on a cool-down of the last c of n samples, times (n - s) / c.
     """
     seen = samples + plan.global_batch / 2
     warmup, total = plan.warmup_steps * plan.global_batch, plan.total_samples
     cooldown = plan.cooldown_steps * plan.global_batch
     if seen < warmup:
         return plan.peak_lr * seen / warmup
-    if plan.schedule == "cosine":
-        done = min(1.0, (seen - warmup) / (total - warmup)) if total > warmup else 1.0
-        return plan.final_lr + (plan.peak_lr - plan.final_lr) * (1 + math.cos(math.pi * done)) / 2
-    rate = plan.peak_lr * (math.sqrt(warmup / seen) if plan.schedule == "inverse_sqrt" else 1.0)
+    rate = plan.peak_lr * plan.schedule.part(Moment(seen, warmup, total))
     return rate * min(1.0, max(0.0, (total - seen) / cooldown)) if cooldown else rate
+
+
+def _frozen(
+    optimizer: Optimizer, steps: Callable[[Duration], int], total: int, problems: list[str]
+) -> dict[str, tuple[int, int]]:
+    """When groups that are frozen for a time are so."""
+    found: dict[str, tuple[int, int]] = {}
+    for place, group in enumerate(optimizer.groups):
+        first = steps(group.frozen_from) if group.frozen_from else 0
+        end = steps(group.frozen_until) if group.frozen_until else total
+        if group.frozen_from and group.frozen_until and first >= end:
+            problems.append(
+                f"optimizer.groups[{place}]: frozen_from = {group.frozen_from} (step {first}) comes after "
+                f"frozen_until = {group.frozen_until} (step {end}); write the earlier one first"
+            )
+        if group.frozen_from or group.frozen_until:
+            found[group.prefix] = first, end
+    return found
 
 
 def _scale(config: RunConfig) -> float:

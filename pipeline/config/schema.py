@@ -6,9 +6,17 @@ plain values, later, in the job's own environment, by the component's own ``Conf
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.config.durations import Duration
 
@@ -164,6 +172,33 @@ class Data(Strict):
     """Part of the samples that may be unreadable (and replaced, and noted in the ledger) before the run stops."""
 
 
+class Group(Strict):
+    """Parameters that are trained in another way than the rest. Of groups that hold one, the longest prefix decides."""
+
+    prefix: Text
+    """Whole parts of the parameters' names: "encoder" holds "encoder.head.weight", and not "encoder2.weight"."""
+    lr: PositiveFloat = 1.0
+    """Of the learning rate, a part or a multiple; beside ``layer_decay``."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """In place of the optimizer's, for what is decayed at all; left out: as there."""
+    frozen: bool = False
+    """Not trained at all. Statistics of batch norm go on."""
+    frozen_from: Duration | None = None
+    """Not trained from here on: no update, no state of the optimizer, no part in the gradient's norm."""
+    frozen_until: Duration | None = None
+    """Not trained up to here."""
+
+    @model_validator(mode="after")
+    def _always_or_for_a_time(self) -> Group:
+        if self.frozen and (self.frozen_from or self.frozen_until):
+            raise ValueError("'frozen' is for the whole run; remove it, or frozen_from and frozen_until")
+        return self
+
+
+FOREIGN = {"adamw": {"momentum"}, "sgd": {"betas", "eps"}, "lars": {"betas", "eps"}}
+"""Settings that an optimizer does not have."""
+
+
 class Optimizer(Strict):
     """The optimizer and its parameter groups."""
 
@@ -185,41 +220,23 @@ class Optimizer(Strict):
     """Learning rate of each layer as a part of the next one's; 1: all the same."""
     clip: PositiveFloat | None = None
     """Largest norm of the gradient; left out: no clipping."""
+    groups: tuple[Group, ...] = ()
 
     @model_validator(mode="after")
     def _own_settings(self) -> Optimizer:
-        strangers = {"momentum"} if self.name == "adamw" else {"betas", "eps"}
-        if given := sorted(strangers & self.model_fields_set):
+        if given := sorted(FOREIGN[self.name] & self.model_fields_set):
             raise ValueError(f"{self.name} has no {' or '.join(given)}; remove it, or choose another optimizer")
+        prefixes = [group.prefix for group in self.groups]
+        if twice := sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
+            raise ValueError(
+                f"groups: {', '.join(map(repr, twice))} stands twice; write what holds for it in one group"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _as_written(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What is dumped loads again: settings of other optimizers are left out."""
-        strangers = {"momentum"} if self.name == "adamw" else {"betas", "eps"}
-        return {name: value for name, value in default(self).items() if name not in strangers}
-
-
-class Schedule(Strict):
-    """Learning rate against samples, as a part of the peak."""
-
-    name: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
-    warmup: Duration = Duration(5.0, "%")
-    """Linear from zero."""
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Cosine's end, as a part of the peak."""
-    cooldown: Duration = Duration(0.0, "%")
-    """Linear to zero over the end of the run (constant and inverse_sqrt)."""
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Schedule:
-        if self.name == "cosine" and self.cooldown.value > 0:
-            raise ValueError("a cosine has no cooldown; remove it, or set final for where the cosine ends")
-        if self.name != "cosine" and self.final > 0:
-            raise ValueError(f"'final' belongs to the cosine; {self.name} ends by its cooldown")
-        if self.name == "inverse_sqrt" and self.warmup.value == 0:
-            raise ValueError("inverse_sqrt falls from the end of the warm-up and needs one; set warmup")
-        return self
+        return {name: value for name, value in default(self).items() if name not in FOREIGN[self.name]}
 
 
 class EngineConfig(Strict):
@@ -291,6 +308,18 @@ class Run(Strict):
         return self
 
 
+def without_silence(table: Any) -> Any:
+    """Leave out what said nothing: files of earlier runs hold settings of one schedule under the name of another."""
+    if not isinstance(table, dict):
+        return table
+    given: dict[str, Any] = dict(cast("dict[str, Any]", table))
+    given.setdefault("name", "cosine")
+    key, nothing = ("cooldown", "0%") if given["name"] == "cosine" else ("final", 0.0)
+    if given.get(key) == nothing:
+        del given[key]
+    return given
+
+
 class RunConfig(Strict):
     """One training run."""
 
@@ -298,7 +327,8 @@ class RunConfig(Strict):
     data: Data
     objective: Component
     optimizer: Optimizer
-    schedule: Schedule = Schedule()
+    schedule: Annotated[Component, BeforeValidator(without_silence)] = Component(name="cosine")
+    """Of the learning rate: see pipeline/config/schedules."""
     engine: EngineConfig
     ema: EmaConfig | None = None
     """Left out: none."""

@@ -44,7 +44,7 @@ class AccelerateEngine(BaseEngine):
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=place.device.type == "cpu"
         )
-        self.optimizer = optimizers.build(objective.to(place.device), optimizer)
+        self.optimizer = optimizers.build(objective.to(place.device), optimizer, plan.frozen)
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         for tensor in objective.state_dict().values():  # all ranks begin as rank 0 does
             dist.broadcast(tensor, src=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.core.protocols import Average, Batch, Clock, Objective, StepContext, StepOutput
 from pipeline.dist.group import Place
-from pipeline.engine import fragments
+from pipeline.engine import fragments, optimizers
 from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import Fragment, Slot, Spec
 
@@ -60,6 +60,10 @@ class BaseEngine(ABC):
     def whole_parameters(self) -> AbstractContextManager[None]:
         """Inside, every rank can read every parameter of ``objective`` whole."""
         return nullcontext()
+
+    def before_step(self, clock: Clock) -> None:
+        """Freeze what is not trained in the step that follows."""
+        optimizers.begin_step(self.optimizer, clock.step)
 
     def after_step(self, clock: Clock) -> None:
         """Bring what follows the trained parameters in line with them."""

@@ -90,7 +90,7 @@ class DeepSpeedEngine(BaseEngine):
         self._shapes = {id(p): tuple(p.shape) for p in objective.parameters()}
         frozen: dict[str, Any] = {f"{MODEL}/{n}": p for n, p in objective.named_parameters() if not p.requires_grad}
         self._frozen_parts = frozen if config.zero == 3 else {}
-        self.optimizer = optimizers.build(objective, optimizer)
+        self.optimizer = optimizers.build(objective, optimizer, plan.frozen)
         self.engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=self.optimizer,
@@ -197,8 +197,8 @@ class DeepSpeedEngine(BaseEngine):
     def hold(self, limits: Mapping[str, tuple[float, float]]) -> None:
         super().hold(limits)
         if limits and self.stage == 3:
-            for name, bounds in limits.items():
-                self.names[name].ds_tensor.clamp_(*bounds)
+            for name in limits.keys() & self.names.keys():
+                self.names[name].ds_tensor.clamp_(*limits[name])
             self._gather_persistent()
 
     @override

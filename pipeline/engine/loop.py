@@ -62,6 +62,7 @@ def fit(
         # What libraries draw by themselves (timm's patch dropout) begins anew in each step: resuming needs no state.
         torch.manual_seed((seed * 1_000_003 + clock.step) * engine.place.world_size + engine.place.rank)
         ctx = StepContext(seed, clock)
+        engine.before_step(clock)
         for output, batch in accumulate(engine, micro_batches, ctx):
             meter.add(output, batch)
         norm = engine.update(learning_rate(clock.samples))

@@ -24,6 +24,7 @@ from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import Saved
 from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import MODEL, Spec
+from pipeline.engine.optimizers import freeze
 
 SHOWN = 8
 """Samples in a showcase."""
@@ -42,7 +43,9 @@ def build_objective(config: RunConfig, data: DataFacts, title: str) -> Objective
     random.seed(config.run.seed)
     np.random.seed(config.run.seed % 2**32)
     torch.manual_seed(config.run.seed)
-    return make(settings, data)
+    objective = make(settings, data)
+    freeze(objective, config.optimizer.groups, title)
+    return objective
 
 
 def build_engine(config: RunConfig, objective: Objective, plan: Plan, place: Place) -> BaseEngine:

@@ -139,7 +139,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         manifest = manifests.load(config.data.train)
         plan = resolve(config, manifest.samples, place.world_size, path)
         start = stack.enter_context(attempt(config, place))
-        notes: list[str] = []
+        notes = load.dropped(path, overrides)
         store = CheckpointStore(Path(config.run.folder) / CHECKPOINTS, place, notes.append)
         beginning = find_beginning(config, plan, store, path)
         start.begin(plan)

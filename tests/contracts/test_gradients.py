@@ -49,11 +49,11 @@ class Plan:
     """The part of a plan that engines use."""
 
     def __init__(self, world: int, accumulation: int) -> None:
-        self.global_batch, self.accumulation = GLOBAL_BATCH, accumulation
+        self.global_batch, self.accumulation, self.frozen = GLOBAL_BATCH, accumulation, {}
         self.micro_batch = GLOBAL_BATCH // world // accumulation
 
 
-def descent(objective: Objective, config: OptimizerConfig) -> torch.optim.Optimizer:
+def descent(objective: Objective, config: OptimizerConfig, frozen: object) -> torch.optim.Optimizer:
     """Plain gradient descent, whose update is the gradient."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
     return torch.optim.SGD([{"params": parameters, "lr_scale": 1.0}], lr=1.0)

@@ -75,9 +75,9 @@ def test_a_recipe_is_sound_and_as_published(recipe, tmp_path, capsys):
     assert sum(p.numel() for p in objective.parameters()) / 1e6 == pytest.approx(millions, abs=1)
     if recipe.endswith("_linear"):
         trained = [name for name, p in objective.named_parameters() if p.requires_grad]
-        assert trained == ["head.weight", "head.bias"] and plan.final_lr == 0
+        assert trained == ["head.weight", "head.bias"] and plan.schedule.final == 0
         assert config.optimizer.name == "lars" and config.optimizer.weight_decay == 0
     elif recipe.startswith("finetune/"):
-        assert plan.final_lr == pytest.approx(1e-6, rel=0.01)
+        assert plan.peak_lr * plan.schedule.final == pytest.approx(1e-6, rel=0.01)
         blocks = len(objective.encoder.backbone.blocks)
         assert len(objective.layers()) == blocks + 1

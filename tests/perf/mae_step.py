@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from pipeline.config.resolve import Plan
+from pipeline.config.schedules import constant
 from pipeline.config.schema import EngineConfig, Optimizer
 from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext
 from pipeline.dist.group import Place, process_group
@@ -57,7 +58,7 @@ def fresh(config: Config) -> MAE:
 def ours(mae: Config, precision: Literal["bf16", "fp32"], batch: Batch, place: Place) -> Callable[[int], float]:
     """Seconds of so many steps of the loop."""
     n = len(batch["id"])
-    plan = Plan(n, n, 1, n, 1, 1.0, 10**6, 10**6 * n, 0, 0, "constant", LR, LR, 0, 0, 0)
+    plan = Plan(n, n, 1, n, 1, 1.0, 10**6, 10**6 * n, 0, 0, constant.Config(), LR, 0, 0, 0, {})
     config = EngineConfig(name="accelerate", precision=precision, micro_batch=n)
     engine = AccelerateEngine(fresh(mae).train(), config, Optimizer(lr=LR), plan, place)
     meter = Meter(place.device, 1)

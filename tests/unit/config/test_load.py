@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config.durations import Duration
-from pipeline.config.load import dump, load, load_run, load_suite, merge, parse_overrides, parse_value
+from pipeline.config.load import dropped, dump, load, load_run, load_suite, merge, parse_overrides, parse_value
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.schema import RunConfig, SuiteConfig
 from pipeline.core.errors import ConfigError
@@ -73,13 +73,69 @@ def test_overrides_are_above(write):
     assert config.objective.settings["mask_ratio"] == 0.5
 
 
-def test_another_name_replaces_the_settings(write):
-    path = write("run.toml", RUN)
-    config = load_run(path, ["objective.name=supervised", "engine.name=accelerate", "engine.micro_batch=4"])
+def test_of_another_objective_nothing_stays(write):
+    config = load_run(write("run.toml", RUN), ["objective.name=supervised"])
     assert config.objective.settings == {}
-    assert config.engine.micro_batch == 4
-    with pytest.raises(ConfigError, match=r"engine\.micro_batch: missing"):
-        load_run(path, ["engine.name=accelerate"])
+
+
+def test_what_another_engine_or_optimizer_has_too_stays_and_the_rest_is_told(write):
+    path = write(
+        "run.toml",
+        RUN.replace("lr = 1e-3", "lr = 0.1\nclip = 2.0\nweight_decay = 0.3\nbetas = [0.5, 0.6]")
+        + 'precision = "fp32"\n[schedule]\nwarmup = "3%"\nfinal = 0.5\n',
+    )
+    overrides = ["engine.name=accelerate", "optimizer.name=sgd", "schedule.name=constant", "objective.name=simclr"]
+    config = load_run(path, overrides)
+    assert (config.engine.name, config.engine.precision, config.engine.micro_batch) == ("accelerate", "fp32", 8)
+    assert (config.optimizer.lr, config.optimizer.clip, config.optimizer.weight_decay) == (0.1, 2.0, 0.3)
+    assert config.schedule.settings == {"warmup": "3%", "cooldown": "0%"}
+    assert sorted(dropped(path, overrides)) == [
+        "engine.name is 'accelerate', so these of 'deepspeed' are dropped: zero",
+        "objective.name is 'simclr', so these of 'mae' are dropped: decoder, mask_ratio",
+        "optimizer.name is 'sgd', so these of 'adamw' are dropped: betas",
+        "schedule.name is 'constant', so these of 'cosine' are dropped: final",
+    ]
+    assert dropped(path, ["optimizer.name=adamw", "engine.name=deepspeed"]) == []
+
+
+def test_a_key_is_unset_from_the_command_line_and_by_a_file(write):
+    write("base.toml", RUN.replace("lr = 1e-3", "lr = 1e-3\nclip = 1.0\nweight_decay = 0.3"))
+    plain = write("plain.toml", 'base = ["base.toml"]\n')
+    assert load_run(plain).optimizer.clip == 1.0
+    config = load_run(plain, ["optimizer.clip=", "optimizer.weight_decay = "])
+    assert (config.optimizer.clip, config.optimizer.weight_decay) == (None, 0.05)
+    assert load_run(plain, ["optimizer.clip=", "optimizer.clip=3.0"]).optimizer.clip == 3.0
+    assert load_run(plain, ["schedule.final=0.1", "optimizer.groups=[]"]).schedule.settings["final"] == 0.1
+    unset = 'base = ["base.toml"]\nunset = ["optimizer.clip", "optimizer.weight_decay"]\n'
+    child = write("child.toml", unset + "[optimizer]\nweight_decay = 0.7\n")
+    assert (load_run(child).optimizer.clip, load_run(child).optimizer.weight_decay) == (None, 0.7)
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.klip: is set nowhere, so there is nothing to unset \(in --set\)"
+    ):
+        load_run(plain, ["optimizer.klip="])
+    with pytest.raises(ConfigError, match="unset must be a list of keys"):
+        load_run(write("odd.toml", 'base = ["base.toml"]\nunset = "optimizer.clip"\n'))
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: missing"):
+        load_run(plain, ["optimizer.lr="])
+
+
+def test_mistakes_of_the_schedule_stand_beside_those_of_the_rest(write):
+    with pytest.raises(ConfigError) as caught:
+        load_run(
+            write("run.toml", RUN), ["run.length=5%", "schedule.name=power", "schedule.a=-1", "schedule.final=0.5"]
+        )
+    said = str(caught.value)
+    assert "run: length cannot be" in said and "schedule.a: expected a number >= 0" in said
+    assert "schedule.final: unknown key (there are: warmup, cooldown, a, b) (in --set)" in said
+    with pytest.raises(ConfigError, match=r"schedule\.name: unknown schedule 'cosin'; did you mean 'cosine'"):
+        load_run(write("run.toml", RUN), ["schedule.name=cosin"])
+
+
+def test_files_of_runs_from_before_schedules_had_settings_of_their_own(write):
+    old = '[schedule]\nname = "cosine"\nwarmup = "5%"\nfinal = 0.0\ncooldown = "0%"\n'
+    assert load_run(write("a.toml", RUN + old)).schedule.settings == {"warmup": "5%", "final": 0.0}
+    old = '[schedule]\nname = "constant"\nwarmup = "5%"\nfinal = 0.0\ncooldown = "1%"\n'
+    assert load_run(write("b.toml", RUN + old)).schedule.settings == {"warmup": "5%", "cooldown": "1%"}
 
 
 def test_merge_leaves_its_arguments_alone():

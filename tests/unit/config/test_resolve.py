@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.resolve import learning_rate, resolve
-from pipeline.config.schema import Component, Data, EngineConfig, Optimizer, Run, RunConfig, Schedule
+from pipeline.config.schema import Component, Data, EngineConfig, Optimizer, Run, RunConfig
 
 
 def config(*, length="10ep", batch=64, micro=8, tail="drop", lr=0.1, schedule=None, **optimizer):
@@ -13,7 +13,7 @@ def config(*, length="10ep", batch=64, micro=8, tail="drop", lr=0.1, schedule=No
         data=Data(train="shards", tail=tail),
         objective=Component(name="mae"),
         optimizer=Optimizer(lr=lr, **optimizer),
-        schedule=Schedule(**(schedule or {})),
+        schedule=Component(**{"name": "cosine"} | (schedule or {})),
         engine=EngineConfig(name="deepspeed", micro_batch=micro),
     )
 
@@ -107,6 +107,52 @@ def test_inverse_square_root_with_cooldown():
     assert rates[100:900] == pytest.approx([0.1 * math.sqrt(100 / (s + 0.5)) for s in range(100, 900)], rel=1e-12)
     tail = [0.1 * math.sqrt(100 / (s + 0.5)) * (1000 - s - 0.5) / 100 for s in range(900, 1000)]
     assert rates[900:] == pytest.approx(tail, rel=1e-12)
+
+
+def test_the_power_law_is_that_of_domain_adaptation():
+    """mu_p = mu_0 / (1 + a p)^b with a = 10, b = 0.75 (Ganin et al. 2016, section 5.2.2)."""
+    halves = [(step + 0.5) / 1000 for step in range(1000)]
+    assert curve("power") == pytest.approx([0.1 / (1 + 10 * p) ** 0.75 for p in halves], rel=1e-12)
+    other = curve("power", a=3.0, b=2.0, warmup="200ba", cooldown="100ba")
+    assert other[:200] == pytest.approx([0.1 * (step + 0.5) / 200 for step in range(200)])
+    middle = [0.1 / (1 + 3 * (step + 0.5 - 200) / 800) ** 2 for step in range(200, 1000)]
+    assert other[200:900] == pytest.approx(middle[:700], rel=1e-12)
+    assert other[-1] == pytest.approx(middle[-1] * 0.5 / 100)
+
+
+def test_nothing_is_warmed_up_that_nobody_asked_to():
+    plan = resolve(config(), samples=1000, world_size=1)
+    assert (plan.warmup_steps, plan.cooldown_steps) == (0, 0)
+    for name in ("cosine", "constant", "power"):
+        assert curve(name)[0] == max(curve(name)) > 0.099
+
+
+def test_groups_are_frozen_for_steps():
+    groups = [
+        {"prefix": "a", "frozen_until": "2ep"},
+        {"prefix": "b", "frozen_from": "50%"},
+        {"prefix": "c", "frozen_from": "6.4ksa", "frozen_until": "140ba"},
+        {"prefix": "d", "frozen": True, "lr": 0.5},
+        {"prefix": "e", "frozen_until": "0ba"},
+    ]
+    plan = resolve(config(groups=groups), samples=1000, world_size=1)
+    assert plan.frozen == {"a": (0, 30), "b": (75, 150), "c": (100, 140), "e": (0, 0)}
+    backwards = [{"prefix": "a", "frozen_from": "3ep", "frozen_until": "2ep"}]
+    with pytest.raises(Mistakes, match=r"optimizer\.groups\[0\]: frozen_from = 3ep \(step 45\) comes after"):
+        resolve(config(groups=backwards), samples=1000, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ([{"prefix": "a", "frozen": True, "frozen_until": "1ep"}], "'frozen' is for the whole run"),
+        ([{"prefix": "a", "lr": 2.0}, {"prefix": "a", "weight_decay": 0.0}], "'a' stands twice"),
+        ([{"prefix": "a", "lr": 0.0}], "greater than 0"),
+    ],
+)
+def test_groups_that_mean_nothing(groups, said):
+    with pytest.raises(ValueError, match=said):
+        config(groups=groups)
 
 
 def test_curve_is_a_function_of_samples_and_not_of_the_batch():

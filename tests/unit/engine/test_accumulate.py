@@ -50,7 +50,7 @@ class Twins(PairwiseObjective):
 
 class Plan:
     def __init__(self, accumulation: int) -> None:
-        self.accumulation = accumulation
+        self.accumulation, self.frozen = accumulation, {}
 
 
 def batch() -> Batch:

@@ -42,7 +42,8 @@ def fit(tmp_path, lone_group, monkeypatch):
     def run(norms: list[float], done: list[int], stop: bool = False) -> tuple[loop.Outcome, Clock]:
         monkeypatch.setattr(loop, "accumulate", lambda engine, batches, ctx: iter(()))
         place, left = SimpleNamespace(world_size=1, rank=0), [torch.tensor(norm) for norm in norms]
-        update = {"update": lambda rate: left.pop(0), "after_step": lambda clock: None}
+        nothing = {"before_step": lambda clock: None, "after_step": lambda clock: None}
+        update = {"update": lambda rate: left.pop(0), **nothing}
         engine = SimpleNamespace(objective=nn.Identity(), place=place, **update)
         request = StopRequest(tmp_path)
         request.reason = "SIGTERM" if stop else None

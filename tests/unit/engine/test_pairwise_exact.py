@@ -25,7 +25,7 @@ Gradients = dict[str, np.ndarray]
 
 class Plan:
     def __init__(self, accumulation: int) -> None:
-        self.accumulation = accumulation
+        self.accumulation, self.frozen = accumulation, {}
 
 
 class Pair(PairwiseObjective):

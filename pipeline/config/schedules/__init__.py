@@ -1,0 +1,1 @@
+"""Learning-rate schedules, one a file; see :mod:`pipeline.config.schedule`."""
