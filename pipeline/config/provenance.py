@@ -55,7 +55,7 @@ def write(folder: str | os.PathLike[str], plan: Plan) -> None:
         "host": platform.node(),
         "system": platform.platform(),
         "world_size": plan.world_size,
-        "plan": asdict(plan) | {"schedule": config.schedule.model_dump(mode="json")},
+        "plan": asdict(plan) | {"schedule": {"name": plan.schedule.name, **plan.schedule.model_dump(mode="json")}},
         "python": platform.python_version(),
         "versions": versions(),
         "git": {"commit": commit, "dirty": bool(diff), "diff": changed},
