@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_prep.dataset import DONE
 from data_prep.duplicates import Seen, prints_name, unpack
 from data_prep.fetch import Failed, fetched
 from data_prep.keys import Keys
@@ -28,7 +29,6 @@ from data_prep.store import Store, open_store
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import FILE, SIZES, Manifest, Shard, ShardIndex, index_name, parse, parse_index, sizes_json
 
-DONE = "build.json"
 LOCK = f"{WORK}/lock"
 REJECTS = "rejects.jsonl"
 DUPLICATES = "duplicates.jsonl"

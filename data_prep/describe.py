@@ -17,9 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 from data_prep import images
 from data_prep.ahead import cores, in_order
 from data_prep.dataset import items, read_manifest
-from data_prep.record import Rejected, label_number
+from data_prep.labels import label_number
+from data_prep.record import Rejected
 from data_prep.statistics import Facts, Statistics, channel_sums
 from data_prep.store import Store, open_store
+from pipeline.core.classes import shown
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import FILE, Manifest, Shard
 
@@ -94,6 +96,33 @@ def table(manifest: Manifest) -> list[tuple[str, str]]:
     if manifest.tokenizer:
         rows.append(("tokenizer", manifest.tokenizer["file"]))
     return rows
+
+
+def summary(manifest: Manifest) -> str:
+    """A data set in one line: samples, classes, fields."""
+    counts = manifest.statistics.get("labels", {})
+    without = [name for i, name in enumerate(manifest.classes) if not counts.get(str(i))]
+    classes = "no classes"
+    if manifest.classes:
+        classes = f"{len(manifest.classes):,} classes ({shown(manifest.classes)})"
+    if manifest.classes and without:
+        classes += f", {len(without):,} of them without samples ({shown(without)})"
+    fields = ", ".join(f"{name} ({', '.join(extensions)})" for name, extensions in manifest.fields.items())
+    shards = f"{manifest.samples:,} samples in {len(manifest.shards):,} shards"
+    return f"{manifest.root}: {shards}; {classes}; fields {fields}"
+
+
+def write_sheet(picture: Image.Image, page: str, out: str) -> None:
+    """Write a contact sheet as ``out.png`` and ``out.html``, on this machine or behind a URL."""
+    folder, slash, name = out.rpartition("/")
+    target = io.BytesIO()
+    picture.save(target, "PNG")
+    store = open_store(folder + slash if slash else ".")
+    try:
+        store.write(f"{name}.png", target.getvalue())
+        store.write(f"{name}.html", page.encode("utf-8", "replace"))
+    finally:
+        store.close()
 
 
 class Tile(NamedTuple):

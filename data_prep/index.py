@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.ahead import cores, in_order, processes
+from data_prep.labels import check_classes, label_number
 from data_prep.places import tars
-from data_prep.record import check_classes, label_number
 from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
 from data_prep.store import LocalStore, Store, open_store
+from pipeline.core.classes import unnamed
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import FIELDS, FILE, SIZES, Manifest, Shard, index_bytes, index_name, parse, sizes_json
 
@@ -35,6 +36,8 @@ class Found(NamedTuple):
     statistics: Statistics
     together: set[frozenset[str]]
     """Sets of extensions that occur in one sample."""
+    no_class: int
+    """Labels that are no numbers."""
     problem: str
     """What is wrong with it; empty when nothing is."""
 
@@ -44,6 +47,7 @@ def index(
     *,
     pattern: str = "",
     classes: Sequence[str] = (),
+    image: str = "",
     skip_damaged: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
@@ -55,6 +59,7 @@ def index(
         pattern: Which tars, with braces: ``{000..099}.tar``; empty: all of the folder, by name, or if it has none, of
             its sub-folders.
         classes: Names of the labels; left out, labels that are numbers name themselves.
+        image: Extension of the member that is the image ("input.jpg"); empty: those that images have.
         skip_damaged: Leave damaged tars out instead of stopping.
         progress: Called with the number of tars looked through, and of all.
 
@@ -68,18 +73,22 @@ def index(
         damaged: list[str] = []
         statistics = Statistics()
         together: set[frozenset[str]] = set()
-        for name, found in _looked_through(store, names):
+        no_class = 0
+        for name, found in _looked_through(store, names, image):
             if found.problem:
                 damaged.append(f"{name}: {found.problem}")
             else:
                 shards.append(found.shard)
                 statistics.merge(found.statistics)
                 together |= found.together
+                no_class += found.no_class
             if progress is not None:
                 progress(len(shards) + len(damaged), len(names))
         if damaged and not skip_damaged:
             raise DataError("damaged tars:\n  " + "\n  ".join(damaged) + "\nmend them, or leave them out with --skip")
-        manifest = _manifest(store, shards, together, statistics, classes, damaged)
+        fields = fields_apart(together, image)
+        made = {"tars": len(shards), "left_out": damaged}
+        manifest = _manifest(store, shards, fields, statistics, classes, made, no_class)
         store.write(SIZES, sizes_json(manifest).encode())
         store.write(FILE, manifest.as_json().encode())
         return manifest
@@ -95,7 +104,7 @@ def _names(store: Store, pattern: str) -> list[str]:
     return tars(store.where, as_they_are=True)
 
 
-def _looked_through(store: Store, names: Sequence[str]) -> Iterator[tuple[str, Found]]:
+def _looked_through(store: Store, names: Sequence[str], image: str) -> Iterator[tuple[str, Found]]:
     """Look through tars in order, twice as many at once as there are cores: while one waits for a disk, another hashes.
 
     What is on this machine is looked through in processes: of threads only those that hash or wait can run at once.
@@ -109,17 +118,17 @@ def _looked_through(store: Store, names: Sequence[str]) -> Iterator[tuple[str, F
             pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
         try:
-            yield from in_order(pool, functools.partial(_look_through, store), names, workers)
+            yield from in_order(pool, functools.partial(_look_through, store, image), names, workers)
         except BrokenProcessPool as error:
             raise DataError(f"a worker died ({error}); was it killed for its memory?") from error
 
 
-def _look_through(store: Store, name: str) -> Found:
+def _look_through(store: Store, image: str, name: str) -> Found:
     """Scan a tar, and write its index if it is whole."""
     try:
         with store.fetch(name) as path:
             found = scan(path, TEXTS)
-            statistics = _measure(path, found)
+            statistics, no_class = _measure(path, found, (image,) if image else FIELDS["image"])
     except OSError as error:
         raise DataError(f"cannot read {store.where}/{name}: {error}") from error
     shard = Shard(name, len(found.rows.keys), found.bytes, found.sha256)
@@ -128,27 +137,33 @@ def _look_through(store: Store, name: str) -> Found:
         store.write(index_name(name), index_bytes(found.rows, shard, found.extensions), renewable=True)
     present = np.unique(found.rows.offset >= 0, axis=0) if shard.samples else ()
     together = {frozenset(e for e, there in zip(found.extensions, row, strict=True) if there) for row in present}
-    return Found(shard, statistics, together, found.problem)
+    return Found(shard, statistics, together, no_class, found.problem)
 
 
-def _measure(path: os.PathLike[str], found: Scan) -> Statistics:
-    """What can be said without decoding: sizes of images in bytes, lengths of captions, counts of labels."""
+def _measure(path: os.PathLike[str], found: Scan, images: Sequence[str]) -> tuple[Statistics, int]:
+    """What can be said without decoding: sizes of images in bytes, lengths of captions, counts of labels.
+
+    Labels that are no numbers are counted apart.
+    """
     statistics = Statistics()
     statistics.samples = len(found.rows.keys)
     column = {e: i for i, e in enumerate(found.extensions)}
-    images = [found.rows.size[:, column[e]] for e in FIELDS["image"] if e in column]
-    if images:
-        size = functools.reduce(lambda one, other: np.where(one < 0, other, one), images)
+    sizes = [found.rows.size[:, column[e]] for e in images if e in column]
+    if sizes:
+        size = functools.reduce(lambda one, other: np.where(one < 0, other, one), sizes)
         statistics.measure("image_bytes", size[size >= 0])
     texts = {e: _texts(path, found, column[e]) for e in ("txt", "cls") if e in column}
     captions = np.fromiter((len(text.decode("utf-8", "replace")) for text in texts.get("txt", ())), np.int64)
     statistics.measure("caption_length", captions)
     # There are few different labels: the bytes are counted first, and understood then.
+    no_class = 0
     for text, count in Counter(texts.get("cls", ())).items():
         number = label_number(text)
         if number is not None:
             statistics.labels[number] += count
-    return statistics
+        else:
+            no_class += count
+    return statistics, no_class
 
 
 def _texts(path: os.PathLike[str], found: Scan, column: int) -> list[bytes]:
@@ -166,10 +181,11 @@ def _texts(path: os.PathLike[str], found: Scan, column: int) -> list[bytes]:
 def _manifest(
     store: Store,
     shards: list[Shard],
-    together: set[frozenset[str]],
+    fields: dict[str, tuple[str, ...]],
     statistics: Statistics,
     classes: Sequence[str],
-    damaged: list[str],
+    made: dict[str, Any],
+    no_class: int,
 ) -> Manifest:
     known: dict[str, Any] = {"classes": (), "tokenizer": {}, "made": {}}
     try:
@@ -177,25 +193,40 @@ def _manifest(
         known = {"classes": old.classes, "tokenizer": old.tokenizer, "made": old.made}
     except (FileNotFoundError, DataError):
         pass
-    if classes:
-        known["classes"] = tuple(classes)
-    elif not known["classes"] and statistics.labels:
-        check_classes(max(statistics.labels), len(statistics.labels))
-        known["classes"] = tuple(str(i) for i in range(max(statistics.labels) + 1))
-    known["made"] = {**known["made"], "indexed": {"tars": len(shards), "left_out": damaged}}
-    return Manifest(store.where, tuple(shards), fields_apart(together), statistics=statistics.as_json(), **known)
+    known["classes"] = tuple(classes) or _for_all(known["classes"], statistics.labels)
+    no_class += sum(times for label, times in statistics.labels.items() if label >= len(known["classes"]))
+    known["made"] = {**known["made"], "indexed": made | ({"no_class": no_class} if no_class else {})}
+    return Manifest(store.where, tuple(shards), fields, statistics=statistics.as_json(), **known)
 
 
-def fields_apart(together: Iterable[frozenset[str]]) -> dict[str, tuple[str, ...]]:
+def _for_all(classes: tuple[str, ...], labels: Counter[int]) -> tuple[str, ...]:
+    """Classes for all labels: these, or, where they have no names anyway, as many as there are."""
+    most = max(labels, default=-1)
+    if most < len(classes) or not unnamed(classes):
+        return classes
+    check_classes(most, len(labels))
+    return tuple(str(i) for i in range(most + 1))
+
+
+def fields_apart(together: Iterable[frozenset[str]], image: str = "") -> dict[str, tuple[str, ...]]:
     """Fields from the sets of extensions that occur in one sample.
 
     Extensions of one field that occur side by side ("jpg" and "png" of one sample) are different things: the first in
     the order of ``FIELDS`` keeps the field's name, another one is a field named like itself.
+
+    Args:
+        together: The sets.
+        image: The only extension of the images, where it is not for ``FIELDS`` to say.
+
+    Raises:
+        DataError: no member has that extension.
     """
     sets = list(together)
     found = {e for s in sets for e in s}
+    if image and image not in found:
+        raise DataError(f"no member is named .{image}, only {', '.join(f'.{e}' for e in sorted(found))}")
     fields: dict[str, tuple[str, ...]] = {}
-    for name, known in FIELDS.items():
+    for name, known in (FIELDS | ({"image": (image,)} if image else {})).items():
         chosen: list[str] = []
         for extension in known:
             if extension in found and not any(extension in s and s & set(chosen) for s in sets):

@@ -51,6 +51,8 @@ def _prepare(record: Record, options: Options) -> Sample:
     _check_caption(record.caption or "", options.filters)
     data = record.image.read()
     stored = images.store(data, options.image, functools.partial(_check_size, options.filters))
+    if stored.extension in record.more:
+        raise Rejected(f"two files .{stored.extension}: the image, and another one of the sample")
     members = [(stored.extension, stored.data)]
     if record.label is not None:
         members.append(("cls", str(record.label).encode()))

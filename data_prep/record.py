@@ -7,11 +7,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from pipeline.core.errors import DataError
+from typing import Any, Protocol, cast
 
 KEY_LENGTH = 80
 """Longest key in bytes: with the longest extension it still fits a tar header's 100."""
@@ -130,43 +128,6 @@ def _percent(match: re.Match[bytes]) -> bytes:
     return b"%%%02X" % match.group()[0]
 
 
-def number_classes(names: Iterable[str], known: Sequence[str] = ()) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Classes in order and the label of each name.
-
-    Numbers stand for themselves; other names are numbered in alphabetical order, after those already ``known``.
-
-    Raises:
-        DataError: numbers that are no class numbers.
-    """
-    names = set(names)
-    if all(name.isdecimal() for name in names) and not set(known) & names:
-        # Python refuses to read thousands of digits, and leading zeros do not make a number small.
-        most = max((int(name) if len(name) < 20 else 10**19 for name in names), default=-1)
-        check_classes(most, len(names))
-        return tuple(known) or tuple(str(i) for i in range(most + 1)), {name: int(name) for name in names}
-    classes = (*known, *sorted(names - set(known)))
-    return classes, {name: i for i, name in enumerate(classes)}
-
-
-def check_classes(most: int, used: int) -> None:
-    """Refuse labels up to ``most`` of which only ``used`` differ: a list of all classes would be endless.
-
-    Raises:
-        DataError: they are ids of something else.
-    """
-    if most > 100_000 + 10 * used:
-        raise DataError(
-            f"a label is {most}, but only {used} labels differ: these are no class numbers, which count from 0; "
-            "take another column, or give names"
-        )
-
-
-def label_number(data: bytes) -> int | None:
-    """The label that a ``.cls`` member holds; None where it is no class number, endless digits included."""
-    digits = data.strip()
-    return int(digits) if digits.isdigit() and len(digits) < 19 else None
-
-
 def split_of(identity: str, splits: Mapping[str, float], seed: int) -> str:
     """The split that ``identity`` falls into; what is in none of ``splits`` is in "train".
 
@@ -199,6 +160,13 @@ def json_table(data: str | bytes) -> tuple[dict[str, Any] | None, str]:
     except (ValueError, RecursionError) as error:
         return None, f"metadata is not JSON: {error}"
     return (value, "") if isinstance(value, dict) else (None, "metadata is no table")
+
+
+def captions_of(value: Any) -> dict[str, str]:
+    """Extension and text of each caption in a value of the metadata: a text, or a list of texts."""
+    values = cast("list[Any]", value) if isinstance(value, list) else [value]
+    texts = [text.strip() for text in values if isinstance(text, str) and text.strip()]
+    return {f"{i}.txt" if i else "txt": text for i, text in enumerate(texts)}
 
 
 def file_stamp(path: str | os.PathLike[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +80,15 @@ class Statistics:
         below = {str(2 ** int(p)): int(n) for p, n in zip(powers, counts, strict=True)}
         facts = {"count": len(values), "sum": int(values.sum()), "min": int(values.min()), "max": int(values.max())}
         self._join(name, {**facts, "below": below})
+
+    def renumber(self, numbers: Sequence[int]) -> None:
+        """Count labels under other numbers.
+
+        Args:
+            numbers: The new number of each class; empty: they stay.
+        """
+        if numbers:
+            self.labels = Counter({numbers[label]: count for label, count in self.labels.items()})
 
     def merge(self, other: Statistics) -> None:
         """Add another set of sums."""

@@ -15,7 +15,8 @@ from data_prep import images
 from data_prep.ahead import cores, in_order
 from data_prep.dataset import read_manifest
 from data_prep.keys import Keys
-from data_prep.record import Rejected, label_number
+from data_prep.labels import label_number
+from data_prep.record import Rejected
 from data_prep.scan import Scan, scan
 from data_prep.store import Store, open_store
 from pipeline.core.errors import DataError

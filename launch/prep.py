@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
 
 from launch import prep_build
-from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.errors import DataError
 from pipeline.core.manifest import Manifest
 
 app = typer.Typer(
@@ -40,25 +39,40 @@ def _verb(command: Callable[P, None]) -> Callable[P, None]:
 
 
 DataSet = Annotated[str, typer.Argument(help="Data set: the folder or URL with the shards.", metavar="FOLDER")]
+DataSets = Annotated[str, typer.Argument(help="Data set, or what a build made: all its splits.", metavar="FOLDER")]
 
 
 @_verb
 def index(
     folder: DataSet,
     tars: Annotated[str, typer.Option(help="Which tars: {000..099}.tar; left out: all.")] = "",
-    classes: Annotated[Path | None, typer.Option(help="File with a class name per line, in order.")] = None,
+    classes: Annotated[
+        str, typer.Option(help="Names of the labels: a file with one per line, in order, or a data set that has them.")
+    ] = "",
+    image_field: Annotated[
+        str, typer.Option(help="Member that is the image, input.jpg; left out: those like jpg or png.")
+    ] = "",
     skip: Annotated[bool, typer.Option("--skip", help="Leave damaged tars out.")] = False,
 ) -> None:
     """Take existing WebDataset tars as they are: look through them, write indexes and a manifest beside them."""
+    from data_prep.describe import summary
     from data_prep.index import index as run
+    from data_prep.labels import read_classes
     from data_prep.progress import Progress
 
-    names = _lines(classes) if classes else ()
+    names = read_classes(classes) if classes else ()
+    image = image_field.lower().lstrip(".")
     with Progress("indexing", None, "tars") as progress:
-        manifest = run(folder, pattern=tars, classes=names, skip_damaged=skip, progress=progress.of)
-    typer.echo(f"{folder}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
-    for line in manifest.made["indexed"]["left_out"]:
+        manifest = run(folder, pattern=tars, classes=names, image=image, skip_damaged=skip, progress=progress.of)
+    typer.echo(summary(manifest))
+    indexed = manifest.made["indexed"]
+    for line in indexed["left_out"]:
         typer.echo(f"left out: {line}")
+    if indexed.get("no_class"):
+        typer.echo(
+            f"{indexed['no_class']:,} labels are not the number of one of {len(manifest.classes):,} classes: name all "
+            "classes with --classes FILE, or let `sluice prep build tars` number what are names"
+        )
 
 
 def _manifest(folder: str) -> Manifest:
@@ -72,47 +86,49 @@ def _manifest(folder: str) -> Manifest:
         store.close()
 
 
-def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the classes: {error}") from error
-
-
 @_verb
 def verify(
-    folder: DataSet,
+    folder: DataSets,
     decode: Annotated[float, typer.Option(min=0, max=1, help="Part of the samples to decode; 1: all.")] = 0.0,
 ) -> None:
     """Check shards against their manifest; exit code 2 and a list of damaged shards if they do not keep it."""
+    from data_prep.dataset import data_sets
     from data_prep.progress import Progress
     from data_prep.verify import verify as run
 
-    total = len(_manifest(folder).shards)
-    with Progress("verifying", total, "shards") as progress:
-        report = run(folder, decode, progress.update)
-    if report.problems:
-        listed = "\n".join(f"  {name}: {p}" for name, problems in report.problems.items() for p in problems)
-        raise DataError(f"{len(report.problems)} of {report.shards} files of {folder} are damaged:\n{listed}")
-    typer.echo(
-        f"{folder}: {report.shards:,} shards with {report.samples:,} samples are whole, {report.decoded:,} decoded"
-    )
+    damaged: list[str] = []
+    for place in data_sets(folder):
+        with Progress("verifying", len(_manifest(place).shards), "shards") as progress:
+            report = run(place, decode, progress.update)
+        if report.problems:
+            damaged.append(f"{len(report.problems)} of {report.shards} files of {place} are damaged:")
+            damaged += [f"  {name}: {p}" for name, problems in report.problems.items() for p in problems]
+            continue
+        typer.echo(
+            f"{place}: {report.shards:,} shards with {report.samples:,} samples are whole, {report.decoded:,} decoded"
+        )
+    if damaged:
+        raise DataError("\n".join(damaged))
 
 
 @_verb
 def stats(
-    folder: DataSet,
+    folder: DataSets,
     renew: Annotated[bool, typer.Option("--renew", help="Decode everything and write the statistics again.")] = False,
 ) -> None:
     """Show what the manifest says about the data."""
+    from data_prep.dataset import data_sets
     from data_prep.describe import renew_statistics
     from data_prep.progress import Progress
 
-    manifest = _manifest(folder)
-    if renew:
-        with Progress("decoding", manifest.samples, "samples") as progress:
-            manifest = renew_statistics(folder, progress.update)
-    _print(manifest)
+    for number, place in enumerate(data_sets(folder)):
+        manifest = _manifest(place)
+        if renew:
+            with Progress("decoding", manifest.samples, "samples") as progress:
+                manifest = renew_statistics(place, progress.update)
+        if number:
+            typer.echo()
+        _print(manifest)
 
 
 def _print(manifest: Manifest) -> None:
@@ -127,17 +143,16 @@ def _print(manifest: Manifest) -> None:
 @_verb
 def show(
     folder: DataSet,
-    out: Annotated[Path, typer.Option(help="Where to write; .png and .html are added.")] = Path("sheet"),
+    out: Annotated[str, typer.Option(help="Where to write; .png and .html are added; left out: sheet in FOLDER.")] = "",
     samples: Annotated[int, typer.Option(min=1, help="How many.")] = 48,
 ) -> None:
-    """Write a contact sheet as PNG and HTML, and print a table."""
-    from data_prep.describe import sheet
+    """Write a contact sheet as PNG and HTML, beside the shards, and print a table."""
+    from data_prep.describe import sheet, write_sheet
 
     manifest = _manifest(folder)
     picture, page = sheet(folder, samples)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(f"{out}.png")
-    Path(f"{out}.html").write_text(page, encoding="utf-8")
+    out = out or f"{folder.rstrip('/')}/sheet"
+    write_sheet(picture, page, out)
     _print(manifest)
     typer.echo(f"see {out}.png and {out}.html")
 
@@ -170,7 +185,7 @@ def split(
     from data_prep.sources.tars import TarsSource
 
     manifest = _manifest(folder)
-    source = TarsSource([f"{folder}/{shard.name}" for shard in manifest.shards], known=manifest.classes)
+    source = TarsSource([f"{folder}/{shard.name}" for shard in manifest.shards])
     prep_build.run_build(source, out, Options(prep_build.parse_splits(part), seed, workers=workers))
 
 
@@ -179,10 +194,11 @@ def merge(
     folders: Annotated[list[str], typer.Argument(help="Data sets to put together.", metavar="FOLDER")],
     out: Annotated[str, typer.Argument(help="Folder that is made.", metavar="OUT")],
 ) -> None:
-    """Make one data set of several with the same classes; shards are linked, or copied to another disk."""
+    """Make one data set of several, their classes by name; shards are linked, or copied to another disk."""
+    from data_prep.describe import summary
     from data_prep.merge import merge as run
     from data_prep.progress import Progress
 
     with Progress("merging", None, "shards") as progress:
         manifest = run(folders, out, progress.of)
-    typer.echo(f"{out}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+    typer.echo(summary(manifest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -13,6 +13,10 @@ from data_prep.options import Duplicates, FetchOptions, Filters, ImageOptions, O
 from data_prep.record import Source
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.registry import suggest
+
+if TYPE_CHECKING:
+    from data_prep.labels import Known
+    from data_prep.sources.table import TableSource
 
 app = typer.Typer(
     add_completion=False,
@@ -151,32 +155,40 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def run_build(source: Source, out: str, options: Options, *, append: bool = False) -> None:
     """Build with a progress bar and say what came out."""
     from data_prep.build import build
+    from data_prep.describe import summary
     from data_prep.progress import Progress
 
     with Progress("building", source.total) as progress:
         built = build(source, out, options, append=append, progress=progress.counts)
     for manifest in built.manifests.values():
-        typer.echo(f"{manifest.root}: {manifest.samples:,} samples in {len(manifest.shards):,} shards")
+        typer.echo(summary(manifest))
     counts = built.counts
     if counts.rejects:
         typer.echo(f"{counts.rejects:,} of {counts.inputs:,} inputs rejected, see {out}/rejects.jsonl")
 
 
-def _known_classes(out: str, append: bool) -> tuple[str, ...]:
-    """The classes of the data set that is added to."""
-    if not append:
-        return ()
+def _known(out: str, append: bool, classes: str) -> Known:
+    """The classes of the data set that is added to, or those that are given."""
     from data_prep.dataset import read_manifest
+    from data_prep.labels import Known, read_classes
     from data_prep.store import open_store
 
+    if classes:
+        return Known(read_classes(classes), closed=True)
+    if not append:
+        return Known()
     store = open_store(f"{out}/train")
     try:
-        return read_manifest(store).classes
+        return Known(read_manifest(store).classes)
     finally:
         store.close()
 
 
 Pixels = Annotated[int, typer.Option(help="Side of an image.")]
+ClassList = Annotated[
+    str, typer.Option(help="The only classes there may be: a file with a name per line, or a data set that has them.")
+]
+Where = Annotated[str, typer.Option(help="""Which rows: 'vendor in ("a", "b") and score > 0.5'; left out: all.""")]
 
 
 @_source
@@ -185,13 +197,19 @@ def folder(
     out: str,
     shuffle: Annotated[bool, typer.Option(help="Mix the order, so that shards hold many classes.")] = True,
     links: Annotated[bool, typer.Option("--links", help="Follow links to folders, and to outside of SRC.")] = False,
+    layout: Annotated[
+        str, typer.Option(help="What the folders in SRC are: splits, classes, flat (neither), or auto (looks).")
+    ] = "auto",
+    caption: Annotated[str, typer.Option(help="Key of name.json that holds the caption.")] = "caption",
+    classes: ClassList = "",
     seed: int = 0,
     append: bool = False,
 ) -> Source:
-    """Build from a folder: one sub-folder per class, or flat; captions in name.txt, metadata in name.json."""
+    """Build from a folder: a sub-folder per split, class, or flat; captions in name.txt, metadata in name.json."""
     from data_prep.sources.folder import FolderSource
 
-    source = FolderSource(src, shuffle=shuffle, seed=seed, known=_known_classes(out, append), links=links)
+    kind: Any = layout
+    source = FolderSource(src, shuffle, seed, _known(out, append, classes), links, kind, caption)
     if source.others:
         kinds = ", ".join(f"{n:,} {f'.{kind}' if kind else 'of none'}" for kind, n in source.others.most_common(5))
         typer.echo(f"passed over {source.others.total():,} files without an image's extension: {kinds}", err=True)
@@ -199,7 +217,7 @@ def folder(
 
 
 @_source
-def table(
+def table(  # noqa: PLR0913 - the options of one command
     src: Annotated[str, typer.Argument(help="CSV, TSV, JSON lines or Parquet; or a folder of them.", metavar="SRC")],
     out: str,
     image: Annotated[str, typer.Option(help="Column with path or bytes.")] = "image",
@@ -207,13 +225,22 @@ def table(
     label: Annotated[str, typer.Option(help="Column with the class.")] = "",
     key: Annotated[str, typer.Option(help="Column that decides the split; left out: path, URL or hash.")] = "",
     root: Annotated[str, typer.Option(help="Folder that paths are relative to; left out: the table's.")] = "",
+    where: Where = "",
+    classes: ClassList = "",
     append: bool = False,
 ) -> Source:
     """Build from tables with paths or image bytes; columns without a role become metadata."""
     from data_prep.sources.table import Columns, TableSource
 
     columns = Columns(image, tuple(caption or ()), label, key)
-    return TableSource([src], columns, root, known=_known_classes(out, append))
+    return _said(TableSource([src], columns, root, _known(out, append, classes), where))
+
+
+def _said(source: TableSource) -> TableSource:
+    """Say how many rows are passed over."""
+    if source.left_out:
+        typer.echo(f"--where takes {source.total:,} rows, and passes over {source.left_out:,}", err=True)
+    return source
 
 
 @_source
@@ -224,6 +251,8 @@ def urls(  # noqa: PLR0913 - the options of one command
     caption: Annotated[list[str] | None, typer.Option(help="Column with a caption. May be repeated.")] = None,
     label: Annotated[str, typer.Option(help="Column with the class.")] = "",
     expected: Annotated[str, typer.Option(help="Column with the MD5, SHA-1 or SHA-256 that must come.")] = "",
+    where: Where = "",
+    classes: ClassList = "",
     limit: Annotated[
         list[str] | None,
         typer.Option(help="concurrency=32, timeout=20, max_bytes=, retries=2, backoff=0.5, redirects=5, per_host=10."),
@@ -237,7 +266,7 @@ def urls(  # noqa: PLR0913 - the options of one command
 
     columns = Columns(url, tuple(caption or ()), label, "", expected)
     fetch = FetchOptions(**_settings(FetchOptions, limit, "--limit"), private=private, robots=robots)
-    return TableSource([src], columns, known=_known_classes(out, append)), fetch
+    return _said(TableSource([src], columns, "", _known(out, append, classes), where)), fetch
 
 
 @_source
@@ -245,27 +274,35 @@ def tars(
     src: Annotated[str, typer.Argument(help="Tar, folder of tars, or {000..099}.tar.", metavar="SRC")],
     out: str,
     label: Annotated[str, typer.Option(help="cls, folder (the first in the key) or none.")] = "cls",
+    image_field: Annotated[
+        str, typer.Option(help="Member that is the image, input.jpg; left out: the first like jpg or png.")
+    ] = "",
+    caption: Annotated[str, typer.Option(help="Key of the .json member that holds the caption; left out: .txt.")] = "",
+    classes: ClassList = "",
     append: bool = False,
 ) -> Source:
     """Build from existing tars, repacking them; to use them as they are, see `sluice prep index`."""
     from data_prep.sources.tars import TarsSource
 
     kind: Any = label
-    return TarsSource([src], kind, _known_classes(out, append))
+    return TarsSource([src], kind, _known(out, append, classes), image_field.lower().lstrip("."), caption)
 
 
 @_source
 def torchvision(
     name: Annotated[str, typer.Argument(help="Name of the data set, like CIFAR10.")],
     src: Annotated[str, typer.Argument(help="Folder that holds it.", metavar="SRC")],
+    out: str,
     train: Annotated[list[str] | None, typer.Option(help="Argument of the training split, train=true.")] = None,
     val: Annotated[list[str] | None, typer.Option(help="Argument of the validation split, train=false.")] = None,
+    classes: ClassList = "",
+    append: bool = False,
 ) -> Source:
     """Build from a torchvision data set that is on the disk."""
     from data_prep.sources.torchvision import TorchvisionSource
 
     splits = {"train": _arguments(train, "--train")} | ({"val": _arguments(val, "--val")} if val else {})
-    return TorchvisionSource(name, src, splits)
+    return TorchvisionSource(name, src, splits, _known(out, append, classes))
 
 
 def _arguments(given: list[str] | None, what: str) -> dict[str, Any]:

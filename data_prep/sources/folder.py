@@ -1,9 +1,8 @@
 """A folder of images: one sub-folder per class, or flat; captions and metadata in files beside the images.
 
-* ``SRC/train/...`` and ``SRC/val/...`` (or ``test``) and nothing else: these are the splits.
-* Sub-folders with images, and none at the top: each is a class, named like the folder; deeper folders belong to it.
-* ``name.txt`` beside ``name.jpg`` is its caption, ``name.json`` its metadata; the key "caption" of a JSON file is the
-  caption where there is no text file.
+* What the folders mean, splits, classes or neither, is decided in ``layout.py``.
+* ``name.txt`` beside ``name.jpg`` is its caption, ``name.json`` its metadata; the key "caption" of a JSON file (or
+  another that is asked for) is the caption where there is no text file.
 
 A sidecar that is no JSON table makes its image a rejected one. Hidden files and folders are skipped; other files that
 are neither images by their names nor sidecars are counted (``others``). Links to files inside the source folder are
@@ -15,25 +14,27 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import places
 from data_prep.fetch import Failed
+from data_prep.labels import NONE_KNOWN, Classes, Known, Label, named
 from data_prep.places import UrlFile
-from data_prep.record import LocalFile, Payload, Record, extension_of, file_stamp, json_table, readable, safe_key
+from data_prep.record import LocalFile, Payload, Record, captions_of, extension_of, file_stamp, json_table, safe_key
+from data_prep.sources.layout import Asked, layout_of
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import FIELDS
 
-SPLITS = ("train", "val", "test")
+_SYSTEM = ("__MACOSX", "@eaDir", "lost+found")
+"""Folders that archives and file systems leave, with no images of the user's."""
 
 
 class _Found(NamedTuple):
     relative: str
     """Path below the source folder, with "/"."""
-    split: str | None
     alone: bool
     """No other image in its folder has the same name before the extension."""
     stamp: str
@@ -51,10 +52,13 @@ class FolderSource:
     shuffle: bool = True
     """Mix the order, so that shards hold many classes; the listing is held in memory either way."""
     seed: int = 0
-    known: Sequence[str] = ()
-    """Classes that are numbered already, by the data set that is added to; new ones come after them."""
+    known: Known = NONE_KNOWN
     links: bool = False
     """Follow all links, not only those to files inside ``root``."""
+    layout: Asked = "auto"
+    """What the folders at the top are: splits, classes, or neither (flat)."""
+    caption: str = "caption"
+    """Key of the JSON files that holds the caption."""
 
     positional: bool = field(default=False, init=False)
     others: Counter[str] = field(default_factory=Counter[str], init=False)
@@ -65,41 +69,34 @@ class FolderSource:
         if not places.is_folder(self.root):
             raise DataError(f"no folder at {self.root}")
         self._inside = _real(str(self.root))
-        self._files = list(self._list())
+        self._files = list(self._walk("", ()))
         found = [f for f in self._files if not f.problem]
         if not found:
             hint = "".join(f", only {f.relative}, {f.problem}" for f in self._files[:1])
             raise DataError(f"no images in {self.root}{hint or '; known extensions: ' + ', '.join(FIELDS['image'])}")
         self.total = len(self._files)
-        names = {self._class(f) for f in found}
-        labelled = "" not in names
-        new = sorted(names - set(self.known))
-        self.classes: tuple[str, ...] = (*self.known, *new) if labelled else ()
-        self._number = {name: i for i, name in enumerate(self.classes)}
+        self._layout = layout_of([f.relative for f in found], self.layout)
+        self._files = [f if f.problem else f._replace(problem=self._layout.place(f.relative)[1]) for f in self._files]
+        self._classes = Classes({label for f in self._files if (label := self._label(f))}, self.known)
+        self.classes: tuple[str, ...] = self._classes.names
         if self.shuffle:
             random.Random(self.seed).shuffle(self._files)
 
     def describe(self) -> dict[str, Any]:
         """See :class:`~data_prep.record.Source`."""
-        return {"kind": "folder", "root": self.root, "shuffle": self.shuffle, "seed": self.seed, "links": self.links}
-
-    def _list(self) -> Iterator[_Found]:
-        files, folders = self._entries("")
-        if not files and set(folders) <= set(SPLITS) and "train" in folders:
-            for split in folders:
-                yield from self._inner(split, split, ())
-        else:
-            yield from self._walk("", None, ())
+        facts = {"kind": "folder", "root": self.root, "shuffle": self.shuffle, "seed": self.seed, "links": self.links}
+        asked = {"layout": (self.layout, "auto"), "caption": (self.caption, "caption")}
+        return facts | {name: value for name, (value, default) in asked.items() if value != default}
 
     def _entries(self, below: str) -> tuple[list[places.Listed], list[str]]:
         """Files and folders that are not hidden."""
         files, folders = places.listing(self._path(below))
-        return [f for f in files if not f.name.startswith(".")], [f for f in folders if not f.startswith(".")]
+        return [f for f in files if f.name[0] != "."], [f for f in folders if f[0] != "." and f not in _SYSTEM]
 
     def _path(self, below: str) -> str:
         return f"{self.root}/{below}" if below else str(self.root)
 
-    def _walk(self, below: str, split: str | None, above: tuple[Path, ...]) -> Iterator[_Found]:
+    def _walk(self, below: str, above: tuple[Path, ...]) -> Iterator[_Found]:
         """The images below a folder; ``above`` are the folders that led to it, without links."""
         files, folders = self._entries(below)
         prefix = f"{below}/" if below else ""
@@ -115,17 +112,17 @@ class FolderSource:
             beside = [e for e in ("txt", "json") if f"{stem}.{e}" in sidecars]
             its = [f".{e} is {problems[f'{stem}.{e}']}" for e in beside if problems[f"{stem}.{e}"]]
             problem = problems[name] or " and ".join(its)
-            yield _Found(prefix + name, split, stems[stem] == 1, stamp, frozenset(beside), problem)
+            yield _Found(prefix + name, stems[stem] == 1, stamp, frozenset(beside), problem)
         for name in folders:
-            yield from self._inner(prefix + name, split, above)
+            yield from self._inner(prefix + name, above)
 
-    def _inner(self, below: str, split: str | None, above: tuple[Path, ...]) -> Iterator[_Found]:
+    def _inner(self, below: str, above: tuple[Path, ...]) -> Iterator[_Found]:
         """What is in a folder; a link that is not followed is a rejected input."""
         problem = self._refused(below, above)
         if problem:
-            yield _Found(below, split, False, "", frozenset(), problem)
+            yield _Found(below, False, "", frozenset(), problem)
         else:
-            yield from self._walk(below, split, above)
+            yield from self._walk(below, above)
 
     def _refused(self, below: str, above: tuple[Path, ...]) -> str:
         """Why a link is not followed; empty for what is none."""
@@ -143,10 +140,10 @@ class FolderSource:
             return "a link to a folder; --links follows it"
         return "" if target.is_relative_to(self._inside) else "a link to outside of the source; --links follows it"
 
-    def _class(self, found: _Found) -> str:
-        """The class's name; empty for an image that is in no class folder."""
-        inner = found.relative.removeprefix(f"{found.split}/") if found.split else found.relative
-        return readable(inner.partition("/")[0]) if "/" in inner else ""
+    def _label(self, found: _Found) -> Label | None:
+        """The label of an image; None of one that is in no class folder."""
+        name = "" if found.problem else self._layout.place(found.relative)[0]
+        return named(name) if name else None
 
     def __iter__(self) -> Iterator[Record]:
         for found in self._files:
@@ -154,16 +151,18 @@ class FolderSource:
             caption, metadata, sidecars, problem = self._sidecars(_stem(path), found)
             image: Payload = UrlFile(path) if places.is_url(path) else LocalFile(path)
             name = _stem(found.relative)
+            label, wrong = self._classes.look_up(self._label(found))
+            problem = problem or wrong
             key = safe_key(name) if found.alone else f"{safe_key(name)}~{found.relative[len(name) + 1 :]}"
             yield Record(
                 key=key,
                 identity=found.relative,
                 image=Failed(problem) if problem else image,
                 stamp=found.problem or f"{found.stamp or file_stamp(path)}{sidecars}",
-                label=self._number.get(self._class(found)),
+                label=label,
                 caption=caption,
                 metadata=metadata,
-                split=found.split,
+                split=self._layout.split(found.relative),
             )
 
     def _sidecars(self, stem: str, found: _Found) -> tuple[str | None, dict[str, Any] | None, str, str]:
@@ -173,8 +172,8 @@ class FolderSource:
         text, table = (_read(f"{stem}.{e}") if e in found.sidecars else None for e in ("txt", "json"))
         caption = text.strip() if text is not None else None
         metadata, problem = json_table(table) if table is not None else (None, "")
-        if metadata is not None and caption is None and isinstance(metadata.get("caption"), str):
-            caption = metadata["caption"]
+        if metadata is not None and caption is None:
+            caption = captions_of(metadata.get(self.caption)).get("txt")
         return caption, metadata, "".join(f"\0{part}" for part in (text, table) if part is not None), problem
 
 

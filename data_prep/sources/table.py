@@ -4,8 +4,10 @@ Tables and the folder that their paths are relative to may be local or behind an
 
 An image column may hold a path (relative to ``root``, by default the table's folder, and inside it), a URL, bytes, or
 Hugging Face's ``{"bytes": ..., "path": ...}``. Text tables that hold bytes hold them as base64, marked ``base64:``.
-A label column holds numbers, or names that are numbered in alphabetical order. All columns without a role become the
-sample's metadata; bytes in them are left out. A row that cannot be used is a rejected input like any other.
+A label column holds numbers of classes, or names, which are numbered in alphabetical order; what is neither is no
+label (see ``data_prep/labels.py``), and Hugging Face's names of a Parquet column are used. All columns without a role,
+and the key, become the sample's metadata; bytes in them are left out. A row that cannot be used is a rejected input
+like any other.
 """
 
 from __future__ import annotations
@@ -30,17 +32,12 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from data_prep import places
 from data_prep.fetch import Failed, Remote
+from data_prep.labels import NONE_KNOWN, Classes, Known, Label, cell_label, listed_names
 from data_prep.places import UrlFile
-from data_prep.record import (
-    Inline,
-    LocalFile,
-    Payload,
-    Record,
-    Rejected,
-    file_stamp,
-    number_classes,
-    readable,
-)
+from data_prep.record import Inline, Payload, Record
+from data_prep.sources.named import inside_folder
+from data_prep.sources.where import Where
+from pipeline.core.classes import union
 from pipeline.core.errors import ConfigError, DataError
 
 KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -67,7 +64,7 @@ class Columns:
     """The first is the caption (``.txt``); another one named NAME becomes ``.NAME.txt``."""
     label: str = ""
     key: str = ""
-    """Decides the split; left out: the path or URL, or else the image's bytes."""
+    """Decides the split; left out: the path or URL, or else the image's bytes. Stays in the metadata."""
     expected: str = ""
     """Hash that a downloaded image must have."""
 
@@ -80,16 +77,21 @@ class TableSource:
     columns: Columns
     root: str = ""
     """Folder that paths are relative to, and must stay inside; left out: the folder of each table."""
-    known: Sequence[str] = ()
-    """Classes that are numbered already; new ones come after them."""
+    known: Known = NONE_KNOWN
+    where: str = ""
+    """Which rows are taken (see ``data_prep/sources/where.py``); empty: all."""
     classes: tuple[str, ...] = field(default=(), init=False)
     total: int | None = field(default=None, init=False)
+    left_out: int = field(default=0, init=False)
+    """Rows that ``where`` does not take."""
     positional: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         self.tables = [p for table in self.tables for p in _files(str(table))]
         c = self.columns
-        wanted = {name for name in (c.image, *c.caption, c.label, c.key, c.expected) if name}
+        self._where = Where(self.where) if self.where else None
+        filtered = self._where.columns if self._where else ()
+        wanted = {name for name in (c.image, *c.caption, c.label, c.key, c.expected, *filtered) if name}
         for path in self.tables:
             there = _header(path)
             for name in sorted(wanted - set(there)):
@@ -100,8 +102,10 @@ class TableSource:
         for stem in [stem for stem, times in stems.items() if times > 1]:
             same = ", ".join(repr(name) for name in c.caption[1:] if _stem(name) == stem)
             raise ConfigError(f"the captions {same} would all be .{stem}.txt: rename all but one")
-        if self.columns.label:
-            self.classes, self._number = self._labels()
+        self._names = {str(p): _class_names(str(p), c.label) for p in self.tables}
+        self._classes = Classes(())
+        if c.label or self._where:
+            self._look_through()
         else:
             counts = [_count(path) for path in self.tables]
             self.total = None if None in counts else sum(n for n in counts if n is not None)
@@ -113,19 +117,31 @@ class TableSource:
             "tables": [str(p) for p in self.tables],
             "columns": asdict(self.columns),
             "root": self.root,
+            **({"where": self.where} if self.where else {}),
         }
 
-    def _labels(self) -> tuple[tuple[str, ...], dict[str, int]]:
-        """Classes and their numbers, from a pass over the label column alone, which also counts the rows."""
-        names: set[str] = set()
-        self.total = 0
-        for path in self.tables:
-            for row in _rows(str(path), (self.columns.label,)):
+    def _look_through(self) -> None:
+        """Count the rows that are taken and number their classes, in a pass over the columns for it alone."""
+        label = self.columns.label
+        columns = sorted({label, *(self._where.columns if self._where else ())} - {""})
+        labels: set[Label] = set()
+        why, self.total = "", 0
+        for path, names in self._names.items():
+            for row in _rows(path, columns):
+                if self._where and self._where.keeps(row) is False:
+                    self.left_out += 1
+                    continue
                 self.total += 1
-                value = readable(_text(row.get(self.columns.label)))
-                if value:
-                    names.add(value)
-        return number_classes(names, self.known)
+                found = cell_label(row.get(label), names) if label else ""
+                labels |= {found} if isinstance(found, Label) else set()
+                why = why or (found if isinstance(found, str) else "")
+        if self.left_out and not self.total:
+            raise ConfigError(f"--where {self.where} takes none of {self.left_out:,} rows")
+        if label and self.total and not labels:
+            raise DataError(f"no label in column {label!r}: {why}")
+        names = union(self._names.items())
+        self._classes = Classes(labels, self.known, names)
+        self.classes = self._classes.names
 
     def __iter__(self) -> Iterator[Record]:
         place = 0
@@ -134,17 +150,20 @@ class TableSource:
             root = self.root or os.path.dirname(path)
             root = root if places.is_url(root) else os.path.realpath(root)
             for row in _rows(path):
-                yield self._record(place, row, root, path)
+                kept = self._where.keeps(row) if self._where else True
+                if kept is not False:
+                    yield self._record(place, row, root, path, kept if isinstance(kept, str) else "")
                 place += 1
 
-    def _record(self, place: int, row: Row, root: str, table: str) -> Record:
+    def _record(self, place: int, row: Row, root: str, table: str, problem: str) -> Record:
         c = self.columns
         payload, identity, stamp = self._image(row, root, table)
-        label = self._number.get(readable(_text(row.get(c.label)))) if c.label else None
-        if c.label and label is None and not isinstance(payload, Failed):
-            payload = Failed(f"no label in column {c.label!r}")
+        found = cell_label(row.get(c.label), self._names[table]) if c.label else None
+        label, wrong = self._classes.look_up(found)
+        if (problem or wrong) and not isinstance(payload, Failed):
+            payload = Failed(problem or f"column {c.label!r}: {wrong}")
         captions = dict(_captions(row, c.caption))
-        roles = {c.image, *c.caption, c.label, c.key, c.expected}
+        roles = {c.image, *c.caption, c.label, c.expected}
         metadata = {k: _plain(v) for k, v in row.items() if k not in roles and not isinstance(v, bytes)}
         facts = json.dumps([label, captions, metadata], default=str, ensure_ascii=False)
         digest = hashlib.sha256(facts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -191,35 +210,7 @@ class TableSource:
         if places.is_url(text):
             expected = _text(row.get(self.columns.expected)) if self.columns.expected else ""
             return Remote(text, expected), text, expected
-        return _local(text, root)
-
-
-def _local(text: str, root: str) -> tuple[Payload, str, str]:
-    try:
-        path = os.path.realpath(os.path.join(root, text))
-        if not path.startswith(root.rstrip("/") + "/"):
-            return Failed(f"outside of {root}"), text, "outside"
-        return TableFile(path, root), text, file_stamp(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return TableFile(path, root), text, "missing"
-    except (ValueError, OSError) as error:
-        return Failed(f"not a path: {error}"), text, "broken"
-
-
-@dataclass(frozen=True, slots=True)
-class TableFile:
-    """A file that a table names. One that is missing is rejected; a missing root folder stops the build."""
-
-    path: str
-    root: str
-
-    def read(self) -> bytes:
-        """The file's content."""
-        try:
-            return LocalFile(self.path).read()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            os.stat(self.root)
-            raise Rejected("no such file") from error
+        return inside_folder(text, root)
 
 
 def _plain(value: Any) -> Any:
@@ -312,6 +303,14 @@ def _count(path: str) -> int | None:
         beginning = f.read(32 * 1024)
         size = f.seek(0, os.SEEK_END)
     return beginning.count(b"\n") * size // max(1, len(beginning))
+
+
+def _class_names(path: str, column: str) -> tuple[str, ...]:
+    """The names of a label column's classes, where a Parquet file holds them."""
+    if not column or _kind(path) != "parquet":
+        return ()
+    with _parquet(path) as table:
+        return listed_names((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"), column)
 
 
 @contextmanager

@@ -2,21 +2,26 @@
 
 To use tars as they are, ``sluice prep index`` is enough. Where a tar is damaged, the samples before the damage
 (but the last, which may be half) are taken, and the rest is one rejected input that says what is wrong.
+
+Beside a manifest with classes the digits in ``.cls`` are numbers among these, and the samples keep the classes' names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep import places
+from data_prep.dataset import Manifests
 from data_prep.fetch import Failed
-from data_prep.record import Inline, Payload, Record, json_table, number_classes, readable, safe_key
+from data_prep.labels import NONE_KNOWN, Classes, Known, Label, cell_label, named
+from data_prep.record import Inline, Payload, Record, captions_of, json_table, safe_key
 from data_prep.shards import field_of
 from data_prep.ustar import NAME_LENGTH, Member
 from data_prep.walk import Damage, Parts, group, walk
+from pipeline.core.classes import union
 from pipeline.core.errors import ConfigError, DataError
 
 
@@ -42,8 +47,11 @@ class TarsSource:
     tars: Sequence[str | Path]
     label: Literal["cls", "folder", "none"] = "cls"
     """Labels are in ``.cls`` members, or are the first folder in the key."""
-    known: Sequence[str] = ()
-    """Classes that are numbered already; new ones come after them."""
+    known: Known = NONE_KNOWN
+    image: str = ""
+    """Extension of the member that is the image ("input.jpg"); left out: the first that has an image's."""
+    caption: str = ""
+    """Key of the metadata whose text is the caption; left out: the ``.txt`` member is."""
     classes: tuple[str, ...] = field(default=(), init=False)
     total: int | None = field(default=None, init=False)
     positional: bool = field(default=False, init=False)
@@ -52,25 +60,36 @@ class TarsSource:
         if self.label not in ("cls", "folder", "none"):
             raise ConfigError(f"labels come from cls, folder or none, not {self.label!r}")
         self._paths = [p for tar in self.tars for p in _expand(str(tar))]
-        names: set[str] = set()
+        # Classes that the labels of each tar count in: those of its folder's manifest.
+        manifests = Manifests()
+        self._lists = {p: manifests.of(p) for p in self._paths if self.label == "cls"}
+        labels: set[Label] = set()
         self.total = 0
-        for path in self._paths:
-            with places.local(path) as here:
+        for place in self._paths:
+            with places.local(place) as here:
                 for key, members, _ in _samples(here):
                     self.total += 1
-                    if members is not None and (name := self._label(here, key, members)):
-                        names.add(name)
-        self.classes, self._number = number_classes(names, self.known)
+                    label = self._label(place, here, key, members or ())
+                    if isinstance(label, Label):
+                        labels.add(label)
+        names = union({m.root: m.classes for m in self._lists.values() if m}.items())
+        self._classes = Classes(labels, self.known, names)
+        self.classes = self._classes.names
 
     def describe(self) -> dict[str, Any]:
         """See :class:`~data_prep.record.Source`."""
-        return {"kind": "tars", "tars": self._paths, "label": self.label}
+        asked = {name: value for name, value in (("image", self.image), ("caption", self.caption)) if value}
+        return {"kind": "tars", "tars": self._paths, "label": self.label, **asked}
 
-    def _label(self, path: str, key: str, members: Sequence[Member]) -> str:
+    def _label(self, place: str, path: str, key: str, members: Sequence[Member]) -> Label | str | None:
+        """The label of a sample in a tar whose copy here is ``path``; why there is none, or None for no word of it."""
         if self.label == "folder":
-            return readable(key.partition("/")[0]) if "/" in key else ""
+            return named(key.partition("/")[0]) if "/" in key else None
         found = [m for m in members if m.extension == "cls"] if self.label == "cls" else []
-        return _read(path, found[0]).decode("utf-8", "replace").strip() if found else ""
+        if not found:
+            return None
+        manifest = self._lists[place]
+        return cell_label(_read(path, found[0]), manifest.classes if manifest else ())
 
     def __iter__(self) -> Iterator[Record]:
         for number, place in enumerate(self._paths):
@@ -81,34 +100,61 @@ class TarsSource:
                     if members is None:
                         yield Record(unique, f"{place}: {key}", Failed(problem), problem)
                         continue
-                    record = self._record(path, key, unique, members, stamp)
+                    record = self._record(path, key, unique, members, self._label(place, path, key, members))
+                    record = replace(record, stamp=f"{stamp} {members[0].offset}")
                     if path != place and isinstance(record.image, Slice):  # the copy does not outlive this loop
                         record = replace(record, image=Inline(record.image.read()))
                     yield record
 
-    def _record(self, path: str, key: str, unique: str, members: Sequence[Member], stamp: str) -> Record:
-        image: Payload | None = None
-        problem, more = "", dict[str, bytes]()
+    def _record(self, path: str, key: str, unique: str, members: Sequence[Member], label: Label | str | None) -> Record:
+        chosen = self._image(members)
+        number, wrong = self._classes.look_up(label)
+        problems = [wrong] if wrong else []
+        if chosen is None:
+            problems.append(self._no_image(members))
+        more = dict[str, bytes]()
         caption: str | None = None
         metadata: dict[str, Any] | None = None
         for m in members:
             kind = field_of(m.extension)
-            if kind == "image" and image is None:
-                image = Slice(path, m.offset, m.size)
-            elif kind == "caption":
+            if kind == "caption":
                 caption = _read(path, m).decode("utf-8", "replace")
             elif kind == "metadata":
                 metadata, wrong = json_table(_read(path, m))
-                problem = problem or wrong
-            elif kind != "label":
-                problem = problem or _unfit(f"{unique}.{m.extension}")
+                problems += [wrong] if wrong else []
+            elif kind != "label" and m is not chosen:
+                wrong = _unfit(f"{unique}.{m.extension}")
+                problems += [wrong] if wrong else []
                 more[m.extension] = _read(path, m)
-        if image is None:
-            problem = f"no image, only {', '.join(m.extension for m in members)}"
-        label = self._number.get(self._label(path, key, members))
-        payload = Failed(problem) if problem or image is None else image
-        first = members[0].offset
-        return Record(unique, key, payload, f"{stamp} {first}", label, caption, more, metadata)
+        if self.caption:
+            caption, further, wrong = self._caption(caption, metadata or {})
+            twice = [f"two captions .{extension}" for extension in further if extension in more]
+            problems += [wrong] if wrong else twice
+            more |= further
+        image: Payload = Slice(path, chosen.offset, chosen.size) if chosen else Failed("")
+        payload = Failed(problems[0]) if problems else image
+        return Record(unique, key, payload, "", number, caption, more, metadata)
+
+    def _caption(self, text: str | None, metadata: Mapping[str, Any]) -> tuple[str | None, dict[str, bytes], str]:
+        """The caption in the metadata, further members with captions, and what is wrong. A .txt member is kept."""
+        texts = captions_of(metadata.get(self.caption))
+        caption = texts.pop("txt", None)
+        further = {**texts, **({"original.txt": text} if text is not None else {})}
+        wrong = "" if caption else f"no text under {self.caption!r} in the metadata"
+        return caption, {extension: t.encode("utf-8", "replace") for extension, t in further.items()}, wrong
+
+    def _image(self, members: Sequence[Member]) -> Member | None:
+        """The member that is the image."""
+        if self.image:
+            return next((m for m in members if m.extension == self.image), None)
+        return next((m for m in members if field_of(m.extension) == "image"), None)
+
+    def _no_image(self, members: Sequence[Member]) -> str:
+        if self.image:
+            return f"no .{self.image}, only {', '.join(m.extension for m in members)}"
+        alike = [m.extension for m in members if field_of(m.extension.rpartition(".")[2]) == "image"]
+        hint = f"; --image-field {alike[0]} would take that one" if alike else ""
+        return f"no image, only {', '.join(m.extension for m in members)}{hint}"
 
 
 def _unfit(name: str) -> str:
@@ -120,15 +166,16 @@ def _unfit(name: str) -> str:
 
 
 def _expand(text: str) -> list[str]:
-    """A tar, a folder with tars in it or in its sub-folders, or a pattern with braces."""
+    """A tar, a folder with tars in it or in its sub-folders, or a pattern with braces for several of these."""
     from braceexpand import braceexpand
 
     if places.is_folder(text):
         return [f"{text.rstrip('/')}/{name}" for name in places.tars(text)]
-    paths = list(braceexpand(text))
-    for path in paths:
+    paths = list[str]()
+    for path in braceexpand(text):
         if not places.exists(path):
             raise DataError(f"no tar at {path}")
+        paths += _expand(path) if places.is_folder(path) else [path]
     return paths
 
 

@@ -6,13 +6,16 @@ import difflib
 import hashlib
 import inspect
 import io
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
 from data_prep.fetch import Failed
+from data_prep.labels import NONE_KNOWN, Classes, Known, Label, named
 from data_prep.record import Inline, LocalFile, Payload, Record, file_stamp
+from pipeline.core.classes import class_name, shown
 from pipeline.core.errors import ConfigError, DataError
 
 
@@ -24,17 +27,27 @@ class TorchvisionSource:
     root: str
     splits: Mapping[str, Mapping[str, Any]]
     """Split to the data set's arguments that select it: {"train": {"train": True}, "val": {"train": False}}."""
+    known: Known = NONE_KNOWN
     positional: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         self._sets = {split: _open(self.name, self.root, tuple(sorted(a.items()))) for split, a in self.splits.items()}
         self.total: int | None = sum(len(s) for s in self._sets.values())
-        self.classes: tuple[str, ...] = ()
-        for dataset in self._sets.values():
-            names = tuple(str(c) for c in getattr(dataset, "classes", ()))
-            if self.classes and names != self.classes:
-                raise DataError(f"{self.name}: the splits have different classes")
-            self.classes = names
+        lists = {split: _class_names(dataset) for split, dataset in self._sets.items()}
+        self._names = next(iter(lists.values()), ())
+        for split, names in lists.items():
+            if names != self._names:
+                differ = sorted({*names} ^ {*self._names}) or names
+                raise DataError(f"{self.name}: {split} has other classes than the first split: {shown(differ)}")
+        labels = {label for d in self._sets.values() for t in _targets(d, self._names) if (label := self._label(t))}
+        self._classes = Classes(labels, self.known, self._names)
+        self.classes: tuple[str, ...] = self._classes.names
+
+    def _label(self, target: int | None) -> Label | None:
+        """The label of a number; None of what has none, as the unlabelled images of STL10 (-1)."""
+        if target is None or target < 0:
+            return None
+        return named(self._names[target]) if target < len(self._names) else Label(str(target), named=False)
 
     def describe(self) -> dict[str, Any]:
         """See :class:`~data_prep.record.Source`."""
@@ -49,12 +62,41 @@ class TorchvisionSource:
                 if files is not None:
                     path, target = files[i][:2]
                     image: Payload = LocalFile(str(path))
-                    stamp = file_stamp(path)
+                    stamp, place = file_stamp(path), str(path)
                 else:
                     picture, target = dataset[i][:2]
                     image, stamp = _encoded(picture)
-                label, caption, metadata = _target(target)
-                yield Record(key, key, image, stamp, label, caption, {}, metadata, split)
+                    place = key
+                number, caption, metadata = _target(target)
+                label, wrong = self._classes.look_up(self._label(number))
+                image = Failed(wrong) if wrong else image
+                yield Record(key, place, image, stamp, label, caption, {}, metadata, split)
+
+
+def _class_names(dataset: Any) -> tuple[str, ...]:
+    """The names of a data set's classes; of ImageNet, whose classes are groups of words, the first word of each.
+
+    Where several classes have the same first word, all their words; where these are the same too (the two cranes), with
+    the class's WordNet id.
+    """
+    classes = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or ()
+    words = [tuple(map(str, c)) if isinstance(c, (tuple, list)) else (str(c),) for c in classes]
+    ids = getattr(dataset, "wnids", None) or range(len(words))
+    names = [class_name(w[0]) for w in words]
+    for further in ([", ".join(w) for w in words], [f"{', '.join(w)} ({i})" for w, i in zip(words, ids, strict=False)]):
+        times = Counter(names)
+        names = [class_name(more) if times[name] > 1 else name for name, more in zip(names, further, strict=True)]
+    return tuple(names)
+
+
+def _targets(dataset: Any, names: Sequence[str]) -> Iterable[int | None]:
+    """The numbers of a data set without names of classes: as it lists them, or from looking through it."""
+    if names:
+        return ()
+    listed = next((t for a in ("targets", "labels", "_labels") if (t := getattr(dataset, a, None)) is not None), None)
+    if listed is None:
+        listed = (dataset[i][1] for i in range(len(dataset)))
+    return {_target(target)[0] for target in listed}
 
 
 @lru_cache(maxsize=4)
@@ -68,7 +110,8 @@ def _open(name: str, root: str, arguments: tuple[tuple[str, Any], ...]) -> Any:
         raise ConfigError(f"unknown torchvision data set {name!r}; {hint}")
     make = getattr(datasets, name)
     try:
-        return make(root, **dict(arguments))
+        takes_root = "root" in inspect.signature(make).parameters
+        return make(root, **dict(arguments)) if takes_root else make(**dict(arguments))
     except TypeError as error:
         raise ConfigError(f"torchvision's {name}: {error}; it takes {inspect.signature(make)}") from error
     except (RuntimeError, OSError, ValueError) as error:

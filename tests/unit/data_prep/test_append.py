@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from data_prep.build import build
+from data_prep.labels import Known
 from data_prep.options import Duplicates, Options
 from data_prep.record import Inline
 from data_prep.sources.folder import FolderSource
@@ -73,7 +74,7 @@ def test_a_folder_that_grew(tmp_path):
     first = build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({})).manifests["train"]
     (tmp_path / "in/a").mkdir()
     (tmp_path / "in/a/3.png").write_bytes(png(3))
-    grown = FolderSource(tmp_path / "in", known=first.classes)
+    grown = FolderSource(tmp_path / "in", known=Known(first.classes))
     second = build(grown, tmp_path / "out", Options({}), append=True).manifests["train"]
     assert second.classes == ("b", "c", "a") and second.samples == 3
     assert members(tmp_path / "out/train")["a/3.cls"] == b"2"
@@ -154,4 +155,4 @@ def test_new_classes_are_numbered_by_name_after_those_that_are_known(tmp_path):
         (tmp_path / letter).mkdir()
         (tmp_path / letter / "1.png").write_bytes(png(1))
     assert FolderSource(tmp_path).classes == tuple("abcdefghjk")
-    assert FolderSource(tmp_path, known=("f", "z", "b")).classes == ("f", "z", "b", *"acdeghjk")
+    assert FolderSource(tmp_path, known=Known(("f", "z", "b"))).classes == ("f", "z", "b", *"acdeghjk")

@@ -67,6 +67,26 @@ def test_options_of_tables(asked, tmp_path):
     assert options.fetch == FetchOptions(retries=0, timeout=2.5, agent="me", private=True, robots=False)
 
 
+def test_options_that_choose_rows_images_and_captions(asked, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("image,url,n\nx,x,1\ny,y,2\n")
+    for kind in ("table", "urls"):
+        source = asked("build", kind, "t.csv", "out", "--where", "n > 1")[0]
+        assert (source.where, source.total) == ("n > 1", 1)
+        assert "takes 1 rows, and passes over 1" in capsys.readouterr().err
+    assert asked("build", "table", "t.csv", "out")[0].where == "" and capsys.readouterr().err == ""
+    _tar(tmp_path / "x.tar", {"s.input.jpg": b"x", "s.json": b"{}"})
+    source = asked("build", "tars", "x.tar", "out", "--image-field", ".Input.jpg", "--caption", "text")[0]
+    assert (source.image, source.caption) == ("input.jpg", "text")
+    (tmp_path / "in/train").mkdir(parents=True)
+    (tmp_path / "in/train/1.png").write_bytes(png())
+    source = asked("build", "folder", "in", "out", "--layout", "classes", "--caption", "text")[0]
+    assert (source.layout, source.caption, source.classes) == ("classes", "text", ("train",))
+    (tmp_path / "in/train/1.json").write_text('{"caption": "no", "text": ["yes", "more"]}')
+    assert [r.caption for r in source] == [None] and [
+        r.caption for r in asked("build", "folder", "in", "out", "--caption", "text")[0]
+    ] == ["yes"]
+
+
 def test_options_of_other_sources(asked, tmp_path, monkeypatch):
     for name in ("in/a/1.png", "in/b/2.png"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -102,14 +122,15 @@ def test_arguments_of_torchvision(asked, monkeypatch):
     assert made == [("there", wanted), ("there", {"train": False}), ("other", {})]
 
 
-@pytest.mark.parametrize("kind", ["folder", "table", "urls", "tars"])
+@pytest.mark.parametrize("kind", ["folder", "table", "urls", "tars", "torchvision"])
 def test_what_is_added_keeps_the_numbers_of_classes(asked, tmp_path, kind):
     build(ListSource(inline(2), ("zebra", "yak")), tmp_path / "out", Options({}))
     (tmp_path / "in/ant").mkdir(parents=True)
     (tmp_path / "in/ant/1.png").write_bytes(png())
     (tmp_path / "t.csv").write_text("image,url,kind\n,,ant\n")
     _tar(tmp_path / "x.tar", {"a.png": png(), "a.cls": b"ant"})
-    what = {"folder": ("in", "out"), "tars": ("x.tar", "out")}.get(kind, ("t.csv", "out", "--label", "kind"))
+    what = {"folder": ("in", "out"), "tars": ("x.tar", "out"), "torchvision": ("ImageFolder", "in", "out")}
+    what = what.get(kind, ("t.csv", "out", "--label", "kind"))
     assert asked("build", kind, *what, "--append")[0].classes == ("zebra", "yak", "ant")
     assert asked("build", kind, *what)[0].classes == ("ant",)
 
@@ -174,6 +195,8 @@ def test_options_of_verbs(tmp_path, monkeypatch, capsys):
     assert [shard.name for shard in load(".").shards] == ["0.tar"]
     run("index", ".")
     assert [shard.name for shard in load(".").shards] == ["0.tar", "1.tar"]
+    with pytest.raises(DataError, match=r"no member is named \.input\.jpg, only \.note\.txt, \.png, \.txt"):
+        run("index", ".", "--image-field", "input.jpg")
     run("verify", ".")
     assert "0 decoded" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"1 of 2 files of \. are damaged:\n  1\.tar: b\.png"):

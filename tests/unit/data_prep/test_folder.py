@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from itertools import product
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -48,20 +49,49 @@ def test_splits_as_folders(tmp_path):
     assert built.manifests["val"].classes == ("a", "b")
 
 
-def test_folders_are_splits_only_where_there_is_nothing_else(tmp_path):
-    write(tmp_path / "in", {f"{name}/x/1.png": png(i) for i, name in enumerate(("train", "val", "test"))})
-    source = FolderSource(tmp_path / "in")
-    assert ({r.split for r in source}, source.classes) == ({"train", "val", "test"}, ("x",))
-    for more in ("other/1.png", "readme.md"):
-        write(tmp_path / more[0], {"train/1.png": png(), "val/1.png": png(), more: png()})
-        source = FolderSource(tmp_path / more[0])
-        assert {r.split for r in source} == {None} and set(source.classes) >= {"train", "val"}
-
-
-def test_images_beside_class_folders_have_no_labels(tmp_path):
-    write(tmp_path, {"a/1.png": png(1), "2.png": png(2)})
+def test_what_lies_beside_the_folders_of_splits_changes_nothing(tmp_path):
+    """As imagenette2 is published; pictures there are rejected, not lost."""
+    write(tmp_path, {f"{s}/{c}/{s}{c}.png": png(i) for i, (s, c) in enumerate(product(("train", "val"), "ab"))})
+    write(tmp_path, {"noisy_imagenette.csv": "x", "README.md": "x", "logs/run.txt": "", "logo.png": png(9)})
+    write(tmp_path, {"__MACOSX/train/a/x.png": png(), "val/.ipynb_checkpoints/x.png": png(), "@eaDir/x.png": png()})
     source = FolderSource(tmp_path)
+    assert source.classes == ("a", "b") and source.others == {"csv": 1, "md": 1, "txt": 1}
+    rows = {r.identity: (r.split, r.label) for r in source}
+    assert rows.pop("logo.png") == (None, None)
+    assert rows == {f"{s}/{c}/{s}{c}.png": (s, i) for s in ("train", "val") for i, c in enumerate("ab")}
+    built = build(source, tmp_path / "out", Options({}))
+    assert {s: m.samples for s, m in built.manifests.items()} == {"train": 2, "val": 2}
+    assert [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")] == ["beside the folders of the splits"]
+
+
+def test_one_stray_picture_does_not_take_the_labels(tmp_path):
+    write(tmp_path / "in", {"a/1.png": png(1), "b/2.png": png(2), "preview.png": png(3)})
+    built = build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    assert (built.manifests["train"].classes, built.counts.samples) == (("a", "b"), 2)
+    (reject,) = lines(tmp_path / "out/rejects.jsonl")
+    assert (reject["source"], reject["reason"]) == ("preview.png", "beside the folders of the classes")
+
+
+def test_as_many_pictures_beside_folders_as_folders_are_unclear(tmp_path):
+    write(tmp_path, {"a/1.png": png(1), "2.png": png(2)})
+    with pytest.raises(DataError, match=r"1 images lie beside .*\(a\): --layout classes .* --layout flat"):
+        FolderSource(tmp_path)
+    source = FolderSource(tmp_path, layout="flat")
     assert source.classes == () and [r.label for r in source] == [None, None]
+    source = FolderSource(tmp_path, layout="classes")
+    assert source.classes == ("a",) and {r.identity: r.label for r in source} == {"a/1.png": 0, "2.png": None}
+
+
+def test_what_img2dataset_wrote_as_files_has_no_classes(tmp_path):
+    for shard, number in product(range(2), range(3)):
+        key = f"{shard:05d}{number:04d}"
+        files = {"jpg": _jpeg(), "txt": f"caption {key}", "json": json.dumps({"key": key, "status": "success"})}
+        write(tmp_path / "in", {f"{shard:05d}/{key}.{extension}": content for extension, content in files.items()})
+    write(tmp_path / "in", {"00000_stats.json": "{}", "00000.parquet": b"PAR1"})
+    built = build(FolderSource(tmp_path / "in"), tmp_path / "out", Options({}))
+    manifest = built.manifests["train"]
+    assert (manifest.classes, list(manifest.fields)) == ((), ["image", "caption", "metadata"])
+    assert members(tmp_path / "out/train")["00001/000010002.txt"] == b"caption 000010002"
 
 
 def test_the_order_is_decided_by_names_and_the_seed(tmp_path, monkeypatch):
@@ -289,8 +319,8 @@ NAME = st.tuples(
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(NAME, min_size=1, max_size=8), st.sampled_from([1, 3]))
-def test_random_folders(tmp_path_factory, names, shard_samples):
+@given(st.lists(NAME, min_size=1, max_size=8), st.sampled_from([1, 3]), st.sampled_from(["flat", "classes"]))
+def test_random_folders(tmp_path_factory, names, shard_samples, layout):
     root = tmp_path_factory.mktemp("random")
     (root / "in").mkdir()
     wanted = 0
@@ -303,9 +333,10 @@ def test_random_folders(tmp_path_factory, names, shard_samples):
         except (NotADirectoryError, IsADirectoryError, FileExistsError):
             continue
         hidden = any(p.startswith(".") for p in (*folders, path.name))
+        hidden = hidden or {"__MACOSX", "@eaDir", "lost+found"} & set(folders)
         wanted += not known and not hidden and extension.lower() in ("png", "jpg", "jpeg")
     try:
-        source = FolderSource(root / "in")
+        source = FolderSource(root / "in", layout=layout)
         built = build(source, root / "out", Options({}, shard_samples=shard_samples))
     except DataError as error:
         assert "no images" in str(error) or ".json" in str(error)
@@ -313,7 +344,8 @@ def test_random_folders(tmp_path_factory, names, shard_samples):
     assert {p.name for p in root.iterdir()} == {"in", "out"}
     assert {p.name for p in (root / "out").iterdir()} == {"train", "build.json", "rejects.jsonl"}
     samples = stock_reader(root / "out/train")
-    assert len(samples) == len({s["__key__"] for s in samples}) == built.counts.samples == wanted
+    assert len(samples) == len({s["__key__"] for s in samples}) == built.counts.samples
+    assert built.counts.inputs == wanted and (layout == "classes" or built.counts.samples == wanted)
     for sample in samples:
         assert set(sample) - {"__key__", "__url__", "__local_path__"} <= {"png", "jpg", "cls", "txt", "json"}
         assert ".." not in sample["__key__"].split("/") and not sample["__key__"].startswith("/")

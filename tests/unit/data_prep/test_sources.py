@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep.build import build
+from data_prep.labels import Known
 from data_prep.options import ImageOptions, Options
 from data_prep.record import Rejected
 from data_prep.sources.tars import TarsSource
@@ -231,11 +232,63 @@ def test_splits_of_torchvision_are_compared_and_remembered(tmp_path, monkeypatch
             self.classes = ["a", "b" * number]
 
     monkeypatch.setattr(datasets, "FakeData", FakeData)
-    with pytest.raises(DataError, match="different classes"):
+    with pytest.raises(DataError, match="FakeData: val has other classes than the first split: '', b"):
         TorchvisionSource("FakeData", str(tmp_path), {"train": {}, "val": {"number": 1}})
     build(TorchvisionSource("FakeData", str(tmp_path), {"train": {}}), tmp_path / "out", Options({}))
     with pytest.raises(ConfigError, match="other settings"):
         build(TorchvisionSource("FakeData", str(tmp_path), {"train": {"number": 0}}), tmp_path / "out", Options({}))
+
+
+def test_classes_that_are_groups_of_words(tmp_path, monkeypatch):
+    """Of ImageNet: the first word, unless another class has it too; then all of them, and with an id if need be."""
+    from torchvision import datasets
+
+    class FakeData(list):
+        def __init__(self, root):
+            super().__init__([(picture(i), i) for i in range(5)])
+            self.classes = [("tench", "Tinca tinca"), ("crane",), ("crane",), ("maillot",), ("maillot", "tank suit")]
+            self.wnids = ["n01440764", "n02012849", "n03126707", "n03710637", "n03710721"]
+
+    monkeypatch.setattr(datasets, "FakeData", FakeData)
+    source = TorchvisionSource("FakeData", str(tmp_path), {"train": {}})
+    cranes = ("crane (n02012849)", "crane (n03126707)")
+    assert source.classes == ("tench", *cranes, "maillot", "maillot, tank suit")
+    assert [r.label for r in source] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_torchvision_without_names_of_classes(tmp_path, monkeypatch, listed):
+    """Numbers are classes of their own, as those of SVHN; -1 stands for none, as in STL10."""
+    from torchvision import datasets
+
+    class FakeData(list):
+        def __init__(self, root):
+            super().__init__((picture(i), label) for i, label in enumerate((2, 0, -1, 2)))
+            if listed:
+                self.labels = np.asarray([2, 0, -1, 2])
+
+    monkeypatch.setattr(datasets, "FakeData", FakeData)
+    source = TorchvisionSource("FakeData", str(tmp_path), {"train": {}})
+    built = build(source, tmp_path / "out", Options({}))
+    assert (built.manifests["train"].classes, built.counts.samples) == (("0", "1", "2"), 4)
+    assert [r.label for r in source] == [2, 0, None, 2]
+
+
+def test_torchvision_by_the_names_of_another_set(tmp_path, monkeypatch):
+    for name in ("cat/1.png", "dog/2.png", "fox/3.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_bytes(png(len(name)))
+    known = Known(("fox", "cat"), closed=True)
+    source = TorchvisionSource("ImageFolder", str(tmp_path / "in"), {"train": {}}, known)
+    assert (source.classes, [r.label for r in source]) == (("fox", "cat"), [1, None, 0])
+    build(source, tmp_path / "out", Options({}))
+    (reject,) = lines(tmp_path / "out/rejects.jsonl")
+    assert reject["source"] == str(tmp_path / "in/dog/2.png"), "the file is named"
+
+
+def test_a_torchvision_set_without_a_folder(tmp_path):
+    source = TorchvisionSource("FakeData", str(tmp_path), {"train": {"size": 3, "image_size": (3, 8, 8)}})
+    assert len(list(source)) == 3 == source.total
 
 
 def test_torchvision_mistakes(tmp_path):
@@ -245,6 +298,50 @@ def test_torchvision_mistakes(tmp_path):
         TorchvisionSource("MNIST", str(tmp_path), {"train": {}})
     with pytest.raises(ConfigError, match="it takes"):
         TorchvisionSource("MNIST", str(tmp_path), {"train": {"fold": 3}})
+
+
+def test_the_image_may_be_a_member_that_is_not_obvious(tmp_path):
+    content = {"a.input.jpg": encoded(picture(1), "JPEG"), "a.target.jpg": encoded(picture(2), "JPEG"), "b.png": png(3)}
+    _tar(tmp_path / "x.tar", content)
+    first, second = TarsSource([tmp_path / "x.tar"])
+    with pytest.raises(Rejected, match=r"no image, only input.jpg, target.jpg; --image-field input.jpg would take"):
+        first.image.read()
+    assert second.image.read() == png(3)
+    built = build(TarsSource([tmp_path / "x.tar"], image="input.jpg"), tmp_path / "out", Options({}))
+    assert list(built.manifests["train"].fields) == ["image", "target.jpg"]
+    found = members(tmp_path / "out/train")
+    assert found == {"00000/a.jpg": content["a.input.jpg"], "00000/a.target.jpg": content["a.target.jpg"]}
+    assert [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")] == ["no .input.jpg, only png"]
+
+
+def test_two_files_of_one_name_are_not_written(tmp_path):
+    """The image becomes a PNG beside which there is one already."""
+    _tar(
+        tmp_path / "x.tar", {"a.jpg": encoded(picture(1), "JPEG"), "a.png": png(2), "b.jpg": encoded(picture(), "JPEG")}
+    )
+    build(TarsSource([tmp_path / "x.tar"]), tmp_path / "out", Options({}, image=ImageOptions("png")))
+    assert list(members(tmp_path / "out/train")) == ["00000/b.png"]
+    (reject,) = lines(tmp_path / "out/rejects.jsonl")
+    assert reject["reason"] == "two files .png: the image, and another one of the sample"
+
+
+def test_captions_in_the_metadata(tmp_path):
+    def sample(key, table, **more):
+        return {f"{key}.png": png(ord(key)), f"{key}.json": json.dumps(table).encode(), **more}
+
+    content = sample("a", {"text": "from json"}) | sample("b", {"text": ["one", "two"]}, **{"b.txt": b"old"})
+    bad = sample("c", {"other": 1}) | sample("d", {"text": 5}) | {"e.png": png(1)}
+    bad |= sample("f", {"text": ["a", "b"]}, **{"f.1.txt": b"another"})
+    _tar(tmp_path / "x.tar", content | bad)
+    source = TarsSource([tmp_path / "x.tar"], caption="text")
+    build(source, tmp_path / "out", Options({}))
+    found = {k: v for k, v in members(tmp_path / "out/train").items() if k.endswith("txt")}
+    assert found == {"00000/a.txt": b"from json", "00000/b.txt": b"one", "00000/b.1.txt": b"two"} | {
+        "00000/b.original.txt": b"old"
+    }
+    reasons = [r["reason"] for r in lines(tmp_path / "out/rejects.jsonl")]
+    assert reasons == ["no text under 'text' in the metadata"] * 3 + ["two captions .1.txt"]
+    assert "caption" in source.describe() and "caption" not in TarsSource([tmp_path / "x.tar"]).describe()
 
 
 def test_metadata_and_captions_come_along(tmp_path):

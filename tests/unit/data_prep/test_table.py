@@ -115,7 +115,7 @@ def test_a_column_may_decide_the_split(tmp_path, rows):
     write(tmp_path / "t.jsonl", rows)
     source = TableSource([tmp_path / "t.jsonl"], Columns("file", key="person"))
     assert [r.identity for r in source] == ["p0", "p1"] * 3
-    assert all("person" not in r.metadata for r in source)
+    assert [r.metadata["person"] for r in source] == ["p0", "p1"] * 3, "it is kept"
     assert [r.identity for r in TableSource([tmp_path / "t.jsonl"], Columns("file"))] == [r["file"] for r in rows]
 
 
@@ -221,7 +221,7 @@ def test_ragged_csv_and_missing_labels(tmp_path):
     assert reasons == [
         "line 3 has 1 cells, the header 2",
         "line 4 has 3 cells, the header 2",
-        "no label in column 'kind'",
+        "column 'kind': no label",
     ]
 
 

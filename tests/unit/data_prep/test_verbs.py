@@ -99,9 +99,6 @@ def test_merge(tmp_path):
         merge([str(tmp_path / n / "train") for n in "ab"], str(tmp_path / "out"))
     with pytest.raises(DataError, match="key '0000' is in"):
         merge([str(tmp_path / "a/train")] * 2, str(tmp_path / "again"))
-    build(ListSource(inline(3), ("z",)), tmp_path / "c", Options({}))
-    with pytest.raises(DataError, match="other classes"):
-        merge([str(tmp_path / n / "train") for n in "ac"], str(tmp_path / "again"))
     assert not (tmp_path / "again").exists()
 
 
@@ -143,6 +140,47 @@ def test_a_life_on_the_command_line(tmp_path, capsys, monkeypatch):
         run("verify", "one")
     run("index", "one", "--skip")
     assert f"left out: {shard.name}" in capsys.readouterr().out
+
+
+def test_what_a_build_made_is_verified_as_a_whole(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build(labelled(20), tmp_path / "out", Options({"val": 0.3}))
+    counts = {split: load(tmp_path / "out" / split).samples for split in ("train", "val")}
+    run("verify", "out")
+    assert capsys.readouterr().out.splitlines() == [
+        f"out/{split}: 1 shards with {n} samples are whole, 0 decoded" for split, n in counts.items()
+    ]
+    run("stats", "out")
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("samples  ")] == [
+        ["samples", str(n)] for n in counts.values()
+    ]
+    shard = tmp_path / "out/val/val-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"1 of 1 files of out/val are damaged:\n  val-000000\.tar"):
+        run("verify", "out")
+    shard = tmp_path / "out/train/train-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"(?s)files of out/train are damaged.*files of out/val are damaged"):
+        run("verify", "out")
+    with pytest.raises(DataError, match=r"no manifest at nothing/manifest\.json"):
+        run("verify", "nothing")
+    for text in ("{", "[]", '{"splits": 3}'):
+        (tmp_path / "out/build.json").write_text(text)
+        with pytest.raises(DataError, match=r"out/build\.json is damaged"):
+            run("verify", "out")
+
+
+def test_a_contact_sheet_lies_beside_the_shards(tmp_path, monkeypatch):
+    """And nothing in the folder that one happens to be in."""
+    build(labelled(3), tmp_path / "out", Options({}))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run("show", "../out/train")
+    assert not any((tmp_path / "here").iterdir())
+    assert {p.suffix for p in (tmp_path / "out/train").glob("sheet.*")} == {".png", ".html"}
+    run("verify", "../out")
+    run("show", "../out/train", "--out", "mine")
+    assert {p.name for p in (tmp_path / "here").iterdir()} == {"mine.png", "mine.html"}
 
 
 def test_tables_on_the_command_line(tmp_path, monkeypatch):
