@@ -13,14 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pipeline.nn.positions import sincos_2d
-
-
-def init_xavier(module: nn.Module) -> None:
-    """MAE's initial weights: Xavier-uniform for every linear layer, biases zero. For ``nn.Module.apply``."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+from pipeline.nn.start import xavier_linear
 
 
 class Decoder(nn.Module):
@@ -62,7 +55,7 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
         self.norm = norm(dim)
         self.predict = nn.Linear(dim, targets)
-        self.apply(init_xavier)
+        self.apply(xavier_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:

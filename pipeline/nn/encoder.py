@@ -10,6 +10,7 @@ import timm
 from pydantic import Field, model_validator
 from timm.layers import PatchEmbed
 from timm.models._manipulate import group_with_matcher
+from timm.models.naflexvit import NaFlexEmbeds
 from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
@@ -58,7 +59,7 @@ def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed:
         fixed: arguments of ``timm.create_model`` that the objective decides, so that the user may not.
 
     Raises:
-        ConfigError: no such model, or it does not take the arguments.
+        ConfigError: no such model, it does not take the arguments, or it would not see all of such an image.
     """
     name, args = config.encoder, dict(config.encoder_args)
     fixed = {"num_classes": 0, "in_chans": len(config.mean)} | fixed
@@ -77,11 +78,36 @@ def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed:
             f"timm cannot build {name!r} for {image_size[0]}x{image_size[1]} images with encoder_args {args}: "
             f"{error or repr(error)}"
         ) from error
+    _refuse_unseen_edges(backbone, image_size)
     if type(getattr(backbone, "patch_embed", None)) is PatchEmbed:
         backbone.patch_embed.proj = PatchProjection.of(backbone.patch_embed.proj)
     if config.compile:
         compile_blocks(backbone)
     return backbone
+
+
+def _refuse_unseen_edges(backbone: Backbone, image_size: tuple[int, int]) -> None:
+    """Refuse images whose last rows or columns the first convolution never reaches, as where patches do not fit."""
+    stem: Any = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d | NaFlexEmbeds)), None)
+    if isinstance(stem, NaFlexEmbeds):
+        kernel, stride, padding = stem.patch_size, stem.patch_size, (0, 0)
+    elif type(stem) is nn.Conv2d and not getattr(getattr(backbone, "patch_embed", None), "dynamic_img_pad", False):
+        kernel, stride, padding = stem.kernel_size, stem.stride, stem.padding
+    else:  # it pads as the image needs it
+        return
+    seen = [
+        min(size, (size + 2 * p - k) // s * s + k - p)
+        for size, k, s, p in zip(image_size, kernel, stride, padding, strict=True)
+    ]
+    if tuple(seen) == image_size:
+        return
+    larger = [end if end == size else end + s for end, size, s in zip(seen, image_size, stride, strict=True)]
+    fitting = " or ".join(f"{height}x{width}" for height, width in (seen, larger) if height and width)
+    raise ConfigError(
+        f"data.image.size: {image_size[0]}x{image_size[1]} does not fit the encoder's patches of {kernel[0]}x"
+        f"{kernel[1]}; the last {image_size[0] - seen[0]} rows and {image_size[1] - seen[1]} columns would never be "
+        f"seen. Sizes that fit: {fitting}"
+    )
 
 
 def compile_blocks(module: Backbone) -> None:
@@ -129,6 +155,15 @@ class ImageEncoder(nn.Module):
         self.normalize = normalize
         self.backbone = backbone
         self.pool = pool
+
+    def no_weight_decay(self, prefix: str) -> set[str]:
+        """Full names, ``prefix`` before them, of what timm spares from decay: positions, class token and the like."""
+        spared = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else set()
+        return {f"{prefix}backbone.{name}" for name, _ in self.backbone.named_parameters() if name in spared}
+
+    def layers(self, prefix: str) -> tuple[tuple[str, ...], ...]:
+        """Full names, ``prefix`` before them, of its parameters, layer by layer from the input."""
+        return backbone_layers(self.backbone, f"{prefix}backbone.")
 
     @property
     def dim(self) -> int:

@@ -84,12 +84,9 @@ def make_maskable(encoder: Backbone, image_size: tuple[int, int]) -> Geometry:
     else:
         raise ConfigError(f"encoder: {name} has a stem that mixes neighbouring patches, so hidden ones would leak")
     patch = embed.patch_size
-    height, width = image_size
-    if height % patch[0] or width % patch[1]:
-        raise ConfigError(f"data.image.size: {height}x{width} is not a multiple of the patch {patch[0]}x{patch[1]}")
     hook = KeepTokens if issubclass(kind, VisionTransformer) else KeepTokensWithIndices
     encoder.patch_drop = hook(encoder.num_prefix_tokens)
-    return Geometry((patch[0], patch[1]), (height // patch[0], width // patch[1]))
+    return Geometry((patch[0], patch[1]), (image_size[0] // patch[0], image_size[1] // patch[1]))
 
 
 def encode_visible(encoder: Backbone, x: Tensor, keep: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from pipeline.core.errors import ConfigError
+from pipeline.nn.batch_norm import GlobalBatchNorm
 
 
 def projection(
@@ -18,7 +19,7 @@ def projection(
 
     Args:
         widths: of the input, the hidden layers and the output.
-        norm: batch norm before each ReLU (and then no biases).
+        norm: batch norm over all ranks before each ReLU (and then no biases).
         last: batch norm at the end: none; with a scale and no centre (SimCLR); without either (MoCo v3).
     """
     layers: list[nn.Module] = []
@@ -26,11 +27,11 @@ def projection(
         ending = index == len(widths) - 2
         layers.append(nn.Linear(before, after, bias=not norm))
         if norm and not ending:
-            layers.append(nn.BatchNorm1d(after))
+            layers.append(GlobalBatchNorm(nn.BatchNorm1d(after)))
         if not ending:
             layers.append(nn.ReLU())
     if last != "none":
-        layers.append(nn.BatchNorm1d(widths[-1], affine=last == "scaled"))
+        layers.append(GlobalBatchNorm(nn.BatchNorm1d(widths[-1], affine=last == "scaled")))
         if last == "scaled":
             layers[-1].bias.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     return nn.Sequential(*layers)

@@ -26,15 +26,14 @@ from pipeline.core.protocols import (
     StepContext,
     StepOutput,
 )
+from pipeline.nn.construct import construct_encoder
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
-from pipeline.nn.dropout import drop_per_sample, dropping_for
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, backbone_layers, create_backbone, to_weights
-from pipeline.nn.images import Normalize
+from pipeline.nn.dropout import dropping_for
+from pipeline.nn.encoder import EncoderConfig, ImageEncoder, to_weights
 from pipeline.nn.masking import encode_visible, make_maskable
 from pipeline.nn.open_clip import image_tower, text_tower
 from pipeline.nn.pictures import Line, beneath, beside, verdict
 from pipeline.nn.text import TextEncoder, TextPool
-from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -120,12 +119,9 @@ class CLIP(PairwiseObjective):
             "text_length": "int64[B]",
         }
         self.config, self.image_size = config, facts.image_size
-        backbone = create_backbone(config, facts.image_size)
-        drop_per_sample(backbone, "clip")
-        if config.weights:
-            load_encoder(backbone, config.weights)
-        self.patches = make_maskable(backbone, facts.image_size).patches if config.keep_patches < 1 else 0
-        self.image = ImageTower(ImageEncoder(Normalize(config.mean, config.std), backbone, "native"), config.dim)
+        encoder = construct_encoder(config, facts.image_size, "clip", start=None)
+        self.patches = make_maskable(encoder.backbone, facts.image_size).patches if config.keep_patches < 1 else 0
+        self.image = ImageTower(encoder, config.dim)
         self.text = TextEncoder(
             vocab=config.vocab,
             length=config.length,
@@ -139,8 +135,7 @@ class CLIP(PairwiseObjective):
         # One dimension: not decayed, and some engines cannot send a number without any.
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07 if softmax else 10.0)]))
         self.bias = None if softmax else nn.Parameter(torch.tensor([-10.0]))
-        image_layers = backbone_layers(backbone, "image.encoder.backbone.")
-        self._freeze("image.encoder.", image_layers, config.image_layers, "image_layers")
+        self._freeze("image.encoder.", encoder.layers("image.encoder."), config.image_layers, "image_layers")
         self._freeze("text.", self.text.layers("text."), config.text_layers, "text_layers")
         self._tokens_checked = False
 

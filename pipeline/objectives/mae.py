@@ -17,14 +17,14 @@ from torch.nn import functional
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
+from pipeline.nn.construct import construct_encoder
 from pipeline.nn.corruption import Corruption, corrupt
-from pipeline.nn.decoder import Decoder, init_xavier
-from pipeline.nn.dropout import drop_per_sample, dropping_for
-from pipeline.nn.encoder import Backbone, EncoderConfig, ImageEncoder, compile_blocks, create_backbone, to_weights
-from pipeline.nn.images import Normalize, patchify, principal_colors, tile, unpatchify
+from pipeline.nn.decoder import Decoder
+from pipeline.nn.dropout import dropping_for
+from pipeline.nn.encoder import Backbone, EncoderConfig, ImageEncoder, compile_blocks, to_weights
+from pipeline.nn.images import patchify, principal_colors, tile, unpatchify
 from pipeline.nn.masking import Geometry, draw_masks, encode_visible, grid_cell, make_maskable
-from pipeline.nn.positions import sincos_2d
-from pipeline.nn.weights import load_encoder
+from pipeline.nn.start import Start, start_as_mae
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -74,9 +74,8 @@ class MAE(Objective):
         super().__init__()
         self.needs = {"image": f"uint8[B,{len(config.mean)},H,W]"}
         self.config = config
-        self.normalize = Normalize(config.mean, config.std)
-        self.encoder, self.geometry = _maskable(config, facts)
-        drop_per_sample(self.encoder, "mae")
+        encoder, self.geometry = _maskable(config, facts, "mae", start_as_mae)
+        self.normalize, self.encoder = encoder.normalize, encoder.backbone
         self.visible = _visible(config, self.geometry)
         self.teacher = Teacher(config.teacher, facts, self.geometry) if config.teacher is not None else None
         height, width = self.geometry.patch
@@ -92,9 +91,6 @@ class MAE(Objective):
         )
         if config.compile:
             compile_blocks(self.decoder)
-        _init_encoder(self.encoder, self.geometry.grid)
-        if config.weights:
-            load_encoder(self.encoder, config.weights)
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Mean squared error over the hidden patches, or all; "loss_visible" is the same over the visible ones."""
@@ -176,15 +172,13 @@ class Teacher(nn.Module):
 
     def __init__(self, config: EncoderConfig, facts: DataFacts, geometry: Geometry) -> None:
         super().__init__()
-        self.normalize = Normalize(config.mean, config.std)
-        self.encoder, own = _maskable(config, facts)
+        encoder, own = _maskable(config, facts, "mae.teacher", None)
+        self.normalize, self.encoder = encoder.normalize, encoder.backbone
         if own.grid != geometry.grid:
             raise ConfigError(
                 f"objective.teacher: it cuts the image into {own.grid[0]}x{own.grid[1]} patches, the encoder into "
                 f"{geometry.grid[0]}x{geometry.grid[1]}; take a teacher of the same patch size"
             )
-        if config.weights:
-            load_encoder(self.encoder, config.weights)
         self.requires_grad_(False).eval()
 
     @property
@@ -204,13 +198,13 @@ class Teacher(nn.Module):
         return functional.layer_norm(tokens, tokens.shape[-1:])
 
 
-def _maskable(config: EncoderConfig, facts: DataFacts) -> tuple[Backbone, Geometry]:
+def _maskable(config: EncoderConfig, facts: DataFacts, name: str, start: Start | None) -> tuple[ImageEncoder, Geometry]:
     """A token encoder with its norm before any pooling, and how it cuts images."""
     fixed: dict[str, Any] = {"global_pool": ""}
     if timm.models.is_model_in_modules(config.encoder.split(".")[0], ["naflexvit"]):
         fixed["fc_norm"] = False  # it keeps the norm of its default pooling, whatever pooling it is given
-    encoder = create_backbone(config, facts.image_size, **fixed)
-    return encoder, make_maskable(encoder, facts.image_size)
+    encoder = construct_encoder(config, facts.image_size, name, start=start, **fixed)
+    return encoder, make_maskable(encoder.backbone, facts.image_size)
 
 
 def _visible(config: Config, geometry: Geometry) -> int:
@@ -235,22 +229,3 @@ def _visible(config: Config, geometry: Geometry) -> int:
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each patch, float32[B,N,1] each; unbiased variance, 1e-6 inside the root."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-
-
-def _init_encoder(encoder: nn.Module, grid: tuple[int, int]) -> None:
-    """MAE's initial weights: Xavier for linear layers and the patch embedding, 0.02 for tokens, fixed positions."""
-    encoder.apply(init_xavier)
-    for name, parameter in encoder.named_parameters():
-        if name.endswith(("cls_token", "reg_token")):
-            nn.init.normal_(parameter, std=0.02)
-        elif name.endswith(("patch_embed.proj.weight", "embeds.proj.weight")):
-            nn.init.xavier_uniform_(parameter.data.view(len(parameter), -1))
-        elif name == "pos_embed":
-            prefix = parameter.shape[1] - grid[0] * grid[1]
-            table = sincos_2d(parameter.shape[-1], grid)
-            parameter.data = torch.cat([torch.zeros(prefix, parameter.shape[-1]), table])[None]
-            parameter.requires_grad_(False)
-        elif name == "embeds.pos_embed":
-            rows, columns, dim = parameter.shape[1:]
-            parameter.data = sincos_2d(dim, (rows, columns)).view(1, rows, columns, dim)
-            parameter.requires_grad_(False)

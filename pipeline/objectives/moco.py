@@ -30,14 +30,13 @@ from pipeline.core.protocols import (
 )
 from pipeline.dist.collectives import all_gather, rank_and_world
 from pipeline.nn.augment import Colour, augment
-from pipeline.nn.batch_norm import average_statistics, frozen_statistics, synchronise
+from pipeline.nn.batch_norm import average_statistics, frozen_statistics
+from pipeline.nn.construct import construct_encoder
 from pipeline.nn.contrastive import in_batch_nce, queue_nce
-from pipeline.nn.dropout import drop_per_sample, dropping_for
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
-from pipeline.nn.images import Normalize
+from pipeline.nn.dropout import dropping_for
+from pipeline.nn.encoder import EncoderConfig
 from pipeline.nn.pictures import Match, pairs
-from pipeline.nn.projection import projection, small_stem
-from pipeline.nn.weights import load_encoder
+from pipeline.nn.projection import projection
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -94,25 +93,25 @@ class MoCo(PairwiseObjective):
         spec = f"uint8[B,{len(config.mean)},H,W]"
         self.needs = {"image": spec, "image2": spec}
         self.config = config
-        backbone = create_backbone(config, facts.image_size)
-        drop_per_sample(backbone, "moco")
-        if config.small_stem:
-            small_stem(backbone, len(config.mean))
-        if config.weights:
-            load_encoder(backbone, config.weights)
+        modern = config.version == 3
+        self.encoder = construct_encoder(
+            config,
+            facts.image_size,
+            "moco",
+            start=None,
+            stem_of_small_images=config.small_stem,
+            norm_over_ranks=modern,
+        )
         if config.freeze_patches:
-            backbone.patch_embed.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
-        self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
+            self.encoder.backbone.patch_embed.requires_grad_(False)
         hidden = config.hidden or self.encoder.dim
         widths = [self.encoder.dim, *[hidden] * (config.layers - 1), config.dim]
-        modern = config.version == 3
         self.head = projection(widths, norm=modern, last="plain" if modern else "none")
         self.momentum = nn.ModuleDict({"encoder": copy.deepcopy(self.encoder), "head": copy.deepcopy(self.head)})
         self.momentum.requires_grad_(False)
         self.predictor = None
         if modern:
             self.predictor = projection([config.dim, hidden, config.dim], norm=True, last="plain")
-            synchronise(self)
         else:
             self.register_buffer("queue", functional.normalize(torch.randn(config.queue, config.dim), dim=1))
             self.register_buffer("filled", torch.zeros(1, dtype=torch.int64))
@@ -219,8 +218,7 @@ class MoCo(PairwiseObjective):
 
     def no_weight_decay(self) -> set[str]:
         """What timm names for the backbone: positions and class token."""
-        named = self.encoder.backbone.no_weight_decay() if hasattr(self.encoder.backbone, "no_weight_decay") else set()
-        return {f"encoder.backbone.{name}" for name, _ in self.encoder.backbone.named_parameters() if name in named}
+        return self.encoder.no_weight_decay("encoder.")
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """The query's and the key's view of each image, and the key of another that is most like the query."""

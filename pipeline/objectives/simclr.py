@@ -22,14 +22,13 @@ from pipeline.core.protocols import (
     StepOutput,
 )
 from pipeline.nn.augment import Colour, augment
-from pipeline.nn.batch_norm import frozen_statistics, synchronise
+from pipeline.nn.batch_norm import frozen_statistics
+from pipeline.nn.construct import construct_encoder
 from pipeline.nn.contrastive import nt_xent
-from pipeline.nn.dropout import drop_per_sample, dropping_for
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
-from pipeline.nn.images import Normalize
+from pipeline.nn.dropout import dropping_for
+from pipeline.nn.encoder import EncoderConfig
 from pipeline.nn.pictures import Match, pairs
-from pipeline.nn.projection import projection, small_stem
-from pipeline.nn.weights import load_encoder
+from pipeline.nn.projection import projection
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -61,17 +60,12 @@ class SimCLR(PairwiseObjective):
         spec = f"uint8[B,{len(config.mean)},H,W]"
         self.needs = {"image": spec, "image2": spec}
         self.config = config
-        backbone = create_backbone(config, facts.image_size)
-        drop_per_sample(backbone, "simclr")
-        if config.small_stem:
-            small_stem(backbone, len(config.mean))
-        if config.weights:
-            load_encoder(backbone, config.weights)
-        self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
+        self.encoder = construct_encoder(
+            config, facts.image_size, "simclr", start=None, stem_of_small_images=config.small_stem
+        )
         hidden = config.hidden or self.encoder.dim
         widths = [self.encoder.dim, *[hidden] * (config.layers - 1), config.dim]
         self.head = projection(widths, norm=True, last="scaled")
-        synchronise(self)
 
     def views(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Both views of all samples, float32[2B,C,H,W] from 0 to 1, first views first."""

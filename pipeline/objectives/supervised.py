@@ -15,12 +15,12 @@ from torch.nn import functional
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.batch_norm import GlobalBatchNorm
-from pipeline.nn.dropout import drop_per_sample, dropping_for
-from pipeline.nn.encoder import EncoderConfig, ImageClassifier, ImageEncoder, backbone_layers, create_backbone
-from pipeline.nn.images import Normalize, tile
+from pipeline.nn.construct import construct_encoder
+from pipeline.nn.dropout import dropping_for
+from pipeline.nn.encoder import EncoderConfig, ImageClassifier
+from pipeline.nn.images import tile
 from pipeline.nn.mixing import Mixing, mix
 from pipeline.nn.randaugment import RandAugment, rand_augment
-from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -62,11 +62,7 @@ class Supervised(Objective):
         self.needs = {"image": f"uint8[B,{len(config.mean)},H,W]", "label": "int64[B]"}
         self.config = config
         self.classes = facts.classes
-        backbone = create_backbone(config, facts.image_size)
-        drop_per_sample(backbone, "supervised")
-        if config.weights:
-            load_encoder(backbone, config.weights)
-        self.encoder = ImageEncoder(Normalize(config.mean, config.std), backbone, "native")
+        self.encoder = construct_encoder(config, facts.image_size, "supervised", start=None)
         self.norm = nn.Identity()
         if config.freeze:
             self.encoder.requires_grad_(False)
@@ -134,12 +130,11 @@ class Supervised(Objective):
 
     def no_weight_decay(self) -> set[str]:
         """What timm names for the backbone: positions and class token."""
-        named = self.encoder.backbone.no_weight_decay() if hasattr(self.encoder.backbone, "no_weight_decay") else set()
-        return {f"encoder.backbone.{name}" for name, _ in self.encoder.backbone.named_parameters() if name in named}
+        return self.encoder.no_weight_decay("encoder.")
 
     def layers(self) -> Sequence[Sequence[str]]:
         """Stem and blocks, as timm groups them; the classifier and a norm after pooling come after the last."""
-        return backbone_layers(self.encoder.backbone, "encoder.backbone.")
+        return self.encoder.layers("encoder.")
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """A row of images, and under them what they are and what they are taken for."""

@@ -18,6 +18,7 @@ from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext
 from pipeline.dist.group import process_group
 from pipeline.engine import optimizers
 from pipeline.engine.accumulate import accumulate
+from pipeline.nn.batch_norm import GlobalBatchNorm
 from pipeline.nn.pictures import RIGHT
 from pipeline.objectives.clip import CLIP, Config, _finds
 from tests.contracts.test_gradients import ENGINES, Plan, descent
@@ -114,7 +115,7 @@ def trained(model: CLIP, tower: str) -> set[str]:
 def test_frozen_towers_and_their_last_layers():
     lit = build(image_layers=0, encoder="resnet18", encoder_args={"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]})
     assert trained(lit, "image.") == {"image.projection.weight"}
-    norms = [m for m in lit.image.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    norms = [m for m in lit.image.modules() if isinstance(m, GlobalBatchNorm)]
     assert norms and lit.training and not any(m.training for m in norms)
     last = trained(build(image_layers=1), "image.encoder.")
     assert {n.split(".")[4] for n in last if ".blocks." in n} == {"1"} and not any("patch_embed" in n for n in last)
