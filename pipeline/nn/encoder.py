@@ -4,7 +4,7 @@ Weights are drawn from torch's global generator when a backbone is built. Whoeve
 generator first, with the same seed on every rank; nothing here depends on the rank.
 """
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 import timm
 from pydantic import Field, model_validator
@@ -89,10 +89,14 @@ def create_backbone(config: EncoderConfig, image_size: tuple[int, int], **fixed:
 def _refuse_unseen_edges(backbone: Backbone, image_size: tuple[int, int]) -> None:
     """Refuse images whose last rows or columns the first convolution never reaches, as where patches do not fit."""
     stem: Any = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d | NaFlexEmbeds)), None)
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
     if isinstance(stem, NaFlexEmbeds):
-        kernel, stride, padding = stem.patch_size, stem.patch_size, (0, 0)
+        kernel = stride = cast(Any, stem).patch_size
+        padding = (0, 0)
     elif type(stem) is nn.Conv2d and not getattr(getattr(backbone, "patch_embed", None), "dynamic_img_pad", False):
-        kernel, stride, padding = stem.kernel_size, stem.stride, stem.padding
+        kernel, stride, padding = cast(Any, (stem.kernel_size, stem.stride, stem.padding))
     else:  # it pads as the image needs it
         return
     seen = [
