@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 # Files side by side in two processes, each on one thread.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations 25
 
-.PHONY: help venv demo test test-all test-gpu lint bench faults parity clean
+.PHONY: help venv demo test test-all test-gpu lint bench figures faults parity clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -33,6 +33,9 @@ lint: $(READY)  ## style, types, layers and sizes, as the tests check them
 bench: $(READY)  ## benchmarks: ratios against a peer measured in the same run
 	set -e; for file in $$(grep -l '__main__' tests/perf/*.py); do \
 	  module=tests.perf.$$(basename $$file .py); echo "== $$module"; $(BIN)/python -m $$module; done
+
+figures: $(READY)  ## tables of the READMEs from the records of what was measured
+	$(BIN)/python -m tests.figures
 
 faults: $(READY)  ## the fault matrix: what was done to runs, how they ended, seconds until they trained again
 	@mkdir -p build; rm -f build/faults.jsonl
