@@ -352,6 +352,24 @@ class RunConfig(Strict):
         return self
 
 
+class Training(Strict):
+    """A training inside an evaluation, as a part of that one's settings."""
+
+    length: Duration
+    global_batch: Positive = 256
+    """Samples per update, over all ranks."""
+    micro_batch: Positive = 256
+    """Samples per rank and forward."""
+    optimizer: Optimizer
+    schedule: Component = Component(name="cosine")
+    precision: Literal["bf16", "fp32"] = "fp32"
+    fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image", "label")
+    image: Image = Image()
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes per rank; 0 reads in the rank itself."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
 class SuiteConfig(Strict):
     """A suite of evaluations, run on any checkpoint whose encoders fit."""
 

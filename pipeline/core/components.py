@@ -5,6 +5,10 @@ Importing a component imports torch, so this is done where the run will be, and 
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from typing import Any, cast
+
 from pydantic import BaseModel
 
 from pipeline.config.mistakes import Mistakes, Path, path_text, validate
@@ -44,17 +48,36 @@ def check_run(config: RunConfig, title: str) -> None:
     check_component(OBJECTIVES, config.objective, title, ("objective",))
 
 
-def check_suite(config: SuiteConfig, title: str) -> None:
-    """Check the settings of all evaluations of a suite.
+def check_suite(config: SuiteConfig, title: str) -> list[BaseModel]:
+    """The settings of all evaluations of a suite, held against its streams and fields.
 
     Raises:
         Mistakes: with those of all components.
     """
     problems: list[str] = []
+    settings: list[BaseModel] = []
     for place, component in enumerate(config.evals):
         try:
-            check_component(EVALS, component, title, ("evals", place))
+            settings.append(check_component(EVALS, component, title, ("evals", place)))
         except Mistakes as mistakes:
             problems += mistakes.problems
+        else:
+            where = path_text(("evals", place))
+            problems += [where + problem for problem in _stream_problems(config, component, settings[-1])]
     if problems:
         raise Mistakes(title, problems)
+    return settings
+
+
+def _stream_problems(config: SuiteConfig, component: Component, settings: BaseModel) -> Iterator[str]:
+    """What an evaluation looks at and the suite has not got."""
+    interface = importlib.import_module("pipeline.core.evaluation").Evaluation  # torch is here with the component
+    make = registry.component(EVALS, component.name, cast("type[Any]", interface))
+    for name, fields in make(settings).uses().streams.items():
+        if name not in config.streams:
+            yield f"{component.name} looks at the stream {name!r}, and the suite has none; " + registry.suggest(
+                name, sorted(config.streams)
+            )
+        for field in fields:
+            if field not in config.fields:
+                yield f'{component.name} needs the field "{field}" of stream {name!r}; add it to the suite\'s fields'

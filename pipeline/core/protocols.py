@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 from torch import Tensor, nn
@@ -224,44 +224,3 @@ class Stream(Protocol):
     def close(self) -> None:
         """Stop workers and release files."""
         ...
-
-
-class Result(NamedTuple):
-    """One number of an evaluation."""
-
-    name: str
-    """Metric, e.g. "knn/top1"."""
-    value: float
-    n: int
-    """Samples that it was measured on."""
-    split: str
-    stderr: float | None = None
-    """Standard error of ``value``; None where none is known."""
-    better: Literal["higher", "lower"] | None = "higher"
-    """Which way is good, for marking the best model; None where neither is."""
-
-
-class EvalStream(Protocol):
-    """Every sample of a manifest once, in order, shared out over the ranks without padding."""
-
-    classes: tuple[str, ...]
-    samples: int
-
-    def __iter__(self) -> Iterator[Batch]:
-        """This rank's batches; the last one may be smaller."""
-        ...
-
-    def tokens(self, texts: Sequence[str]) -> Batch:
-        """Fields "text" and "text_length" of any texts; ConfigError where the stream has no field "text"."""
-        ...
-
-
-class Evaluation(ABC):
-    """One protocol: ``evals/NAME.py`` holds a docstring naming the source, ``Config`` and the class."""
-
-    needs: Sequence[str] = ("image",)
-    """Encoders that it uses."""
-
-    @abstractmethod
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterable[Result]:
-        """Yield results, the same on every rank. Encoders are in eval mode; no gradient is recorded around it."""

@@ -114,12 +114,15 @@ class Assembler:
         data: fields, geometry, captions, cache and budget.
         seed: seed of the run.
         reading: which samples.
+        tokenizer: of texts, as its file; None: the data set's, or the one that ``data.captions`` names.
 
     Raises:
         ConfigError: see :func:`check_fields` and :class:`TextDecoder`.
     """
 
-    def __init__(self, manifest: Manifest, data: Data, seed: int, reading: ReadingPlan) -> None:
+    def __init__(
+        self, manifest: Manifest, data: Data, seed: int, reading: ReadingPlan, tokenizer: bytes | None = None
+    ) -> None:
         check_fields(manifest, data)
         self.reading = reading
         self.samples = manifest.samples
@@ -141,7 +144,7 @@ class Assembler:
         if "label" in data.fields:
             self.columns["label"] = Column("int64", ())
         if "text" in data.fields:
-            self.text = TextDecoder(data.captions, read_tokenizer(manifest, data.captions), seed)
+            self.text = TextDecoder(data.captions, tokenizer or read_tokenizer(manifest, data.captions), seed)
             captions = list(data.captions.fields)
             self.columns |= {"text": Column("int64", (data.captions.length,)), "text_length": Column("int64", ())}
         budget = data.read_mb * 10**6 // len(parts)

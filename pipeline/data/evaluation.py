@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-import torch
-
 from pipeline.config.schema import Captions, Data, Image
-from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import load
 from pipeline.core.protocols import Batch
 from pipeline.data.access import check_shard
@@ -43,19 +39,6 @@ class OrderedStream:
         for made in self._workers.batches(0) if self._workers else assemble_here(self._assembler, 0):
             yield made.batch
 
-    def tokens(self, texts: Sequence[str]) -> Batch:
-        """Any texts as the field "text" would be: "text", int64[N,L], and "text_length", int64[N].
-
-        Raises:
-            ConfigError: the stream has no field "text", so no tokenizer.
-        """
-        decoder = self._assembler.text
-        if decoder is None:
-            raise ConfigError('this evaluation needs texts; add "text" to the suite\'s fields')
-        rows = [decoder.decode(memoryview(text.encode())) for text in texts]
-        length = torch.tensor([tokens.length for tokens in rows])
-        return {"text": torch.from_numpy(np.stack([tokens.row for tokens in rows])), "text_length": length}
-
     @property
     def tokenizer(self) -> str | None:
         """Hash of the tokenizer; None without the field "text"."""
@@ -78,6 +61,7 @@ def open_eval(
     rank: int,
     world: int,
     captions: Captions | None = None,
+    tokenizer: bytes | None = None,
 ) -> OrderedStream:
     """The stream of one rank: samples [rank, rank + 1) * N / world.
 
@@ -89,7 +73,8 @@ def open_eval(
         workers: loader processes; they start with the first batch. 0: none.
         rank: this rank.
         world: number of ranks.
-        captions: for the field "text"; left out: the data set's captions and tokenizer.
+        captions: for the field "text"; left out: the data set's.
+        tokenizer: of the field "text", as its file; left out: the data set's, or the one that ``captions`` names.
 
     Raises:
         ConfigError: an unknown field.
@@ -100,7 +85,7 @@ def open_eval(
         check_shard(manifest, shard)
     reading = EvalReading(rank * manifest.samples // world, (rank + 1) * manifest.samples // world, batch)
     data = Data(train=os.fspath(folder), fields=tuple(fields), image=image, captions=captions or Captions())
-    assembler = Assembler(manifest, data, 0, reading)
+    assembler = Assembler(manifest, data, 0, reading, tokenizer)
     return OrderedStream(
         assembler,
         classes=manifest.classes,

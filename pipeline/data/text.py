@@ -131,6 +131,16 @@ class TextDecoder:
         row[: len(tokens)] = tokens
         return Tokens(row, len(tokens), len(words) > room)
 
+    def tokens(self, texts: Sequence[str]) -> Batch:
+        """Any texts as fields: "text", int64[N,L], and "text_length", int64[N].
+
+        Raises:
+            EmptyText: one is nothing but white space.
+        """
+        rows = [self.decode(memoryview(text.encode())) for text in texts]
+        length = torch.tensor([tokens.length for tokens in rows])
+        return {"text": torch.from_numpy(np.stack([tokens.row for tokens in rows])), "text_length": length}
+
     def words(self, batch: Batch) -> list[str]:
         """The texts of a batch, "text" and "text_length", as far as their tokens tell; without special tokens."""
         rows = zip(batch["text"].tolist(), batch["text_length"].tolist(), strict=True)

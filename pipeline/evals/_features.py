@@ -1,96 +1,74 @@
 """Features of every sample of a stream, on every rank, in the order of the manifest: what probes are fed with."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.protocols import EvalStream
-from pipeline.core.registry import suggest
+from pipeline.core.errors import DataError
+from pipeline.core.evaluation import EvalStream, Features
+from pipeline.core.protocols import Batch
 from pipeline.dist.gather import gather_ragged
-from pipeline.dist.group import gather_rows
+from pipeline.dist.group import gather_objects
+
+DIGEST = "_digest"
+"""Ends the name of a field of which only a digest is kept."""
 
 
-class Features(NamedTuple):
-    """N samples, the same on every rank; kept in main memory."""
-
-    x: Tensor
-    """float32[N,D]."""
-    label: Tensor
-    """int64[N]."""
-    classes: int
-
-
-T = TypeVar("T")
-
-_remembered: ContextVar[dict[Hashable, Any] | None] = ContextVar("remembered", default=None)
-
-
-@contextmanager
-def remembering() -> Iterator[None]:
-    """Inside, what several evaluations need is made once, features and samples: models must not change meanwhile."""
-    token = _remembered.set({})
-    try:
-        yield
-    finally:
-        _remembered.reset(token)
-
-
-def remembered(key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make`` gives, or gave before under the same ``key``."""
-    known = _remembered.get()
-    if known is None:
-        return make()
-    if key not in known:
-        known[key] = make()
-    return known[key]
-
-
-def named_stream(streams: Mapping[str, EvalStream], name: str, setting: str) -> EvalStream:
-    """The stream that a setting of an evaluation names.
-
-    Raises:
-        ConfigError: the suite has no stream of that name.
-    """
-    if name not in streams:
-        raise ConfigError(f"{setting} = {name!r}: the suite has no such stream; {suggest(name, sorted(streams))}")
-    return streams[name]
-
-
-def extract(encoder: nn.Module, stream: EvalStream) -> Features:
+def extract(encoder: nn.Module, stream: EvalStream, fields: Sequence[str]) -> Features:
     """Run the encoder over a stream. All ranks call this together; each encodes its own share.
 
+    Args:
+        encoder: maps "image", uint8[B,C,H,W], to float[B,D].
+        stream: of images.
+        fields: see :meth:`pipeline.core.evaluation.EvalContext.features`.
+
     Raises:
-        DataError: no labels, or the ranks' shares do not make up the stream exactly.
+        DataError: a field is not there, or the ranks' shares do not make up the stream exactly.
     """
-    return remembered((encoder, stream), lambda: _extract(encoder, stream))
-
-
-def _extract(encoder: nn.Module, stream: EvalStream) -> Features:
     device = next(encoder.parameters()).device
-    ids, x, label = [], [], []
+    parts: list[tuple[Tensor, ...]] = []
     for batch in stream:
-        if "label" not in batch:
-            raise DataError("this evaluation needs labels, but the stream's batches have none; rebuild with labels")
-        x.append(encoder(batch["image"].to(device, non_blocking=True)).float().cpu())
-        ids.append(batch["id"].cpu())
-        label.append(batch["label"].cpu())
-    # A rank that has no sample, because there are more ranks than samples, learns the features' width from the others.
-    width = int(gather_rows(torch.tensor([x[0].shape[1] if x else 0])).max())
-    all_x = gather_ragged(torch.cat([torch.empty(0, width), *x]))
-    all_ids, all_label = (gather_ragged(torch.cat([torch.empty(0, dtype=torch.int64), *rows])) for rows in (ids, label))
-    order = all_ids.argsort()
-    expected = torch.arange(stream.samples)
-    if len(order) != stream.samples or not torch.equal(all_ids[order], expected):
-        raise DataError(f"the ranks' shares hold {len(order)} samples, not each of {stream.samples} once")
-    labels = all_label[order]
-    if labels.min() < 0 or labels.max() >= len(stream.classes):
+        x = encoder(batch["image"].to(device, non_blocking=True)).float().cpu()
+        parts.append((x, batch["id"].cpu(), *(_field(batch, name) for name in fields)))
+    # A rank that has no sample, because there are more ranks than samples, learns the shapes from the others.
+    own = [(part.shape[1:], part.dtype) for part in parts[0]] if parts else None
+    shapes = next(known for known in gather_objects(own) if known is not None)
+    empty = tuple(torch.empty(0, *shape, dtype=dtype) for shape, dtype in shapes)
+    x, ids, *kept = (gather_ragged(torch.cat(column)) for column in zip(empty, *parts, strict=True))
+    order = ids.argsort()
+    if not torch.equal(ids[order], torch.arange(stream.samples)):
+        raise DataError(f"the ranks' shares hold {len(ids)} samples, not each of {stream.samples} once")
+    found = Features(x[order], {n: v[order] for n, v in zip(fields, kept, strict=True)}, stream.classes)
+    if "label" in fields:
+        _check_labels(found)
+    return found
+
+
+def _field(batch: Batch, name: str) -> Tensor:
+    """A field of a batch, or the digest of one."""
+    field = name.removesuffix(DIGEST)
+    if field not in batch:
+        kind = {"label": "labels", "text": "texts", "text_length": "texts"}.get(field, f"the field {field!r}")
         raise DataError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, but the manifest names "
-            f"{len(stream.classes)} classes; rebuild the shards or mend the manifest's classes"
+            f"this evaluation needs {kind}, but the stream's batches have none; "
+            f'add "{field.removesuffix("_length")}" to the suite\'s fields, or rebuild the shards with it'
         )
-    return Features(all_x[order], labels, len(stream.classes))
+    value = batch[field].cpu()
+    if not name.endswith(DIGEST):
+        return value
+    rows = [hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=16).digest() for row in value]
+    return torch.from_numpy(np.frombuffer(b"".join(rows), np.int64).reshape(-1, 2).copy())
+
+
+def _check_labels(found: Features) -> None:
+    label = found.label
+    if label.min() < 0 or label.max() >= len(found.classes):
+        raise DataError(
+            f"labels run from {int(label.min())} to {int(label.max())}, but the manifest names "
+            f"{len(found.classes)} classes; rebuild the shards or mend the manifest's classes"
+        )

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import DataError
-from pipeline.core.protocols import Result
-from pipeline.evals._features import Features
+from pipeline.core.evaluation import Features, Number, Uses
 
 HELD_OUT = 10
 """One in so many training samples chooses the strength."""
@@ -36,6 +35,10 @@ class ProbeConfig(Strict):
     """Strengths to choose from: the factor of half the squared weights beside the mean cross-entropy."""
     max_iterations: Annotated[int, Field(ge=1)] = 200
 
+    def uses(self) -> Uses:
+        """Both streams, with their labels."""
+        return Uses({name: ("image", "label") for name in (self.train, self.test)})
+
 
 class Probe:
     """Fits and measures; names of results begin with ``name``."""
@@ -43,24 +46,25 @@ class Probe:
     def __init__(self, config: ProbeConfig, name: str) -> None:
         self.config, self.name = config, name
 
-    def probe(self, train: Features, test: Features) -> list[Result]:
+    def probe(self, train: Features, test: Features) -> list[Number]:
         """Choose the strength, fit on all of ``train`` and measure on ``test``."""
         grid = sorted(self.config.l2, reverse=True)
         l2 = grid[0] if len(grid) == 1 else self._choose(train, grid)
         mean, std = _statistics(train.x)
         model, converged = self._fit(None, (train.x - mean) / std, train.label, l2)
-        scores = _scores(model, (test.x - mean) / std, train.classes)
-        best = scores.topk(min(5, train.classes), dim=1).indices == test.label[:, None]
+        classes = len(train.classes)
+        scores = _scores(model, (test.x - mean) / std, classes)
+        best = scores.topk(min(5, classes), dim=1).indices == test.label[:, None]
         n = len(test.x)
         results = []
         for name, k in (("top1", 1), ("top5", 5)):
-            if k <= train.classes:
+            if k <= classes:
                 p = int(best[:, :k].sum()) / n
-                results.append(Result(f"{self.name}/{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n)))
+                results.append(Number(f"{self.name}/{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n)))
         edge = len(grid) > 1 and l2 in (grid[0], grid[-1])
         facts = {"l2": l2, "l2_at_edge": float(edge), "converged": float(converged)}
         return results + [
-            Result(f"{self.name}/{name}", value, len(train.x), self.config.train, better=None)
+            Number(f"{self.name}/{name}", value, len(train.x), self.config.train, better=None)
             for name, value in facts.items()
         ]
 
@@ -73,7 +77,7 @@ class Probe:
         model, best, chosen = None, -1, grid[0]
         for l2 in grid:  # from the strongest, each starting where the last one ended
             model, _ = self._fit(model, x, train.label[rest], l2)
-            hits = int((_scores(model, held_x, train.classes).argmax(dim=1) == train.label[held]).sum())
+            hits = int((_scores(model, held_x, len(train.classes)).argmax(dim=1) == train.label[held]).sum())
             if hits > best:
                 best, chosen = hits, l2
         return chosen

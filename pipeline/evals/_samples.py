@@ -1,7 +1,10 @@
 """Images made for evaluations, each on one rank; what is made does not depend on the number of ranks or the batch."""
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, NamedTuple
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -10,11 +13,9 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, NonFiniteError
-from pipeline.core.protocols import EvalStream
+from pipeline.core.evaluation import EvalContext, EvalStream, Evaluation, Maker, Uses
+from pipeline.core.protocols import Batch
 from pipeline.dist.group import gather_objects
-from pipeline.evals._features import named_stream, remembered
-from pipeline.nn.conditioning import Prompt, Text
-from pipeline.nn.diffusion.model import Generator, SamplerConfig, to_pixels
 
 
 class SamplesConfig(Strict):
@@ -24,9 +25,9 @@ class SamplesConfig(Strict):
     batch: Annotated[int, Field(ge=1)] = 256
     """On each rank."""
     seed: Annotated[int, Field(ge=0)] = 0
-    sampler: SamplerConfig | None = None
-    """Left out: that of the training run's showcase."""
-    texts: str = "train"
+    sampler: dict[str, Any] = Field(default_factory=dict)
+    """How, in the model's own words; left out: as in the training run's showcase."""
+    texts: Annotated[str, Field(min_length=1)] | None = None
     """Stream whose texts are asked for, of a model that is told texts; others are asked for all classes in turn."""
 
 
@@ -39,11 +40,48 @@ class Made(NamedTuple):
     """int64[B], the class that was asked for, where the model knows any."""
 
 
-def generator_of(encoders: Mapping[str, nn.Module]) -> Generator:
+class OfSamples(Evaluation):
+    """What evaluations of made images share. They judge them by encoders of another run."""
+
+    judges: Sequence[str] = ()
+
+    def __init__(self, config: SamplesConfig) -> None:
+        self.config = config
+
+    def uses(self) -> Uses:
+        """The generator and its judges, and the texts that are asked for."""
+        texts = {self.config.texts: ("text",)} if self.config.texts is not None else {}
+        return Uses(texts, ("generator", *self.judges))
+
+    def check(self, ctx: EvalContext) -> None:
+        """Samplers and texts must fit the model."""
+        maker = maker_of(ctx)
+        maker.settings(self.config.sampler)
+        if maker.told == "text":
+            name, samples = self.config.texts, self.config.samples
+            if name is None:
+                raise ConfigError('the model is told texts: name the stream whose texts are asked for, texts = "train"')
+            if samples > ctx.streams[name].samples:
+                raise ConfigError(
+                    f"samples = {samples}: stream {name!r} has {ctx.streams[name].samples} texts to ask for; make fewer"
+                )
+
+    def made(self, ctx: EvalContext) -> list[Made]:
+        """This rank's images, all classes or texts in turn; made once for all evaluations that ask for the same.
+
+        All ranks call it together: they may have different numbers of batches, and meet once at the end.
+
+        Raises:
+            NonFiniteError: on every rank, if a sample of any is not finite.
+        """
+        own = self.config
+        key = ("made", own.samples, own.seed, json.dumps(own.sampler, sort_keys=True), own.texts)
+        return ctx.once(key, lambda: _make(maker_of(ctx), own, ctx.streams))
+
+
+def maker_of(ctx: EvalContext) -> Maker:
     """What makes images."""
-    generator = encoders["generator"]
-    assert isinstance(generator, Generator), type(generator)
-    return generator
+    return cast("Maker", ctx.encoders["generator"])
 
 
 def chosen(ids: Tensor, size: int, wanted: int) -> Tensor:
@@ -51,56 +89,39 @@ def chosen(ids: Tensor, size: int, wanted: int) -> Tensor:
     return (ids + 1) * wanted // size > ids * wanted // size
 
 
-def make(generator: Generator, config: SamplesConfig, streams: Mapping[str, EvalStream]) -> list[Made]:
-    """This rank's images, all classes or texts in turn; made once for all evaluations that ask for the same.
-
-    All ranks call it together: they may have different numbers of batches, and meet once at the end.
-
-    Raises:
-        ConfigError: the stream of texts is unknown, or has not as many.
-        NonFiniteError: on every rank, if a sample of any is not finite.
-    """
-    key = (generator, config.samples, config.seed, config.sampler, config.texts)
-    return remembered(key, lambda: _make(generator, config, streams))
-
-
-def _make(generator: Generator, config: SamplesConfig, streams: Mapping[str, EvalStream]) -> list[Made]:
-    asked = _classes(generator, config) if generator.denoiser.reader is None else _texts(config, streams)
-    device = next(generator.parameters()).device
-    made, problem = [], None
+def _make(maker: Maker, config: SamplesConfig, streams: Mapping[str, EvalStream]) -> list[Made]:
+    settings = maker.settings(config.sampler)
+    if maker.told == "text":
+        assert config.texts is not None
+        asked = _texts(config.samples, config.batch, streams[config.texts])
+    else:
+        asked = _classes(maker, config)
+    device = next(cast("nn.Module", maker).parameters()).device
+    made: list[Made] = []
+    problem = None
     for ids, prompt in asked:
-        if isinstance(prompt, Text):
-            there: Prompt | None = Text(prompt.token.to(device), prompt.length.to(device))
-        else:
-            there = prompt if prompt is None else prompt.to(device)
+        there = {name: value.to(device) for name, value in prompt.items()}
         try:
-            x = generator.sample(ids.to(device), there, config.seed, config.sampler)
+            image = maker.make(ids.to(device), there, config.seed, settings)
         except NonFiniteError as error:  # the other ranks would wait for this one
             problem = str(error)
             break
-        made.append(Made(to_pixels(x).cpu(), prompt if isinstance(prompt, Tensor) else None))
+        made.append(Made(image.cpu(), prompt.get("label")))
     problems = [p for p in gather_objects(problem) if p is not None]
     if problems:
         raise NonFiniteError(problems[0])
     return made
 
 
-def _classes(generator: Generator, config: SamplesConfig) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _classes(maker: Maker, config: SamplesConfig) -> Iterator[tuple[Tensor, Batch]]:
     mine = torch.arange(dist.get_rank(), config.samples, dist.get_world_size())
     for ids in mine.split(config.batch) if len(mine) else ():  # an empty tensor splits into one empty part
-        yield ids, ids % generator.classes if generator.classes else None
+        yield ids, {"label": ids % maker.classes} if maker.classes else {}
 
 
-def _texts(config: SamplesConfig, streams: Mapping[str, EvalStream]) -> Iterator[tuple[Tensor, Text]]:
-    stream = named_stream(streams, config.texts, "texts")
-    if config.samples > stream.samples:
-        raise ConfigError(
-            f"samples = {config.samples}: stream {config.texts!r} has {stream.samples} texts to ask for; make fewer"
-        )
+def _texts(samples: int, batch_size: int, stream: EvalStream) -> Iterator[tuple[Tensor, Batch]]:
     for batch in stream:
-        if "text" not in batch:
-            raise ConfigError(f'stream {config.texts!r} has no texts to ask for; add "text" to the suite\'s fields')
-        mine = chosen(batch["id"], stream.samples, config.samples).nonzero()[:, 0]
-        for rows in mine.split(config.batch):
+        mine = chosen(batch["id"], stream.samples, samples).nonzero()[:, 0]
+        for rows in mine.split(batch_size):
             if len(rows):
-                yield batch["id"][rows], Text(batch["text"][rows], batch["text_length"][rows])
+                yield batch["id"][rows], {name: batch[name][rows] for name in ("text", "text_length")}

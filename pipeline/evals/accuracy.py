@@ -6,12 +6,9 @@ One view per image, in the suite's geometry; no ensembling.
 import math
 from collections.abc import Iterator, Mapping
 
-from torch import nn
-
 from pipeline.config.schema import Strict
-from pipeline.core.errors import DataError
-from pipeline.core.protocols import EvalStream, Evaluation, Result
-from pipeline.evals._features import extract, named_stream
+from pipeline.core.evaluation import EvalContext, Evaluation, Number, Uses
+from pipeline.evals._classes import in_classes_of
 
 
 class Config(Strict):
@@ -24,27 +21,29 @@ class Config(Strict):
 class Accuracy(Evaluation):
     """Reports "accuracy/top1" and, with at least five classes, "accuracy/top5"."""
 
-    needs = ("logits",)
-
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+    def uses(self) -> Uses:
+        """The classifier and the stream."""
+        return Uses({self.config.test: ("image", "label")}, ("logits",))
+
+    def scores(self, classes: int) -> Mapping[str, tuple[float, float]]:
+        """The share of a class."""
+        return {f"accuracy/top{k}": (k / classes, 1.0) for k in (1, 5) if k <= classes}
+
+    def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Classify on all ranks and count.
 
         Raises:
-            DataError: the classifier was trained on another number of classes.
+            DataError: a sample is of a class that the classifier was not trained on.
         """
-        stream = named_stream(streams, self.config.test, "accuracy.test")
-        logits, label, classes = extract(encoders["logits"], stream)
-        if logits.shape[1] != classes:
-            raise DataError(
-                f"the classifier knows {logits.shape[1]} classes, stream {self.config.test!r} has {classes}; "
-                "measure on shards with the classes that it was trained on"
-            )
-        hits = logits.topk(min(5, classes), dim=1).indices == label[:, None]
+        known = ctx.classes["logits"]
+        found = ctx.features("logits", self.config.test)
+        label = in_classes_of(found, known, self.config.test, "the classifier").label
+        hits = found.x.topk(min(5, len(known)), dim=1).indices == label[:, None]
         n = len(label)
         for name, k in (("top1", 1), ("top5", 5)):
-            if k <= classes:
+            if k <= len(known):
                 p = int(hits[:, :k].sum()) / n
-                yield Result(f"accuracy/{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
+                yield Number(f"accuracy/{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))

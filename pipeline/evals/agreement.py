@@ -8,41 +8,46 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.protocols import EvalStream, Evaluation, Result
+from pipeline.core.evaluation import EvalContext, Number
 from pipeline.dist.group import sum_over_ranks
-from pipeline.evals._samples import SamplesConfig, generator_of, make
+from pipeline.evals._classes import renumbered
+from pipeline.evals._samples import OfSamples, SamplesConfig, maker_of
 
 
 class Config(SamplesConfig):
     """Settings of the agreement."""
 
 
-class Agreement(Evaluation):
+class Agreement(OfSamples):
     """Reports "agreement/top1", the part of the images in which the judge sees the class that was asked for."""
 
-    needs = ("generator", "judge.logits")
+    judges = ("judge.logits",)
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def scores(self, classes: int) -> Mapping[str, tuple[float, float]]:
+        """Of a generator that is deaf, and of one that does as it is told."""
+        return {"agreement/top1": (1 / classes, 1.0)}
 
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+    def check(self, ctx: EvalContext) -> None:
+        """Only a model that is asked for classes can agree."""
+        super().check(ctx)
+        if maker_of(ctx).classes == 0:
+            raise ConfigError('evaluation "agreement" needs a model that was trained with condition = "class"')
+
+    def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Make and classify; every rank its share.
 
         Raises:
-            ConfigError: a model without classes.
+            DataError: the judge does not know the classes that were asked for.
             NonFiniteError: a sample is not finite.
         """
-        generator, judge = generator_of(encoders), encoders["judge.logits"]
-        if generator.classes == 0:
-            raise ConfigError('evaluation "agreement" needs a model that was trained with condition = "class"')
-        device = next(judge.parameters()).device
+        judge = ctx.encoders["judge.logits"]
         hits = torch.zeros((), dtype=torch.int64)
-        for image, label in make(generator, self.config, streams):
+        for image, label in self.made(ctx):
             assert label is not None
-            hits += (judge(image.to(device)).argmax(dim=1).cpu() == label).sum()
+            asked = renumbered(label, ctx.classes["generator"], ctx.classes["judge.logits"], "the model", "the judge")
+            hits += (judge(image.to(ctx.place.device)).argmax(dim=1).cpu() == asked).sum()
         n = self.config.samples
         p = int(sum_over_ranks(hits)) / n
-        yield Result("agreement/top1", p, n, "made", math.sqrt(p * (1 - p) / n))
+        yield Number("agreement/top1", p, n, "made", math.sqrt(p * (1 - p) / n))

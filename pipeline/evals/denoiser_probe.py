@@ -9,18 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
-from torch import nn
+from torch import Tensor
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.protocols import EvalStream, Evaluation, Result
+from pipeline.core.evaluation import EvalContext, Evaluation, Features, Number, Uses
 from pipeline.core.registry import suggest
 from pipeline.dist.group import from_first
-from pipeline.evals._features import Features, extract, named_stream
+from pipeline.evals._classes import in_classes_of
+from pipeline.evals._denoiser import denoiser_of
 from pipeline.evals._probe import HELD_OUT, Probe, ProbeConfig, check_size
-from pipeline.evals._samples import generator_of
 from pipeline.nn.diffusion.features import DenoiserFeatures
+from pipeline.nn.diffusion.model import Generator
 
 
 class Config(ProbeConfig):
@@ -37,44 +37,52 @@ class DenoiserProbe(Evaluation):
     and for the best of it "denoiser_probe/top1" on the test stream, its "_noise", and what the linear probe reports.
     """
 
-    needs = ("generator",)
-
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+    def uses(self) -> Uses:
+        """The denoiser itself."""
+        return Uses(self.config.uses().streams, ("generator",))
+
+    def check(self, ctx: EvalContext) -> None:
+        """Blocks that are there."""
+        self._blocks(denoiser_of(ctx))
+
+    def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Extract all blocks on all ranks, a noise level at a time; fit on the first, tell all.
 
         Raises:
-            ConfigError: no such block or stream.
+            DataError: too little to fit, or a test sample of a class that training lacks.
         """
-        generator = generator_of(encoders)
+        generator = denoiser_of(ctx)
+        blocks = self._blocks(generator)
+        found: dict[tuple[str, float], Sequence[Features]] = {}
+        for noise in self.config.noise:
+            encoder = DenoiserFeatures(generator.denoiser, generator.process, tuple(blocks), noise)
+            name = f"generator.{'+'.join(blocks)}@{noise!r}"
+            train, test = (ctx.features(name, s, module=encoder) for s in (self.config.train, self.config.test))
+            check_size(train, self.config.train)
+            test = in_classes_of(test, train.classes, self.config.test, f"stream {self.config.train!r}")
+            widths = list(blocks.values())
+            for block, *parts in zip(blocks, *(_split(f, widths) for f in (train, test)), strict=True):
+                found[block, noise] = parts
+        yield from from_first(self._search(found) if ctx.place.first else [])
+
+    def _blocks(self, generator: Generator) -> dict[str, int]:
+        """The blocks that are tried, with their widths."""
         taps: dict[str, int] = generator.denoiser.network.taps  # pyright: ignore[reportAssignmentType]
         wanted = self.config.blocks or tuple(taps)
         if unknown := [block for block in wanted if block not in taps]:
             raise ConfigError(f"denoiser_probe.blocks: there is no {unknown[0]!r}; {suggest(unknown[0], list(taps))}")
-        streamed = [
-            named_stream(streams, name, f"denoiser_probe.{setting}")
-            for setting, name in (("train", self.config.train), ("test", self.config.test))
-        ]
-        found: dict[tuple[str, float], Sequence[Features]] = {}
-        for noise in self.config.noise:
-            encoder = DenoiserFeatures(generator.denoiser, generator.process, wanted, noise)
-            train, test = (extract(encoder, stream) for stream in streamed)
-            check_size(train, self.config.train)
-            for block, *parts in zip(
-                wanted, *(_split(f, [taps[b] for b in wanted]) for f in (train, test)), strict=True
-            ):
-                found[block, noise] = parts
-        yield from from_first(self._search(found) if dist.get_rank() == 0 else [])
+        return {block: taps[block] for block in wanted}
 
-    def _search(self, found: Mapping[tuple[str, float], Sequence[Features]]) -> list[Result]:
+    def _search(self, found: Mapping[tuple[str, float], Sequence[Features]]) -> list[Number]:
         probe = Probe(self.config, "denoiser_probe")
         results, best, chosen = [], -1.0, next(iter(found))
         for (block, noise), (train, _) in found.items():
             held = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(1))
             cut = len(train.x) // HELD_OUT
-            parts = [Features(train.x[rows], train.label[rows], train.classes) for rows in (held[cut:], held[:cut])]
+            parts = [_rows(train, rows) for rows in (held[cut:], held[:cut])]
             top1 = next(r for r in probe.probe(*parts) if r.name == "denoiser_probe/top1")
             name = f"denoiser_probe/{block}@{noise:g}"
             results.append(top1._replace(name=name, split=self.config.train, better=None))
@@ -82,8 +90,12 @@ class DenoiserProbe(Evaluation):
                 best, chosen = top1.value, (block, noise)
         results += probe.probe(*found[chosen])
         n = len(found[chosen][0].x)
-        return [*results, Result("denoiser_probe/noise", chosen[1], n, self.config.train, better=None)]
+        return [*results, Number("denoiser_probe/noise", chosen[1], n, self.config.train, better=None)]
+
+
+def _rows(features: Features, rows: Tensor) -> Features:
+    return Features(features.x[rows], {"label": features.label[rows]}, features.classes)
 
 
 def _split(features: Features, widths: list[int]) -> list[Features]:
-    return [Features(x, features.label, features.classes) for x in features.x.split(widths, dim=1)]
+    return [features._replace(x=x) for x in features.x.split(widths, dim=1)]

@@ -6,18 +6,17 @@ samples n like 1 / n and depends on the encoder: compare only at the same n, ref
 Shape letters: B samples, D width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.protocols import EvalStream, Evaluation, Result
+from pipeline.core.evaluation import EvalContext, Number, Uses
 from pipeline.dist.group import sum_over_ranks
-from pipeline.evals._features import named_stream
-from pipeline.evals._samples import SamplesConfig, generator_of, make
+from pipeline.evals._samples import OfSamples, SamplesConfig
 
 
 class Config(SamplesConfig):
@@ -65,30 +64,36 @@ def distance(one: Moments, other: Moments) -> float:
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * both)
 
 
-class Frechet(Evaluation):
+class Frechet(OfSamples):
     """Reports "frechet/distance", and "frechet/width", the judge's D: with fewer samples than that it says little."""
 
-    needs = ("generator", "judge.image")
+    judges = ("judge.image",)
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
+        self.reference = config.reference
 
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+    def uses(self) -> Uses:
+        """The real images too."""
+        streams, encoders = super().uses()
+        return Uses({**streams, self.reference: ("image", *streams.get(self.reference, ()))}, encoders)
+
+    def check(self, ctx: EvalContext) -> None:
+        """A covariance needs two images."""
+        super().check(ctx)
+        if ctx.streams[self.reference].samples < 2:
+            raise ConfigError(f"frechet.reference: stream {self.reference!r} has fewer than two images")
+
+    def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Make, encode and compare; every rank its share.
 
         Raises:
-            ConfigError: an unknown stream, or fewer than two real images.
             NonFiniteError: a sample is not finite.
         """
-        stream = named_stream(streams, self.config.reference, "frechet.reference")
-        if stream.samples < 2:
-            raise ConfigError(f"frechet.reference: stream {self.config.reference!r} has fewer than two images")
-        judge = encoders["judge.image"]
+        judge, device = ctx.encoders["judge.image"], ctx.place.device
         dim = int(judge.dim)  # pyright: ignore[reportArgumentType]
-        device = next(judge.parameters()).device
-        real = moments((judge(batch["image"].to(device)) for batch in stream), dim)
-        images = make(generator_of(encoders), self.config, streams)
-        made = moments((judge(batch.image.to(device)) for batch in images), dim)
-        n, split = self.config.samples, self.config.reference
-        yield Result("frechet/distance", distance(made, real), n, split, better="lower")
-        yield Result("frechet/width", dim, n, split, better=None)
+        real = moments((judge(batch["image"].to(device)) for batch in ctx.streams[self.reference]), dim)
+        made = moments((judge(batch.image.to(device)) for batch in self.made(ctx)), dim)
+        n = self.config.samples
+        yield Number("frechet/distance", distance(made, real), n, self.reference, better="lower")
+        yield Number("frechet/width", dim, n, self.reference, better=None)

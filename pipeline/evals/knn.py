@@ -10,16 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
-from pipeline.core.protocols import EvalStream, Evaluation, Result
+from pipeline.core.evaluation import EvalContext, Evaluation, Number, Uses
 from pipeline.dist.group import sum_over_ranks
-from pipeline.evals._features import extract, named_stream
+from pipeline.evals._classes import in_classes_of
 
 QUERIES = 1024
 """Queries compared at once. The result must not depend on the number of ranks, so neither may this."""
@@ -40,49 +39,68 @@ class Config(Strict):
 
 
 class KNN(Evaluation):
-    """Reports "knn/top1_k20" and, with at least five classes, "knn/top5_k20", for each k."""
+    """Reports "knn/top1_k20" and, with at least five classes, "knn/top5_k20", for each k.
+
+    A class that got no vote is never among the best five.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+    def uses(self) -> Uses:
+        """Bank and queries."""
+        return Uses({name: ("image", "label") for name in (self.config.train, self.config.test)})
+
+    def scores(self, classes: int) -> Mapping[str, tuple[float, float]]:
+        """Of top-1; the chance of top-5 depends on how many classes get a vote."""
+        return {f"knn/top1_k{k}": (1 / classes, 1.0) for k in self.config.k}
+
+    def check(self, ctx: EvalContext) -> None:
+        """No more neighbours than there are."""
+        samples = ctx.streams[self.config.train].samples
+        if max(self.config.k) > samples:
+            raise ConfigError(
+                f"knn.k: {max(self.config.k)} neighbours asked for, but stream {self.config.train!r} has only "
+                f"{samples} samples"
+            )
+
+    def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Extract, classify and count; each rank classifies its part of the queries.
 
         Raises:
-            ConfigError: a k larger than the bank, or an unknown stream.
+            DataError: a query is of a class that the bank does not know.
         """
-        bank_stream = named_stream(streams, self.config.train, "knn.train")
-        test_stream = named_stream(streams, self.config.test, "knn.test")
-        if max(self.config.k) > bank_stream.samples:
-            raise ConfigError(
-                f"knn.k: {max(self.config.k)} neighbours asked for, but stream {self.config.train!r} has only "
-                f"{bank_stream.samples} samples"
-            )
-        device = next(encoders["image"].parameters()).device
-        bank, test = extract(encoders["image"], bank_stream), extract(encoders["image"], test_stream)
-        keys = functional.normalize(bank.x)
+        device = ctx.place.device
+        bank, test = (ctx.features("image", name) for name in (self.config.train, self.config.test))
+        test = in_classes_of(test, bank.classes, self.config.test, f"stream {self.config.train!r}")
+        classes, keys = len(bank.classes), functional.normalize(bank.x)
         hits = torch.zeros(2, len(self.config.k), dtype=torch.int64)
-        for first in list(range(0, len(test.x), QUERIES))[dist.get_rank() :: dist.get_world_size()]:
+        for first in list(range(0, len(test.x), QUERIES))[ctx.place.rank :: ctx.place.world_size]:
             query = functional.normalize(test.x[first : first + QUERIES]).to(device)
             similarity, neighbour = nearest(query, keys, max(self.config.k))
             label = bank.label.to(device)[neighbour]
             truth = test.label[first : first + QUERIES, None].to(device)
             for i, k in enumerate(self.config.k):
-                votes = self.votes(similarity[:, :k], label[:, :k], bank.classes)
-                best = votes.topk(min(5, bank.classes), dim=1).indices == truth
-                hits[0, i] += int(best[:, 0].sum())
-                hits[1, i] += int(best.sum())
+                votes = self.votes(similarity[:, :k], label[:, :k], classes)
+                most, best = votes.topk(min(5, classes), dim=1)
+                right = (best == truth) & most.isfinite()
+                hits[0, i] += int(right[:, 0].sum())
+                hits[1, i] += int(right.sum())
         hits = sum_over_ranks(hits)
-        n = test_stream.samples
+        n = len(test.x)
         for i, k in enumerate(self.config.k):
-            for row, name in enumerate(("top1", "top5") if bank.classes >= 5 else ("top1",)):
+            for row, name in enumerate(("top1", "top5") if classes >= 5 else ("top1",)):
                 p = int(hits[row, i]) / n
-                yield Result(f"knn/{name}_k{k}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
+                yield Number(f"knn/{name}_k{k}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
 
     def votes(self, similarity: Tensor, label: Tensor, classes: int) -> Tensor:
-        """[Q,k] similarities and labels to [Q,K] sums of exp(s / T), each query's scaled by its nearest neighbour's."""
+        """[Q,k] similarities and labels to [Q,K] sums of exp(s / T); -inf for a class that none of the k is of.
+
+        Each query's are scaled by its nearest neighbour's, so that none overflows.
+        """
         weight = ((similarity - similarity[:, :1]) / self.config.temperature).exp()
-        return weight.new_zeros(len(weight), classes).scatter_add_(1, label, weight)
+        votes = weight.new_zeros(len(weight), classes).scatter_add_(1, label, weight)
+        return votes.masked_fill(torch.ones_like(votes, dtype=torch.bool).scatter_(1, label, False), -math.inf)
 
 
 def nearest(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:

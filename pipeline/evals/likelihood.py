@@ -6,19 +6,20 @@ Shape letters: B samples, C channels, H height, W width.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
-from pipeline.core.protocols import Batch, EvalStream, Evaluation, Result
+from pipeline.core.evaluation import EvalContext, EvalStream, Evaluation, Number, Uses
+from pipeline.core.protocols import Batch
 from pipeline.dist.group import sum_over_ranks
-from pipeline.evals._features import named_stream
-from pipeline.evals._samples import chosen, generator_of
+from pipeline.evals._denoiser import denoiser_of
+from pipeline.evals._samples import chosen
 from pipeline.nn.conditioning import Prompt, Text
 from pipeline.nn.diffusion.model import Generator
 
@@ -44,21 +45,25 @@ class Likelihood(Evaluation):
     training images (counts plus one).
     """
 
-    needs = ("generator",)
-
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+    def uses(self) -> Uses:
+        """The denoiser; the field that it is told is known with the model."""
+        return Uses({name: ("image",) for name in (self.config.train, self.config.test)}, ("generator",))
+
+    def check(self, ctx: EvalContext) -> None:
+        """Steps that fit the process."""
+        denoiser_of(ctx).process.likelihood_chain(self.config.steps)
+
+    def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Measure; every rank its share.
 
         Raises:
-            ConfigError: an unknown stream, or steps that do not fit the process.
+            ConfigError: the suite's fields lack what the model is told.
         """
-        test = named_stream(streams, self.config.test, "likelihood.test")
-        train = named_stream(streams, self.config.train, "likelihood.train")
-        generator = generator_of(encoders)
-        device = next(generator.parameters()).device
+        test, train = ctx.streams[self.config.test], ctx.streams[self.config.train]
+        generator, device = denoiser_of(ctx), ctx.place.device
         table = histogram(train, generator.image_shape)
         total = torch.zeros(6, dtype=torch.float64)
         for batch in test:
@@ -76,10 +81,10 @@ class Likelihood(Evaluation):
         mean = bits / n
         stderr = math.sqrt(max(0.0, squares / n - mean**2) / n)
         count, split = int(n), self.config.test
-        yield Result("likelihood/bits_per_dim", mean, count, split, stderr, better="lower")
+        yield Number("likelihood/bits_per_dim", mean, count, split, stderr, better="lower")
         for name, value in zip(("decoder", "levels", "prior"), parts, strict=True):
-            yield Result(f"likelihood/bits_per_dim_{name}", value / n, count, split, better=None)
-        yield Result("likelihood/histogram", self._baseline(test, table), count, split, better=None)
+            yield Number(f"likelihood/bits_per_dim_{name}", value / n, count, split, better=None)
+        yield Number("likelihood/histogram", self._baseline(test, table), count, split, better=None)
 
     def _chosen(self, ids: Tensor, size: int) -> Tensor:
         """Which samples are measured, bool[B]: a function of their numbers alone."""
@@ -102,13 +107,11 @@ def _prompt(generator: Generator, batch: Batch) -> Prompt | None:
     Raises:
         ConfigError: the suite's fields lack it.
     """
-    reader = generator.denoiser.reader
-    field = "text" if reader is not None else "label" if generator.classes else None
-    if field is None:
+    if generator.told is None:
         return None
-    if field not in batch:
-        raise ConfigError(f'the model is told "{field}"; add it to the suite\'s fields')
-    return Text(batch["text"], batch["text_length"]) if reader is not None else batch["label"]
+    if generator.told not in batch:
+        raise ConfigError(f'the model is told "{generator.told}"; add it to the suite\'s fields')
+    return Text(batch["text"], batch["text_length"]) if generator.told == "text" else batch["label"]
 
 
 def histogram(stream: EvalStream, shape: tuple[int, int, int]) -> Tensor:

@@ -5,12 +5,9 @@ Logistic regression on standardised features, as in Chen et al. (2020) and DINOv
 
 from collections.abc import Iterator, Mapping
 
-import torch.distributed as dist
-from torch import nn
-
-from pipeline.core.protocols import EvalStream, Evaluation, Result
+from pipeline.core.evaluation import EvalContext, Evaluation, Features, Number, Uses
 from pipeline.dist.group import from_first
-from pipeline.evals._features import Features, extract, named_stream
+from pipeline.evals._classes import in_classes_of
 from pipeline.evals._probe import Probe, ProbeConfig, check_size
 
 
@@ -29,17 +26,25 @@ class LinearProbe(Evaluation):
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+    def uses(self) -> Uses:
+        """What it is fitted on and what it is measured on."""
+        return self.config.uses()
+
+    def scores(self, classes: int) -> Mapping[str, tuple[float, float]]:
+        """The share of a class."""
+        return {f"linear_probe/top{k}": (k / classes, 1.0) for k in (1, 5) if k <= classes}
+
+    def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Extract on all ranks, fit on the first, tell all.
 
         Raises:
-            DataError: a training stream of fewer than two classes.
+            DataError: a training stream of fewer than two classes, or a test sample of another class.
         """
-        train = extract(encoders["image"], named_stream(streams, self.config.train, "linear_probe.train"))
-        test = extract(encoders["image"], named_stream(streams, self.config.test, "linear_probe.test"))
+        train, test = (ctx.features("image", name) for name in (self.config.train, self.config.test))
         check_size(train, self.config.train)
-        yield from from_first(self.probe(train, test) if dist.get_rank() == 0 else [])
+        test = in_classes_of(test, train.classes, self.config.test, f"stream {self.config.train!r}")
+        yield from from_first(self.probe(train, test) if ctx.place.first else [])
 
-    def probe(self, train: Features, test: Features) -> list[Result]:
+    def probe(self, train: Features, test: Features) -> list[Number]:
         """Choose the strength, fit on all of ``train`` and measure on ``test``."""
         return Probe(self.config, "linear_probe").probe(train, test)

@@ -1,8 +1,9 @@
 """Retrieval: for each image its caption among all captions, and for each caption its image among all images.
 
 The protocol of CLIP's and CLIP_benchmark's retrieval: cosine similarity, and a hit at k when at least one that belongs
-is among the k nearest. Samples with the same caption all belong to it, and each caption counts once.
-Shape letters: N images, M different captions, E width.
+is among the k nearest. Samples with equal images are one image with several captions, those with equal captions one
+caption of several images; each image and each caption is one query and one candidate.
+Shape letters: N samples, U different images, M different captions, P pairs of them, E width.
 """
 
 import math
@@ -11,18 +12,17 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config.schema import Strict
-from pipeline.core.errors import DataError
-from pipeline.core.protocols import EvalStream, Evaluation, Result
+from pipeline.core.evaluation import EvalContext, Evaluation, Number, Uses
 from pipeline.dist.gather import gather_ragged
-from pipeline.dist.group import gather_rows
-from pipeline.evals._features import named_stream
 
 QUERIES = 1024
 """Queries compared at once."""
+TEXTS = 256
+"""Captions encoded at once."""
 
 
 class Config(Strict):
@@ -37,77 +37,73 @@ class Config(Strict):
 class Retrieval(Evaluation):
     """Reports "retrieval/top1_text" (texts found for images), "retrieval/top1_image" (images for texts), for each k."""
 
-    needs = ("image", "text")
-
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def run(self, encoders: Mapping[str, nn.Module], streams: Mapping[str, EvalStream]) -> Iterator[Result]:
+    def uses(self) -> Uses:
+        """Both towers, on images with captions."""
+        return Uses({self.config.test: ("image", "text")}, ("image", "text"))
+
+    def scores(self, classes: int) -> Mapping[str, tuple[float, float]]:
+        """Where the captions are those of classes: the share of one."""
+        return {f"retrieval/top1_{side}": (1 / classes, 1.0) for side in ("text", "image")}
+
+    def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Encode both sides on all ranks, compare on each.
 
         Raises:
-            DataError: the stream has no texts, or the ranks' shares do not make it up.
+            DataError: the stream has no texts.
         """
-        stream = named_stream(streams, self.config.test, "retrieval.test")
-        image, text, caption = _pairs(encoders, stream)
-        known, of_image = caption.unique(dim=0, return_inverse=True)
-        # The first sample of each caption stands for it.
-        first = torch.full((len(known),), len(of_image)).scatter_reduce(
-            0, of_image, torch.arange(len(of_image)), "amin"
-        )
-        texts = text[first]
-        directions = (
-            ("text", image, texts, of_image, torch.arange(len(known))),
-            ("image", texts, image, torch.arange(len(known)), of_image),
-        )
-        for name, queries, candidates, own, theirs in directions:
-            ranks = best_ranks(queries, candidates, own, theirs)
+        found = ctx.features("image", self.config.test, ("text", "text_length", "image_digest"))
+        token, length = found.fields["text"], found.fields["text_length"]
+        inside = torch.arange(token.shape[1]) < length[:, None]
+        image, first_image = _groups(found.fields["image_digest"])
+        caption, first_caption = _groups(token.where(inside, -1))
+        images = functional.normalize(found.x[first_image], dim=1)
+        texts = _encode(ctx, token[first_caption], length[first_caption])
+        pairs = torch.stack([image, caption]).unique(dim=1)
+        for name, queries, candidates, own in (("text", images, texts, pairs), ("image", texts, images, pairs.flip(0))):
+            ranks = best_ranks(queries, candidates, own)
             for k in (k for k in self.config.k if k < len(candidates)):
                 p, n = float((ranks < k).double().mean()), len(queries)
-                yield Result(f"retrieval/top{k}_{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
+                yield Number(f"retrieval/top{k}_{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
 
 
-def best_ranks(queries: Tensor, candidates: Tensor, own: Tensor, theirs: Tensor) -> Tensor:
+def best_ranks(queries: Tensor, candidates: Tensor, pairs: Tensor) -> Tensor:
     """How many candidates that do not belong are nearer than the nearest one that does, int64 per query.
 
     Args:
         queries: unit vectors [Q,E].
         candidates: unit vectors [C,E].
-        own: int64[Q], group of each query.
-        theirs: int64[C], group of each candidate; a query belongs to those of its group.
+        pairs: int64[2,P], a query and a candidate that belongs to it; each query has one at least.
     """
     ranks = []
     for first in range(0, len(queries), QUERIES):
         cosine = queries[first : first + QUERIES] @ candidates.T
-        belongs = own[first : first + QUERIES, None] == theirs
+        row = pairs[0] - first
+        here = (row >= 0) & (row < len(cosine))
+        belongs = torch.zeros_like(cosine, dtype=torch.bool)
+        belongs[row[here], pairs[1, here]] = True
         best = cosine.masked_fill(~belongs, -math.inf).amax(dim=1, keepdim=True)
         # An equal one that does not belong counts against: features that are all alike find nothing.
         ranks.append(((cosine >= best) & ~belongs).sum(dim=1))
     return torch.cat(ranks)
 
 
-def _pairs(encoders: Mapping[str, nn.Module], stream: EvalStream) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit vectors of images and texts, float32[N,E] each, and the texts' tokens, int64[N,L], in the stream's order."""
-    device = next(encoders["image"].parameters()).device
-    parts: list[tuple[Tensor, ...]] = []
-    for batch in stream:
-        if "text" not in batch:
-            raise DataError('this evaluation needs texts; add "text" to the suite\'s fields')
-        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        image, text = encoders["image"](moved["image"]), encoders["text"](moved["text"], moved["text_length"])
-        inside = torch.arange(batch["text"].shape[1]) < batch["text_length"][:, None]
-        tokens = batch["text"].where(inside, -1)
-        parts.append((*(functional.normalize(x.float(), dim=1).cpu() for x in (image, text)), tokens, batch["id"]))
-    # A rank without samples learns the widths from the others.
-    own = [x.shape[1] for x in parts[0][:3]] if parts else [0, 0, 0]
-    widths = gather_rows(torch.tensor(own)).amax(dim=0).tolist()
-    empty = (
-        *(torch.empty(0, w) for w in widths[:2]),
-        torch.empty(0, widths[2], dtype=torch.int64),
-        torch.empty(0).long(),
-    )
-    image, text, tokens, ids = (gather_ragged(torch.cat(column)) for column in zip(empty, *parts, strict=True))
-    order = ids.argsort()
-    if not torch.equal(ids[order], torch.arange(stream.samples)):
-        raise DataError(f"the ranks' shares hold {len(ids)} samples, not each of {stream.samples} once")
-    return image[order], text[order], tokens[order]
+def _groups(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of N rows: the group of each, which are equal, int64[N]; and the first row of each group."""
+    known, group = rows.unique(dim=0, return_inverse=True)
+    first = torch.full((len(known),), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
+    return group, first
+
+
+def _encode(ctx: EvalContext, token: Tensor, length: Tensor) -> Tensor:
+    """Unit vectors float32[M,E] of M captions, the same on every rank; each encodes its share."""
+    rank, world = ctx.place.rank, ctx.place.world_size
+    first, last = rank * len(token) // world, (rank + 1) * len(token) // world
+    mine = slice(first, max(last, first + 1))  # a rank without any learns the width from one that it does not send
+    parts = []
+    for some, sizes in zip(token[mine].split(TEXTS), length[mine].split(TEXTS), strict=True):
+        z = ctx.encoders["text"](some.to(ctx.place.device), sizes.to(ctx.place.device))
+        parts.append(functional.normalize(z.float(), dim=1).cpu())
+    return gather_ragged(torch.cat(parts)[: last - first])

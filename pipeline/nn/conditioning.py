@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import Strict
+from pipeline.core.protocols import Batch
 from pipeline.nn.text import TextEncoder
 
 TimeEmbedding = Literal["sinusoidal", "fourier"]
@@ -32,6 +33,13 @@ class Text(NamedTuple):
 
 Prompt = Tensor | Text
 """What images are asked for: int64[B], a class each, where the number of classes stands for none; or a text each."""
+
+
+def prompt_of(batch: Batch) -> Prompt | None:
+    """What the images of a batch are of, by its fields: "text" and "text_length", or "label", or nothing."""
+    if "text" in batch:
+        return Text(batch["text"], batch["text_length"])
+    return batch.get("label")
 
 
 class Told(NamedTuple):

@@ -24,7 +24,7 @@ from pipeline.record.files import dumps, number
 from pipeline.record.formats import decimals, with_error
 
 if TYPE_CHECKING:
-    from pipeline.core.protocols import Result
+    from pipeline.core.evaluation import Number
 
 FILE = "results.json"
 _VERSION = 1
@@ -60,7 +60,7 @@ class Row:
 
 
 def rows(
-    results: Iterable[Result],
+    results: Iterable[Number],
     *,
     model: str,
     step: int | None,

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     if args.command == "train":
         return guarded(lambda: _train(args.config, args.overrides))
     if args.command == "eval":
-        from pipeline.run.evaluate import evaluate
+        from pipeline.suites.evaluate import evaluate
 
         return guarded(lambda: evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides))
 

@@ -90,12 +90,14 @@ def sample_batch(config: RunConfig, manifest: Manifest) -> Batch:
         return next(few.batches(0))[0]
 
 
-def text_reader(config: RunConfig, manifest: Manifest) -> Callable[[Batch], list[str]] | None:
+def tokenizer_of(config: RunConfig, manifest: Manifest) -> bytes | None:
+    """The file of the tokenizer that texts are read with; None: there are no texts."""
+    return read_tokenizer(manifest, config.data.captions) if "text" in config.data.fields else None
+
+
+def text_reader(config: RunConfig, tokenizer: bytes | None) -> Callable[[Batch], list[str]] | None:
     """What turns the field "text" of a batch back into words; None: there is no such field."""
-    if "text" not in config.data.fields:
-        return None
-    captions = config.data.captions
-    return TextDecoder(captions, read_tokenizer(manifest, captions), config.run.seed).words
+    return None if tokenizer is None else TextDecoder(config.data.captions, tokenizer, config.run.seed).words
 
 
 def model_specs(saved: Saved) -> dict[str, Spec]:

@@ -33,7 +33,7 @@ from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
 from pipeline.record.state import close_state
 from pipeline.run.attempt import Attempt, attempt
-from pipeline.run.build import build_engine, build_objective, build_stream, sample_batch, text_reader
+from pipeline.run.build import build_engine, build_objective, build_stream, sample_batch, text_reader, tokenizer_of
 from pipeline.run.preflight import preflight
 from pipeline.run.resuming import Beginning, find_beginning, resume
 
@@ -53,6 +53,8 @@ class Job:
     saver: Saver
     meter: Meter
     sample: Batch
+    tokenizer: bytes | None
+    """The file of what reads texts; None: there are none."""
     recorder: Recorder | None
     """On rank 0."""
 
@@ -91,6 +93,8 @@ class Job:
             "facts": {"image_size": data.image_size, "classes": data.classes},
             "versions": provenance.versions(),
         }
+        if self.tokenizer is not None:  # it is a part of the model, and the data set may be gone when that is used
+            state["tokenizer"] = self.tokenizer.decode()
         self.saver.save(clock.step, self.engine.written(), state)
 
     def showcase(self, clock: Clock) -> None:
@@ -98,7 +102,7 @@ class Job:
         objective = self.engine.objective
         objective.eval()
         with torch.no_grad(), self.engine.averaged(), self.engine.whole_parameters():
-            words = text_reader(self.config, self.manifest)
+            words = text_reader(self.config, self.tokenizer)
             ctx = StepContext(self.config.run.seed, clock, training=False, words=words)
             pictures = objective.showcase(self.engine.move(self.sample), ctx)
         objective.train()
@@ -145,7 +149,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         start.begin(plan)
         preflight(Path(config.run.folder), place)
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
-        sample = sample_batch(config, manifest)
+        sample, tokenizer = sample_batch(config, manifest), tokenizer_of(config, manifest)
         engine = _engine(path, config, manifest, plan, place, beginning, sample)
         if beginning.saved is not None:
             notes += resume(engine, stream, beginning.saved)
@@ -156,7 +160,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         start.pulse.at("start", clock.step)
         meter = Meter(place.device, place.world_size, start.pulse)
         saver = Saver(store, config.run.keep, start.saved if place.first else lambda step: None)
-        job = Job(config, place, plan, manifest, engine, stream, saver, meter, sample, recorder)
+        job = Job(config, place, plan, manifest, engine, stream, saver, meter, sample, tokenizer, recorder)
         try:
             outcome, clock = fit(
                 engine=job.engine,

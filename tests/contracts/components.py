@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from pipeline.config.schema import RunConfig
 from pipeline.core import registry
-from pipeline.core.protocols import Batch, Clock, DataFacts, Evaluation, Objective, StepContext
+from pipeline.core.evaluation import Evaluation, Number
+from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, StepContext
+from pipeline.dist.group import Place
+from pipeline.suites.context import Context
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke"
 CLASSES = tuple(f"class {i}" for i in range(7))
@@ -74,8 +79,10 @@ def make_batch(objective: Objective, name: str, samples: int = 8) -> Batch:
 class ListStream:
     """An EvalStream over tensors in memory, shared out over ranks in turn; batches of uneven size.
 
-    A sample's text is the name of its class, in one token, before padding.
+    A sample's text is the number of its class, in one token, before padding.
     """
+
+    fingerprint = "in memory"
 
     def __init__(self, image: Tensor, label: Tensor, rank: int = 0, world: int = 1, batch: int = 5) -> None:
         self.image, self.label, self.samples = image, label, len(image)
@@ -87,11 +94,31 @@ class ListStream:
             yield {
                 "image": self.image[ids],
                 "label": self.label[ids],
-                **self.tokens([self.classes[i] for i in self.label[ids]]),
+                "text": torch.stack([self.label[ids], torch.full_like(ids, 99)], dim=1),
+                "text_length": torch.ones_like(ids),
                 "id": ids,
                 "epoch": torch.zeros_like(ids),
             }
 
-    def tokens(self, texts: Sequence[str]) -> Batch:
-        rows = [[int(text.removesuffix(".").rpartition(" ")[2]), 99] for text in texts]
-        return {"text": torch.tensor(rows), "text_length": torch.ones(len(rows), dtype=torch.int64)}
+
+def tokens(texts: Sequence[str]) -> Batch:
+    """The number at the end of each text, in one token."""
+    rows = [[int(text.removesuffix(".").rpartition(" ")[2]), 99] for text in texts]
+    return {"text": torch.tensor(rows), "text_length": torch.ones(len(rows), dtype=torch.int64)}
+
+
+def context(
+    encoders: Mapping[str, nn.Module], streams: Mapping[str, Any], classes: tuple[str, ...] | None = None, **more: Any
+) -> Context:
+    """What an evaluation is given by the rank that calls; ``classes``: trained on; else those of a stream."""
+    place = Place(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"), timedelta(minutes=1))
+    known = next((s.classes for s in streams.values()), ()) if classes is None else classes
+    folder = more.pop("folder", Path("nowhere"))
+    return Context(encoders, dict.fromkeys(encoders, known), streams, place, folder, tokenize=tokens, **more)
+
+
+def numbers(evaluation: Evaluation, ctx: Context) -> dict[str, Number]:
+    """The numbers that an evaluation yields, by their names; its own check comes first, as in a suite."""
+    with torch.no_grad():
+        evaluation.check(ctx)
+        return {output.name: output for output in evaluation.run(ctx) if isinstance(output, Number)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
 from pipeline.core import registry
-from pipeline.core.protocols import Evaluation, Result
+from pipeline.core.evaluation import Evaluation, Number
+from pipeline.core.protocols import Batch
 from pipeline.dist.group import process_group
-from tests.contracts.components import ListStream, build_evaluation
+from tests.contracts.components import ListStream, build_evaluation, context, numbers
 
 CLASSES = 6
 NAMES = [
     name
     for name in registry.names("pipeline.evals")
-    if set(registry.component("pipeline.evals", name, Evaluation).needs) <= {"image", "logits", "text"}
+    if set(build_evaluation(name).uses().encoders) <= {"image", "logits", "text"}
 ]
 """Those that look at real images and their texts."""
 SETTINGS = {"knn": {"k": (5, 20)}}
@@ -80,41 +82,64 @@ def streams(noise: float, seed: int = 0, rank: int = 0, world: int = 1) -> dict[
     return made
 
 
-def run(name: str, streams: dict[str, ListStream], seed: int = 0) -> dict[str, Result]:
+def run(name: str, streams: dict[str, ListStream], seed: int = 0) -> dict[str, Number]:
     encoders = {"image": Flat().eval(), "logits": Nearest(seed).eval(), "text": Named(seed).eval()}
-    with torch.no_grad():
-        results = list(build_evaluation(name, **SETTINGS.get(name, {})).run(encoders, streams))
-    return {r.name: r for r in results}
+    return numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(encoders, streams))
 
 
-@pytest.mark.parametrize("name", NAMES)
+def scores(name: str) -> Mapping[str, tuple[float, float]]:
+    return build_evaluation(name, **SETTINGS.get(name, {})).scores(CLASSES)
+
+
+@pytest.mark.parametrize("name", registry.names("pipeline.evals"))
 def test_it_is_an_evaluation_with_a_strict_config(name):
     module = registry.module("pipeline.evals", name)
     assert issubclass(module.Config, Strict) and module.__doc__
-    assert isinstance(build_evaluation(name), Evaluation)
+    evaluation = build_evaluation(name)
+    assert isinstance(evaluation, Evaluation) and evaluation.uses().encoders
+    assert all(key.startswith(f"{name}/") and chance != perfect for key, (chance, perfect) in scores(name).items())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_perfect_features_score_one(name, lone_group):
+def test_perfect_features_have_perfect_scores(name, lone_group):
     results = run(name, streams(noise=0.0))
-    scores = [r for r in results.values() if "/top" in r.name]
-    assert scores and all(
-        r.value == 1.0 and r.n in (103, CLASSES) and r.split == "val" and r.stderr == 0 for r in scores
-    )
+    expected = {key: perfect for key, (_, perfect) in scores(name).items()}
+    assert expected and expected == {key: results[key].value for key in expected}
+    assert all(results[key].n in (103, CLASSES) and results[key].split == "val" for key in expected)
+    assert all(results[key].stderr == 0 for key in expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_random_features_score_by_chance(name, lone_group):
-    found = [
-        r
-        for seed in range(4)
-        for r in run(name, streams(1.0, seed), seed).values()
-        if "/top1" in r.name and "/top10" not in r.name
-    ]
-    # at least 4 x 103 trials at 1/6: standard error 0.018
-    hits, trials = sum(r.value * r.n for r in found), sum(r.n for r in found)
-    assert trials >= 4 * 103
-    assert abs(hits / trials - 1 / CLASSES) < 0.06
+    found = [run(name, streams(1.0, seed), seed) for seed in range(4)]
+    for key, (chance, _) in scores(name).items():
+        # 4 x 103 trials, or the 4 x 6 captions of retrieval; four standard errors of a share, and what a seed's
+        # pictures have in common
+        trials = sum(results[key].n for results in found)
+        mean = sum(results[key].value * results[key].n for results in found) / trials
+        assert abs(mean - chance) < 4 * (chance * (1 - chance) / trials) ** 0.5, (key, mean)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_but_what_it_says_is_used(name, lone_group):
+    """An evaluation that looks at a stream or an encoder beside those of ``uses`` fails here."""
+    evaluation = build_evaluation(name, **SETTINGS.get(name, {}))
+    uses, whole = evaluation.uses(), streams(0.6)
+    encoders = {"image": Flat(), "logits": Nearest(), "text": Named(0)}
+    few = {n: Only(whole[n], ("id", *fields)) for n, fields in uses.streams.items()}
+    ctx = context({n: encoders[n].eval() for n in uses.encoders}, few)
+    assert numbers(evaluation, ctx) == run(name, whole)
+
+
+class Only:
+    """A stream with some of its fields."""
+
+    def __init__(self, whole: ListStream, fields: Sequence[str]) -> None:
+        self.whole, self.classes, self.samples = whole, whole.classes, whole.samples
+        self.fields = [*fields, *(["text_length"] if "text" in fields else [])]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ({name: batch[name] for name in self.fields} for batch in self.whole)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -83,3 +83,22 @@ def test_a_run_without_checkpoints_says_what_to_do(trained, tmp_path, capsys):
     (tmp_path / "config.toml").write_text((trained / "config.toml").read_text())
     assert main(["eval", "--run", str(tmp_path), "--suite", str(trained / "suite.toml")]) == 2
     assert "--random-init" in capsys.readouterr().err
+
+
+def test_an_untrained_model_is_untrained_also_where_the_run_began_from_weights(trained, glyphs, tmp_path, capsys):
+    """And the file of those weights may be gone by then."""
+    assert main(["export", "--run", str(trained), "--out", str(tmp_path / "out")]) == 0
+    weights = tmp_path / "out" / "encoder.safetensors"
+    (tmp_path / "plain").mkdir()
+    for name in ("plain", "begun"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        text = (trained / "config.toml").read_text()
+        begun = text.replace('name = "mae"', f'name = "mae"\nweights = "{weights}"') if name == "begun" else text
+        (tmp_path / name / "config.toml").write_text(begun)
+    weights.unlink()
+    found = []
+    for name in ("plain", "begun"):
+        command = ["eval", "--run", str(tmp_path / name), "--suite", str(trained / "suite.toml"), "--random-init"]
+        assert main(command) == 0, capsys.readouterr().err
+        found.append(rows(tmp_path / name))
+    assert found[0] == found[1]

@@ -8,17 +8,19 @@ Shape letters: B samples, C channels, H height, W width, T levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline.config.mistakes import validate
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, NonFiniteError
+from pipeline.core.protocols import Batch
 from pipeline.core.random import SampleRandom
-from pipeline.nn.conditioning import Conditions, Prompt, Text, TextReader, Told
+from pipeline.nn.conditioning import Conditions, Prompt, Text, TextReader, Told, prompt_of
 from pipeline.nn.diffusion import likelihood, samplers
 from pipeline.nn.diffusion.levels import Level, Levels, Spacing, add_noise
 from pipeline.nn.diffusion.process import Discrete, Process
@@ -160,6 +162,25 @@ class Generator(nn.Module):
     def classes(self) -> int:
         """Number of classes; 0: none."""
         return self.denoiser.classes
+
+    @property
+    def told(self) -> Literal["label", "text"] | None:
+        """The field that it is told of an image."""
+        return "text" if self.denoiser.reader is not None else "label" if self.classes else None
+
+    def settings(self, values: Mapping[str, Any]) -> SamplerConfig:
+        """A sampler that this model can follow; {}: that of the showcase.
+
+        Raises:
+            ConfigError: with every mistake, or what ``chain`` raises.
+        """
+        config = validate(SamplerConfig, values, "sampler") if values else self.sampler
+        self.chain(config)
+        return config
+
+    def make(self, ids: Tensor, prompt: Batch, seed: int, settings: SamplerConfig) -> Tensor:
+        """Images uint8[B,C,H,W] for ids int64[B]; see :class:`pipeline.core.evaluation.Maker`."""
+        return to_pixels(self.sample(ids, prompt_of(prompt), seed, settings))
 
     def chain(self, config: SamplerConfig) -> Levels:
         """The levels that ``config`` visits.

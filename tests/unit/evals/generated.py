@@ -6,7 +6,7 @@ from torch import nn
 from pipeline.nn.diffusion.levels import schedule
 from pipeline.nn.diffusion.model import Denoiser, Generator, SamplerConfig
 from pipeline.nn.diffusion.process import Discrete
-from tests.contracts.components import ListStream
+from tests.contracts.components import ListStream, context, numbers
 
 CLASSES, SHAPE, STEPS = 5, (3, 4, 4), 40
 
@@ -66,5 +66,4 @@ def encoders(**settings):
 
 
 def run(evaluation, encoders, streams):
-    with torch.no_grad():
-        return {r.name: r for r in evaluation.run(encoders, streams)}
+    return numbers(evaluation, context(encoders, streams, classes=tuple(f"class {i}" for i in range(CLASSES))))

@@ -3,23 +3,21 @@ import math
 import pytest
 import torch
 
-from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.errors import DataError
 from pipeline.evals.accuracy import Accuracy, Config
-from tests.contracts.components import ListStream
+from tests.contracts.components import ListStream, context, numbers
 from tests.unit.evals.test_knn import Identity
 
 
-def run(logits, label, classes=None):
+def run(logits, label, classes=None, known=None):
     stream = ListStream(torch.tensor(logits), torch.tensor(label))
-    if classes is not None:
-        stream.classes = tuple(map(str, range(classes)))
-    with torch.no_grad():
-        return {r.name: r for r in Accuracy(Config()).run({"logits": Identity()}, {"val": stream})}
+    stream.classes = classes or stream.classes
+    return numbers(Accuracy(Config()), context({"logits": Identity()}, {"val": stream}, classes=known))
 
 
 def test_hits_counted_by_hand(lone_group):
     logits = [[5.0, 4, 3, 2, 1, 0], [0.0, 5, 4, 3, 2, 1], [1.0, 0, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]]
-    results = run(logits, [0, 1, 2, 0], classes=6)  # right; right; fourth; last
+    results = run(logits, [0, 1, 2, 0], classes=tuple("abcdef"))  # right; right; fourth; last
     assert results["accuracy/top1"].value == 0.5 and results["accuracy/top5"].value == 0.75
     assert results["accuracy/top1"].stderr == math.sqrt(0.25 / 4) and results["accuracy/top1"].n == 4
 
@@ -28,11 +26,34 @@ def test_few_classes_have_no_top5(lone_group):
     assert list(run([[0.0, 1.0], [1.0, 0.0]], [1, 1])) == ["accuracy/top1"]
 
 
-def test_another_number_of_classes_is_refused(lone_group):
-    with pytest.raises(DataError, match="knows 2 classes, stream 'val' has 3"):
-        run([[0.0, 1.0], [1.0, 0.0]], [1, 1], classes=3)
+PETS = ("cat", "dog", "eel")
 
 
-def test_an_unknown_stream_is_refused(lone_group):
-    with pytest.raises(ConfigError, match=r"accuracy\.test"):
-        list(Accuracy(Config(test="test")).run({"logits": Identity()}, {"val": None}))
+def test_classes_are_the_same_by_name(lone_group):
+    """Trained on cat, dog and eel, measured on eel and dog: the second logit is the dog's whatever its label is."""
+    logits = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
+    found = run(logits, [1, 0, 1], classes=("eel", "dog"), known=PETS)
+    assert found["accuracy/top1"].value == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("classes", [("dog", "eel", "fox"), ("dog", "eel", "fox", "gnu")])
+def test_a_class_that_was_not_trained_on_is_named(lone_group, classes):
+    with pytest.raises(
+        DataError,
+        match=r"'val' has samples of class 'fox', which the classifier does not know; "
+        r"the classifier knows class 'cat' instead",
+    ):
+        run([[0.0, 1.0, 0.0]] * 3, [0, 1, 2], classes=classes, known=PETS)
+
+
+def test_a_class_of_the_list_without_samples_matters_to_nobody(lone_group):
+    found = run([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [0, 1], classes=("dog", "eel", "fox"), known=PETS)
+    assert found["accuracy/top1"].value == 1.0
+
+
+def test_names_that_stand_for_two_classes_cannot_be_matched(lone_group):
+    logits = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    with pytest.raises(DataError, match="'crane' is the name of two"):
+        run(logits, [0, 1], classes=("crane", "dog"), known=("dog", "crane", "crane"))
+    same = ("crane", "dog", "crane")
+    assert run([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], [0, 2], classes=same, known=same)["accuracy/top1"].value == 1.0

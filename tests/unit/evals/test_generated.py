@@ -1,21 +1,24 @@
 """What the evaluations of generators share: the same numbers on any number of ranks."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from pipeline.core.errors import NonFiniteError
+from pipeline.core.errors import ConfigError, DataError, NonFiniteError
 from pipeline.dist.group import process_group
-from pipeline.evals._samples import _classes, make
+from pipeline.evals._samples import _classes
 from pipeline.evals.agreement import Agreement
 from pipeline.evals.agreement import Config as AgreementConfig
 from pipeline.evals.frechet import Config as FrechetConfig
 from pipeline.evals.frechet import Frechet
 from pipeline.evals.likelihood import Config as LikelihoodConfig
 from pipeline.evals.likelihood import Likelihood
-from tests.unit.evals.generated import encoders, real, run
+from tests.contracts.components import context, numbers
+from tests.unit.evals.generated import CLASSES, encoders, grey, real, run
 
 
 def on_ranks(folder):
@@ -29,7 +32,7 @@ def on_ranks(folder):
             Likelihood(LikelihoodConfig(samples=9)),
         ):
             found |= {name: r.value for name, r in run(evaluation, encoders(), streams).items()}
-        made = make(encoders()["generator"], AgreementConfig(samples=21, batch=4), {})
+        made = Agreement(AgreementConfig(samples=21, batch=4)).made(context(encoders(), {}))
         torch.save(torch.cat([part.image for part in made]), folder / f"{world}-{rank}.pt")
         (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
         broken = encoders()
@@ -72,3 +75,65 @@ def test_images_are_the_same_whoever_makes_them(folder):
     one, *two = (torch.load(folder / f"{part}.pt") for part in ("1-0", "2-0", "2-1"))
     assert len(one) == 21 and len(two[0]) == 11
     assert torch.equal(one[0::2], two[0]) and torch.equal(one[1::2], two[1])
+
+
+class Painter(nn.Module):
+    """Makes images without any diffusion: the grey of the class, told as a table and a setting of its own."""
+
+    classes, told = CLASSES, "label"
+
+    def __init__(self):
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(()))
+        self.asked = []
+
+    def settings(self, values):
+        if values.keys() - {"dark"}:
+            raise ConfigError(f"sampler: no such setting, {sorted(values)}")
+        return float(values.get("dark", 0.0))
+
+    def make(self, ids, prompt, seed, settings):
+        self.asked += [(int(i), int(label), seed) for i, label in zip(ids, prompt["label"], strict=True)]
+        x = grey(prompt["label"]) - settings + self.zero
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+
+def test_whatever_makes_images_can_be_measured(lone_group):
+    painter = Painter()
+    known = encoders() | {"generator": painter}
+    found = run(Agreement(AgreementConfig(samples=12, batch=5, seed=3)), known, {})
+    assert found["agreement/top1"].value == 1.0
+    assert painter.asked == [(i, i % CLASSES, 3) for i in range(12)]
+    dark = run(Agreement(AgreementConfig(samples=10, sampler={"dark": 0.4})), known, {})
+    assert dark["agreement/top1"].value == pytest.approx(0.2)  # one step darker, so only the darkest stays itself
+    with pytest.raises(ConfigError, match="no such setting"):
+        run(Agreement(AgreementConfig(samples=4, sampler={"steps": 3})), known, {})
+    with pytest.raises(ConfigError, match="measures diffusion models"):
+        run(Likelihood(LikelihoodConfig()), known, {"train": real(4), "val": real(4)})
+
+
+def test_settings_that_the_sampler_has_not_are_named():
+    with pytest.raises(ConfigError, match=r"stepz: unknown key .did you mean 'steps'"):
+        encoders()["generator"].settings({"name": "ddim", "stepz": 3})
+
+
+def test_what_several_evaluations_ask_for_is_made_once(lone_group):
+    painter = Painter()
+    ctx = context(encoders() | {"generator": painter}, {"train": real(40)}, tuple(f"class {i}" for i in range(CLASSES)))
+    numbers(Agreement(AgreementConfig(samples=8)), ctx)
+    numbers(Frechet(FrechetConfig(samples=8)), ctx)
+    assert len(painter.asked) == 8
+    numbers(Agreement(AgreementConfig(samples=8, seed=1)), ctx)
+    assert len(painter.asked) == 16
+
+
+def test_the_judge_and_the_model_may_number_their_classes_differently(lone_group):
+    names = [f"class {i}" for i in range(CLASSES)]
+    ctx = context(encoders() | {"generator": Painter()}, {}, tuple(names))
+    turned = replace(ctx, classes={**ctx.classes, "judge.logits": tuple(names[1:] + names[:1])}, kept={})
+    evaluation = Agreement(AgreementConfig(samples=10))
+    assert numbers(evaluation, ctx)["agreement/top1"].value == 1.0
+    assert numbers(evaluation, turned)["agreement/top1"].value == 0.0
+    stranger = replace(ctx, classes={**ctx.classes, "judge.logits": ("fox", *names[1:])}, kept={})
+    with pytest.raises(DataError, match="the model has samples of class 'class 0', which the judge does not know"):
+        numbers(evaluation, stranger)

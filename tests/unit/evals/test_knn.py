@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import pipeline.evals.knn as knn
-from pipeline.core.errors import ConfigError
-from tests.contracts.components import ListStream
+from pipeline.core.errors import ConfigError, DataError
+from tests.contracts.components import ListStream, context, numbers
 
 
 class Identity(nn.Module):
@@ -30,6 +30,10 @@ def make_streams(samples=(57, 31), classes=6, dim=8):
         feature = (centre[label] + 1.5 * torch.randn(n, dim, generator=generator)) * length
         streams[name] = ListStream(feature, label)
     return streams
+
+
+def measured(streams, **settings):
+    return numbers(knn.KNN(knn.Config(**settings)), context({"image": Identity()}, streams))
 
 
 def brute_force(streams, k, temperature):
@@ -56,15 +60,12 @@ def test_equals_brute_force_in_any_chunks(monkeypatch, lone_group, queries, bank
     monkeypatch.setattr(knn, "QUERIES", queries)
     monkeypatch.setattr(knn, "BANK", bank)
     streams, ks = make_streams(), (1, 5, 20, 57)
-    with torch.no_grad():
-        evaluation = knn.KNN(knn.Config(k=ks, temperature=temperature))
-        results = {r.name: r for r in evaluation.run({"image": Identity()}, streams)}
+    results = measured(streams, k=ks, temperature=temperature)
     assert len(results) == 8
     for k in ks:
         top1, top5 = brute_force(streams, k, temperature)
         assert results[f"knn/top1_k{k}"].value == pytest.approx(top1)
-        if k == 57:  # with fewer neighbours than classes, the order of classes without votes is nobody's business
-            assert results[f"knn/top5_k{k}"].value == pytest.approx(top5)
+        assert results[f"knn/top5_k{k}"].value == pytest.approx(top5)
         result = results[f"knn/top1_k{k}"]
         assert result.n == 31 and result.split == "val"
         assert result.stderr == pytest.approx(math.sqrt(top1 * (1 - top1) / 31))
@@ -72,18 +73,56 @@ def test_equals_brute_force_in_any_chunks(monkeypatch, lone_group, queries, bank
 
 def test_extreme_similarities_do_not_overflow(lone_group):
     streams = make_streams()
-    with torch.no_grad():
-        results = list(knn.KNN(knn.Config(k=(5,), temperature=1e-4)).run({"image": Identity()}, streams))
-    assert results[0].value == pytest.approx(brute_force(streams, 1, 1.0)[0])  # the nearest decides
+    results = measured(streams, k=(5,), temperature=1e-4)
+    assert results["knn/top1_k5"].value == pytest.approx(brute_force(streams, 1, 1.0)[0])  # the nearest decides
 
 
 def test_more_neighbours_than_samples_are_refused(lone_group):
     with pytest.raises(ConfigError, match="58 neighbours asked for, but stream 'train' has only 57"):
-        list(knn.KNN(knn.Config(k=(5, 58))).run({"image": Identity()}, make_streams()))
+        measured(make_streams(), k=(5, 58))
 
 
 def test_few_classes_have_no_top5(lone_group):
     streams = make_streams(classes=3)
-    with torch.no_grad():
-        names = [r.name for r in knn.KNN(knn.Config(k=(5,))).run({"image": Identity()}, streams)]
-    assert names == ["knn/top1_k5"]
+    assert list(measured(streams, k=(5,))) == ["knn/top1_k5"]
+
+
+def test_a_class_without_a_vote_is_not_among_the_best_five(lone_group):
+    """With one neighbour there is one vote, so that top-5 is top-1."""
+    results = measured(make_streams(), k=(1, 2))
+    assert results["knn/top5_k1"].value == results["knn/top1_k1"].value < 1
+    assert (
+        results["knn/top5_k1"].value
+        <= results["knn/top5_k2"].value
+        == pytest.approx(brute_force(make_streams(), 2, 0.07)[1])
+    )
+
+
+def test_votes_too_small_for_float_are_votes(lone_group):
+    """exp(-2 / 1e-4) is 0, but the class is there, and those that are not come after it."""
+    streams = make_streams()
+    results = measured(streams, k=(5,), temperature=1e-4)
+    assert results["knn/top5_k5"].value == pytest.approx(brute_force(streams, 5, 1.0)[1])
+
+
+def test_classes_are_the_same_by_name(lone_group):
+    """The queries' data set knows one class less, so that its numbers are others: by number 0, by name what it was."""
+    streams = make_streams()
+    expected = measured(streams, k=(5,))
+    fewer = streams["val"].label < 5
+    streams["val"] = ListStream(streams["val"].image[fewer], streams["val"].label[fewer])
+    same = measured(streams, k=(5,))
+    streams["val"].label = 4 - streams["val"].label
+    streams["val"].classes = streams["val"].classes[::-1]
+    assert measured(streams, k=(5,)) == same != expected
+
+
+def test_a_class_that_the_bank_does_not_know_is_named(lone_group):
+    streams = make_streams()
+    streams["val"].classes = ("class 0", "class 1", "class 2", "class 3", "class 4", "fox")
+    with pytest.raises(
+        DataError,
+        match=r"stream 'val' has samples of class 'fox', which stream 'train' does not know; "
+        r"stream 'train' knows class 'class 5' instead",
+    ):
+        measured(streams, k=(5,))

@@ -13,7 +13,7 @@ from pipeline.core.errors import DataError
 from pipeline.dist.group import process_group
 from pipeline.evals.retrieval import Config as RetrievalConfig
 from pipeline.evals.retrieval import Retrieval, best_ranks
-from tests.contracts.components import ListStream
+from tests.contracts.components import ListStream, context, numbers
 from tests.ranks import start_ranks
 
 N, CLASSES, WIDTH = 37, 5, 4
@@ -45,11 +45,8 @@ def encoders() -> dict[str, Table]:
 
 
 def measured(rank: int = 0, world: int = 1) -> dict[str, tuple[float, int]]:
-    with torch.no_grad():
-        found = [
-            *Retrieval(RetrievalConfig(k=(1, 3, 20, 37))).run(encoders(), {"val": stream(rank, world)}),
-        ]
-    return {r.name: (r.value, r.n) for r in found}
+    found = numbers(Retrieval(RetrievalConfig(k=(1, 3, 20, 37))), context(encoders(), {"val": stream(rank, world)}))
+    return {r.name: (r.value, r.n) for r in found.values()}
 
 
 def by_hand() -> dict[str, tuple[float, int]]:
@@ -79,6 +76,48 @@ def test_hits_are_those_counted_by_hand(lone_group):
     assert 0.05 < found["retrieval/top3_text"][0] < 0.95
 
 
+def five_rows_an_image() -> tuple[ListStream, list[list[int]]]:
+    """Seven images with five captions each in rows that are mixed; two images share a caption, one has one twice."""
+    captions = [[5 * i + j for j in range(5)] for i in range(7)]
+    captions[3][0], captions[4][1] = captions[2][2], captions[4][0]
+    rows = [(i, c) for i, own in enumerate(captions) for c in own]
+    rows = [rows[j * 13 % len(rows)] for j in range(len(rows))]
+    image = torch.tensor([i for i, _ in rows], dtype=torch.uint8).view(-1, 1, 1, 1)
+    stream = ListStream(image, torch.tensor([c for _, c in rows]))
+    stream.classes = tuple(f"class {c}" for c in range(35))
+    return stream, captions
+
+
+@pytest.mark.parametrize("perfect", [False, True])
+def test_an_image_with_five_captions_in_five_rows_is_one_image(lone_group, perfect):
+    """CLIP_benchmark's convention, counted one query at a time: of an image any of its captions is a hit."""
+    stream, captions = five_rows_an_image()
+    towers = {"image": Table(0, 7), "text": Table(1, 35)}
+    if perfect:  # each caption is where its image is, the shared one at the first
+        with torch.no_grad():
+            for i in reversed(range(7)):
+                towers["text"].rows[captions[i]] = towers["image"].rows[i]
+    image, text = (towers[name].rows.detach() for name in ("image", "text"))
+    known = sorted({c for own in captions for c in own})
+    found = numbers(Retrieval(RetrievalConfig(k=(1, 5, 10))), context(towers, {"val": stream}))
+    for k in (1, 5, 10):
+        hits = 0
+        for i in range(7):
+            near = sorted(known, key=lambda c, i=i: -cosine(image[i], text[c]))[:k]
+            hits += any(c in near for c in captions[i])
+        assert found[f"retrieval/top{k}_text"].value == pytest.approx(hits / 7)
+        assert found[f"retrieval/top{k}_text"].n == 7
+    for k in (1, 5):
+        hits = 0
+        for c in known:
+            near = sorted(range(7), key=lambda i, c=c: -cosine(image[i], text[c]))[:k]
+            hits += any(c in captions[i] for i in near)
+        assert found[f"retrieval/top{k}_image"].value == pytest.approx(hits / len(known))
+        assert found[f"retrieval/top{k}_image"].n == len(known) == 33
+    if perfect:
+        assert found["retrieval/top1_text"].value >= 6 / 7 and found["retrieval/top1_image"].value == 1.0
+
+
 def on_a_rank() -> str:
     with process_group(1.0):
         return json.dumps(measured(dist.get_rank(), dist.get_world_size()))
@@ -91,7 +130,7 @@ def test_the_number_of_ranks_does_not_matter():
 
 def test_features_that_are_all_alike_find_nothing():
     same = torch.ones(4, 2)
-    assert best_ranks(same, same, torch.arange(4), torch.arange(4)).tolist() == [3, 3, 3, 3]
+    assert best_ranks(same, same, torch.arange(4).expand(2, 4)).tolist() == [3, 3, 3, 3]
 
 
 def test_a_stream_without_texts_is_named(lone_group):
@@ -102,4 +141,4 @@ def test_a_stream_without_texts_is_named(lone_group):
     plain = stream()
     silent = Silent(plain.image, plain.label)
     with pytest.raises(DataError, match='add "text"'):
-        list(Retrieval(RetrievalConfig()).run(encoders(), {"val": silent}))
+        numbers(Retrieval(RetrievalConfig()), context(encoders(), {"val": silent}))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.protocols import Picture, Result
+from pipeline.core.evaluation import Number
+from pipeline.core.protocols import Picture
 from pipeline.record.files import Lines
 from pipeline.record.metrics import MetricsLog
 from pipeline.record.recorder import NOTES
@@ -76,12 +77,12 @@ def write_run(folder: Path, every: int = 10) -> Path:
     for at, (top1, frechet) in measured.items():
         model = f"step {at}" if at else "random init"
         knn = [
-            Result("knn/top1", top1 - 0.04, 5000, "val", 0.0061),
-            Result("knn/top5", top1 + 0.1, 5000, "val", 0.0041),
+            Number("knn/top1", top1 - 0.04, 5000, "val", 0.0061),
+            Number("knn/top5", top1 + 0.1, 5000, "val", 0.0041),
         ]
         probe = [
-            Result("linear_probe/top1", top1, 5000, "val", 0.006),
-            Result("frechet", frechet, 5000, "val", 0.3, "lower"),
+            Number("linear_probe/top1", top1, 5000, "val", 0.006),
+            Number("frechet", frechet, 5000, "val", 0.3, "lower"),
         ]
         for name, results in (("knn", knn), ("linear_probe", probe)):
             new = rows(results, model=model, step=at, evaluation=name, config="12" * 16, manifests=manifests)

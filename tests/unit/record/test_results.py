@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.protocols import Result
+from pipeline.core.evaluation import Number
 from pipeline.record.results import Row, add_results, lines, models, read_results, read_together, rows, table
 
 ABOUT = {"evaluation": "knn", "config": "c" * 32, "manifests": {"val": "m" * 32}}
@@ -16,7 +16,7 @@ ABOUT = {"evaluation": "knn", "config": "c" * 32, "manifests": {"val": "m" * 32}
 def top1(
     value: float, model="step 10", step: int | None = 10, stderr: float | None = 0.01, better: Any = "higher", **about
 ) -> list[Row]:
-    return rows([Result("knn/top1", value, 100, "val", stderr, better)], model=model, step=step, **{**ABOUT, **about})
+    return rows([Number("knn/top1", value, 100, "val", stderr, better)], model=model, step=step, **{**ABOUT, **about})
 
 
 def test_rows_carry_their_origin():
@@ -29,7 +29,7 @@ def test_rows_carry_their_origin():
 def test_a_newer_row_replaces_one_of_the_same_key_only(tmp_path):
     assert read_results(tmp_path) == []
     add_results(tmp_path, top1(0.5) + top1(0.1, "random init", None))
-    other_split = rows([Result("knn/top1", 0.9, 100, "train")], model="step 10", step=10, **ABOUT)
+    other_split = rows([Number("knn/top1", 0.9, 100, "train")], model="step 10", step=10, **ABOUT)
     add_results(tmp_path, top1(0.6) + other_split)
     found = {(r.model, r.split): r.value for r in read_results(tmp_path)}
     assert found == {("step 10", "val"): 0.6, ("random init", "val"): 0.1, ("step 10", "train"): 0.9}
@@ -102,7 +102,7 @@ def test_the_table_in_a_log():
 
 
 def test_a_missing_cell_is_empty():
-    other = rows([Result("knn/top5", 0.9, 100, "val")], model="step 20", step=20, **ABOUT)
+    other = rows([Number("knn/top5", 0.9, 100, "val")], model="step 20", step=20, **ABOUT)
     (first, second) = [line.texts() for line in lines(top1(0.5) + other)]
     assert first == ["0.500 +- 0.010", ""] and second == ["", "0.9000"]
 

@@ -1,0 +1,62 @@
+"""What an evaluation is given: encoders, streams, features, training, and a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from pipeline.config.schema import Training
+from pipeline.core.errors import ConfigError
+from pipeline.core.evaluation import EvalStream, Features
+from pipeline.core.protocols import Batch, Objective
+from pipeline.dist.group import Place
+from pipeline.evals._features import extract
+from pipeline.suites.training import train_on
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Of one subject and suite; see :class:`pipeline.core.evaluation.EvalContext`."""
+
+    encoders: Mapping[str, nn.Module]
+    classes: Mapping[str, tuple[str, ...]]
+    streams: Mapping[str, EvalStream]
+    place: Place
+    folder: Path
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Stream to the folder of its data set."""
+    tokenize: Callable[[Sequence[str]], Batch] | None = None
+    """What turns texts into what the encoder "text" takes; None: the model was trained without texts."""
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+    """What several evaluations need is made once: encoders must not change meanwhile."""
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gives, or gave before under the same ``key``."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    def features(
+        self, encoder: str, stream: str, fields: Sequence[str] = ("label",), module: nn.Module | None = None
+    ) -> Features:
+        """Features of every sample of a stream; made once for all evaluations that ask for the same."""
+        key = ("features", encoder, stream, *sorted(fields))
+        return self.once(key, lambda: extract(module or self.encoders[encoder], self.streams[stream], fields))
+
+    def tokens(self, texts: Sequence[str]) -> Batch:
+        """Any texts as the encoder "text" takes them."""
+        if self.tokenize is None:
+            raise ConfigError("this evaluation reads texts, and the model was trained without any, so it has no words")
+        return self.tokenize(texts)
+
+    def train(self, objective: Objective, stream: str, training: Training) -> None:
+        """Train an objective on a stream's data."""
+        with torch.enable_grad(), torch.random.fork_rng():
+            train_on(objective, self.data[stream], training, self.place, self.folder)

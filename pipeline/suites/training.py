@@ -1,0 +1,63 @@
+"""Training inside an evaluation: through the one loop, in the ranks that evaluate, without checkpoints."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from pipeline.config.resolve import learning_rate, resolve
+from pipeline.config.schema import Component, Data, EngineConfig, Every, Run, RunConfig, Training
+from pipeline.core import manifest as manifests
+from pipeline.core.protocols import Clock, Objective
+from pipeline.dist.group import Place
+from pipeline.engine.loop import fit
+from pipeline.engine.meter import Meter
+from pipeline.engine.stopping import StopRequest
+from pipeline.engine.watch import Watch
+from pipeline.run.build import build_engine, build_stream
+
+
+def train_on(objective: Objective, data: str, training: Training, place: Place, folder: Path) -> None:
+    """Train ``objective`` in place.
+
+    Args:
+        objective: on every rank the same.
+        data: folder of the data set.
+        training: how long and how.
+        place: of this rank.
+        folder: of the evaluation; a file "stop" in it ends the training.
+
+    Raises:
+        Mistakes: the batch does not fit the data or the ranks.
+        NonFiniteError: on every rank in the same step.
+    """
+    config = run_config(data, training, folder)
+    manifest = manifests.load(data)
+    plan = resolve(config, manifest.samples, place.world_size, "the training of an evaluation")
+    engine = build_engine(config, objective, plan, place)
+    with closing(build_stream(config, manifest, plan, place)) as stream:
+        fit(
+            engine=engine,
+            stream=stream,
+            clock=Clock(0, 0, plan.total_samples),
+            global_batch=plan.global_batch,
+            seed=training.seed,
+            learning_rate=lambda samples: learning_rate(plan, samples),
+            actions=[],
+            meter=Meter(place.device, place.world_size),
+            watch=Watch(place.device, StopRequest(folder)),
+        )
+    objective.eval()
+
+
+def run_config(data: str, training: Training, folder: Path) -> RunConfig:
+    """The run that such a training is."""
+    return RunConfig(
+        run=Run(folder=str(folder), length=training.length, global_batch=training.global_batch, seed=training.seed),
+        data=Data(train=data, fields=training.fields, image=training.image, workers=training.workers),
+        objective=Component(name="evaluation"),
+        optimizer=training.optimizer,
+        schedule=training.schedule,
+        engine=EngineConfig(name="accelerate", precision=training.precision, micro_batch=training.micro_batch),
+        every=Every(),
+    )

@@ -1,0 +1,59 @@
+"""A model that reads takes its tokenizer with it: it is evaluated where no tokenizer and no caption is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_prep.tokenizer import train_tokenizer
+from pipeline.core import manifest as manifests
+from pipeline.run.__main__ import main
+from tests.integration.runs import codes, overrides, run
+
+SUITE = """
+workers = 0
+[streams]
+val = "{val}"
+[[evals]]
+name = "zero_shot"
+"""
+
+
+@pytest.fixture(scope="module")
+def clip(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    shutil.copytree(glyphs / "train", folder / "train")
+    train_tokenizer(str(folder / "train"), 300)
+    own = ["engine.name=accelerate", "run.length=2ba"]
+    assert codes(run(1, "clip", overrides(folder / "run", folder / "train", *own))) == [0]
+    return folder
+
+
+def without_words(folder: Path) -> None:
+    """A data set as one of labels alone is: no tokenizer, no captions."""
+    whole = manifests.load(folder)
+    fields = {name: ends for name, ends in whole.fields.items() if name in ("image", "label")}
+    bare = manifests.Manifest(whole.root, whole.shards, fields, whole.classes, whole.statistics, whole.made)
+    manifests.save(bare, folder)
+
+
+def test_zero_shot_on_data_without_words_after_the_training_data_has_gone(clip, glyphs, tmp_path, capsys):
+    shutil.copytree(glyphs / "val", tmp_path / "val")
+    (tmp_path / "suite.toml").write_text(SUITE.format(val=tmp_path / "val"))
+    evaluate = ["eval", "--run", str(clip / "run"), "--suite", str(tmp_path / "suite.toml")]
+    assert main(evaluate) == 0
+    before = json.loads((clip / "run" / "results.json").read_text())["results"]
+    without_words(tmp_path / "val")
+    shutil.rmtree(clip / "train")
+    assert main(evaluate) == 0
+    after = json.loads((clip / "run" / "results.json").read_text())["results"]
+    values = [{r["metric"]: r["value"] for r in rows} for rows in (before, after)]
+    assert values[0] == values[1] and "zero_shot/top1" in values[0]
+    capsys.readouterr()
+    bad = tmp_path / "retrieval.toml"
+    bad.write_text(SUITE.format(val=tmp_path / "val").replace("zero_shot", "retrieval"))
+    assert main(["eval", "--run", str(clip / "run"), "--suite", str(bad)]) == 2
+    assert "retrieval needs the field \"text\" of stream 'val'; add it" in capsys.readouterr().err
