@@ -12,7 +12,7 @@ import hashlib
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from data_prep.dataset import DONE
 from data_prep.duplicates import Seen, prints_name, unpack
 from data_prep.fetch import Failed, fetched
 from data_prep.keys import Keys
-from data_prep.options import Options
+from data_prep.labels import check_kept
+from data_prep.options import Options, differences
 from data_prep.prepare import Sample, Task, prepared
 from data_prep.record import Record, Source, split_of
 from data_prep.shards import WORK, Note, SplitWriter, fields_of, finished, read_note
@@ -103,6 +104,8 @@ class _Build:
         self.writers: dict[str, SplitWriter] = {}
         self.parts: list[dict[str, Any]] = []
         self.bases: dict[str, Manifest] = {}
+        self.begins = False
+        """Nothing of this part was there yet."""
 
     def run(self) -> Built:
         names = self.source.classes
@@ -145,7 +148,7 @@ class _Build:
         return False
 
     def _compare(self, there: dict[str, Any], plan: dict[str, Any]) -> None:
-        changes = list(_differences(there, plan))
+        changes = list(differences(there, plan))
         if changes:
             raise ConfigError(
                 f"{self.store.where} was begun with other settings ({'; '.join(changes)}); "
@@ -171,10 +174,10 @@ class _Build:
                 there = None
         except FileNotFoundError:
             there = None
-            if any(name.endswith(".tar") for name in self.store.names("train")) and not self.append:
-                raise ConfigError(
-                    f"{self.store.where}/train holds shards of another origin; use a new folder"
-                ) from None
+            self.begins = True
+            if self.parts:  # without their plan, notes are those of a finished part, half removed
+                self.store.remove(WORK)
+            self._check_empty("train")
         self.store.lock(LOCK)
         if there is not None and finished(self.store):
             self._compare(there, plan)
@@ -182,11 +185,7 @@ class _Build:
             self.store.write(f"{WORK}/plan.json", json.dumps(plan).encode())
         self.bases = self._read_bases()
         for split, base in self.bases.items():
-            if self.source.classes[: len(base.classes)] != base.classes:
-                raise ConfigError(
-                    f"{self.store.where}/{split} has {len(base.classes)} classes that the source does not begin with; "
-                    "added data keeps the numbers of the classes"
-                )
+            check_kept(base.classes, self.source.classes, f"{self.store.where}/{split}")
         for base in self.bases.values():
             for shard in base.shards:
                 self._remember(shard.name, before=True)
@@ -196,6 +195,12 @@ class _Build:
             self._recall(note)
             notes.setdefault(split, []).append(note.light())
         self.writers = {split: self._writer(split, done) for split, done in notes.items()}
+
+    def _check_empty(self, split: str) -> None:
+        """Refuse to begin where there are shards already that nothing here says anything about."""
+        strange = self.begins and not self.parts and any(n.endswith(".tar") for n in self.store.names(split))
+        if strange:
+            raise ConfigError(f"{self.store.where}/{split} holds shards of another origin; use a new folder")
 
     def _read_bases(self) -> dict[str, Manifest]:
         """The manifests that this part adds to, as they were before it began."""
@@ -234,7 +239,8 @@ class _Build:
 
     def _writer(self, split: str, notes: list[Note]) -> SplitWriter:
         base = self.bases.get(split)
-        return SplitWriter(self.store, split, self.options, len(base.shards) if base else 0, notes)
+        again = f"remove {self.store.where}/{WORK}, to begin the addition again" if self.parts else "remove this one"
+        return SplitWriter(self.store, split, self.options, len(base.shards) if base else 0, notes, again)
 
     # -- reading and writing
 
@@ -257,6 +263,7 @@ class _Build:
                     record, image=Failed(f"label {record.label} is not one of {len(self.source.classes)} classes")
                 )
             if split not in self.writers:
+                self._check_empty(split)
                 self.writers[split] = self._writer(split, [])
             if not self.writers[split].covers(place, record):
                 yield place, split, record
@@ -383,13 +390,3 @@ class _Build:
             where = f"{self.store.where}/{split}"
             found[split] = parse(self.store.read(f"{split}/{FILE}").decode(), where, f"{where}/{FILE}")
         return found
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """What differs between two tables of plain values, one line each."""
-    for key in sorted({*there, *here}):
-        old, new = there.get(key), here.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{path}{key}.")
-        elif old != new:
-            yield f"{path}{key}: {old!r} there, {new!r} now"

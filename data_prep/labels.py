@@ -204,6 +204,21 @@ def _check_alike(known: Sequence[str], names: Sequence[str]) -> None:
         )
 
 
+def check_kept(there: Sequence[str], classes: Sequence[str], where: str) -> None:
+    """Refuse to add data whose classes do not begin with those that are ``there``.
+
+    Raises:
+        ConfigError: a number would stand for another class.
+    """
+    for number, name in enumerate(there):
+        now = classes[number] if number < len(classes) else "none"
+        if name != now:
+            raise ConfigError(
+                f"{where} has {len(there)} classes that the source does not begin with: number {number} is {name!r} "
+                f"there, {now!r} now; added data keeps the numbers of the classes"
+            )
+
+
 def check_classes(most: int, used: int) -> None:
     """Refuse labels up to ``most`` of which only ``used`` differ: a list of all classes would be endless.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -140,3 +140,13 @@ class Options:
     def facts(self) -> dict[str, Any]:
         """Plain JSON values of all that decides the result."""
         return {name: value for name, value in asdict(self).items() if name != "workers"}
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """What differs between two tables of plain values, one line each."""
+    for key in sorted({*there, *here}):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{path}{key}.")
+        elif old != new:
+            yield f"{path}{key}: {old!r} there, {new!r} now"

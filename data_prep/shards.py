@@ -75,9 +75,14 @@ class Note:
 
 
 class SplitWriter:
-    """Writes one split's shards in the order of the input, from where finished shards end."""
+    """Writes one split's shards in the order of the input, from where finished shards end.
 
-    def __init__(self, store: Store, split: str, options: Options, first: int, notes: list[Note]) -> None:
+    ``again`` is what to do, beside building into a new folder, where the input is not what it was.
+    """
+
+    def __init__(
+        self, store: Store, split: str, options: Options, first: int, notes: list[Note], again: str = "remove this one"
+    ) -> None:
         self.split = split
         self.notes = notes
         self.resume_at = notes[-1].until if notes else 0
@@ -86,6 +91,7 @@ class SplitWriter:
         self._store = store
         self._options = options
         self._first = first
+        self._again = again
         self._inputs = hashlib.sha256()
         self._checked = not notes
         self._tar: TarWriter | None = None
@@ -107,7 +113,7 @@ class SplitWriter:
         if not self._checked and self.inputs != self.notes[-1].inputs:
             raise DataError(
                 f"the input before sample {self.resume_at} is not what the {len(self.notes)} finished shards of "
-                f"{self._store.where}/{self.split} were made from; build into a new folder, or remove this one"
+                f"{self._store.where}/{self.split} were made from; build into a new folder, or {self._again}"
             )
         self._checked = True
 

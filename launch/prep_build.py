@@ -169,7 +169,7 @@ def run_build(source: Source, out: str, options: Options, *, append: bool = Fals
 
 def _known(out: str, append: bool, classes: str) -> Known:
     """The classes of the data set that is added to, or those that are given."""
-    from data_prep.dataset import read_manifest
+    from data_prep.dataset import data_sets, read_manifest
     from data_prep.labels import Known, read_classes
     from data_prep.store import open_store
 
@@ -177,7 +177,7 @@ def _known(out: str, append: bool, classes: str) -> Known:
         return Known(read_classes(classes), closed=True)
     if not append:
         return Known()
-    store = open_store(f"{out}/train")
+    store = open_store(data_sets(out)[0])  # all splits have the same classes
     try:
         return Known(read_manifest(store).classes)
     finally:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -13,9 +14,11 @@ from data_prep.record import Inline
 from data_prep.sources.folder import FolderSource
 from data_prep.store import LocalStore
 from data_prep.verify import verify
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.manifest import load
 from tests.unit.data_prep.samples import ListSource, encoded, inline, members, picture, png, tree
 from tests.unit.data_prep.test_build import Killed, _dying, lines
+from tests.unit.data_prep.test_verbs import run
 
 OPTIONS = Options({"val": 0.3}, shard_samples=3)
 
@@ -123,8 +126,62 @@ def test_what_cannot_be_added_to(tmp_path):
     with pytest.raises(ConfigError, match="nothing to append to"):
         build(ListSource(inline(3)), tmp_path / "new", OPTIONS, append=True)
     build(ListSource(inline(3), ("a", "b")), tmp_path / "x", OPTIONS)
-    with pytest.raises(ConfigError, match="keeps the numbers"):
+    with pytest.raises(ConfigError, match=r"number 0 is 'a' there, 'b' now; added data keeps the numbers"):
         build(ListSource(inline(6), ("b", "a"), "other"), tmp_path / "x", OPTIONS, append=True)
+
+
+def test_notes_that_were_half_removed_are_not_in_the_way(tmp_path, monkeypatch):
+    """A kill while they are removed may leave any of them, and takes the plan away first or last."""
+    first, second = parts()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "remove", lambda store, folder: None)
+        build(first, tmp_path / "out", OPTIONS)
+    notes = sorted(p.name for p in (tmp_path / "out/.build").iterdir())
+    assert len([n for n in notes if n.startswith("train.")]) > 1
+    build(first, tmp_path / "clean", OPTIONS)
+    build(second, tmp_path / "clean", OPTIONS, append=True)
+    for number, left in enumerate(notes):
+        out = shutil.copytree(tmp_path / "out", tmp_path / f"{number}")
+        for name in set(notes) - {left}:
+            (out / ".build" / name).unlink()
+        build(second, out, OPTIONS, append=True)
+        assert tree(out) == tree(tmp_path / "clean"), left
+
+
+def test_an_addition_whose_input_changed_may_begin_again(tmp_path, monkeypatch):
+    """What is said must not cost the data set that was there."""
+    first, second = parts()
+    build(first, tmp_path / "out", OPTIONS)
+    with monkeypatch.context() as patch:
+        _dying(patch, 12)
+        with pytest.raises(Killed):
+            build(second, tmp_path / "out", OPTIONS, append=True)
+    changed = ListSource(inline(30)[14:], ("a", "b", "c"), "second")
+    with pytest.raises(DataError, match=r"new folder, or remove .*/out/\.build, to begin the addition again"):
+        build(changed, tmp_path / "out", OPTIONS, append=True)
+    shutil.rmtree(tmp_path / "out/.build")
+    built = build(changed, tmp_path / "out", OPTIONS, append=True)
+    assert sum(m.samples for m in built.manifests.values()) == 28
+    assert all(verify(str(tmp_path / "out" / split)).problems == {} for split in built.manifests)
+
+
+def test_shards_of_another_origin_are_not_written_over(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / split).mkdir(parents=True)
+        (tmp_path / split / split / f"{split}-000000.tar").write_bytes(b"somebody's")
+        with pytest.raises(ConfigError, match=f"{split} holds shards of another origin"):
+            build(ListSource(inline(12)), tmp_path / split, OPTIONS)
+        assert (tmp_path / split / split / f"{split}-000000.tar").read_bytes() == b"somebody's"
+
+
+def test_data_is_added_where_there_is_no_training_split(tmp_path):
+    for folder, names in (("in", "ab"), ("more", "bc")):
+        for split, name in product(("val", "test"), names):
+            (tmp_path / folder / split / name).mkdir(parents=True)
+            (tmp_path / folder / split / name / f"{folder}.png").write_bytes(png(len(folder) + ord(name)))
+    run("build", "folder", tmp_path / "in", tmp_path / "out")
+    run("build", "folder", tmp_path / "more", tmp_path / "out", "--append")
+    assert load(tmp_path / "out/test").classes == ("a", "b", "c") and load(tmp_path / "out/val").samples == 4
 
 
 def test_a_part_killed_at_its_very_end_is_not_in_the_way(tmp_path, monkeypatch):

@@ -145,6 +145,39 @@ def test_labels_may_get_more_or_fewer_digits(pair, digits):
     check(pair / "out", samples=7)
 
 
+def test_a_label_that_gets_shorter_leaves_no_digits_behind(pair):
+    """The tar is the one that a writer of the new label would have made."""
+    (pair / "many").mkdir()
+    content = {"x.png": coloured("fox", 1), "x.cls": b"11\n", "y.png": coloured("fox", 2)}
+    _tar(pair / "many/x.tar", content)
+    (pair / "names.txt").write_text("\n".join([*(f"c{i}" for i in range(11)), "fox"]))
+    run("index", "many", "--classes", "names.txt")
+    run("merge", folder_of(pair, "fox"), "many", "out")
+    _tar(pair / "wanted.tar", content | {"x.cls": b"0"})
+    assert (pair / "out/001-x.tar").read_bytes() == (pair / "wanted.tar").read_bytes()
+
+
+def test_a_merge_that_was_killed_before_it_wrote_labels_leaves_the_inputs_alone(pair):
+    """The first try may have left a link to an input where the second one writes."""
+    (pair / "ab").mkdir()
+    before = {p: p.read_bytes() for p in (pair / "b/train").glob("*.tar")}
+    for path in before:
+        (pair / f"ab/.001-{path.name}.part").hardlink_to(path)
+    run("merge", "a/train", "b/train", "ab")
+    assert {p: p.read_bytes() for p in before} == before
+    check(pair / "ab", samples=12)
+
+
+@pytest.mark.parametrize("odd", [b"7", b"dog"])
+def test_labels_of_no_class_are_not_merged_by_name(pair, odd):
+    (pair / "bad").mkdir()
+    _tar(pair / "bad/x.tar", {"x.png": coloured("fox", 1), "x.cls": b"0", "y.png": coloured("fox", 2), "y.cls": odd})
+    (pair / "names.txt").write_text("fox\n")
+    run("index", "bad", "--classes", "names.txt")
+    with pytest.raises(DataError, match=f"label b'{odd.decode()}' of y is not one of 1 classes"):
+        run("merge", "a/train", "bad", "out")
+
+
 def test_repacking_both_goes_by_name_too(pair):
     run("build", "tars", "{a,b}/train", "both", "--split", "val=0")
     assert load("both/train").classes == ("cat", "dog", "eel")
