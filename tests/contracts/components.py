@@ -21,6 +21,8 @@ from pipeline.suites.context import Context
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke"
 CLASSES = tuple(f"class {i}" for i in range(7))
+REQUIRED = {"ood": {"unknown": ("other",)}}
+"""Settings of evaluations that have no default."""
 CONTEXT = StepContext(seed=3, clock=Clock(step=2, samples=16, total_samples=64))
 
 
@@ -54,9 +56,9 @@ def stir(objective: Objective) -> Objective:
 
 
 def build_evaluation(name: str, **settings: Any) -> Evaluation:
-    """An evaluation with its defaults, but for ``settings``."""
+    """An evaluation with its defaults, but for ``settings`` and for what has no default."""
     module = registry.module("pipeline.evals", name)
-    return registry.component("pipeline.evals", name, Evaluation)(module.Config(**settings))
+    return registry.component("pipeline.evals", name, Evaluation)(module.Config(**REQUIRED.get(name, {}) | settings))
 
 
 def make_batch(objective: Objective, name: str, samples: int = 8) -> Batch:

@@ -22,8 +22,9 @@ NAMES = [
     name
     for name in registry.names("pipeline.evals")
     if set(build_evaluation(name).uses().encoders) <= {"image", "logits", "text"}
+    and set(build_evaluation(name).uses().streams) <= {"train", "val"}
 ]
-"""Those that look at real images and their texts."""
+"""Those that look at real images and their texts, of two streams."""
 SETTINGS = {"knn": {"k": (5, 20)}}
 """Where an evaluation's defaults ask for more than the tiny streams hold."""
 
@@ -100,16 +101,20 @@ def test_it_is_an_evaluation_with_a_strict_config(name):
     assert all(key.startswith(f"{name}/") and chance != perfect for key, (chance, perfect) in scores(name).items())
 
 
-@pytest.mark.parametrize("name", NAMES)
+SCORED = [name for name in NAMES if scores(name)]
+"""Those with metrics of which is known what chance and perfect features give."""
+
+
+@pytest.mark.parametrize("name", SCORED)
 def test_perfect_features_have_perfect_scores(name, lone_group):
     results = run(name, streams(noise=0.0))
     expected = {key: perfect for key, (_, perfect) in scores(name).items()}
-    assert expected and expected == {key: results[key].value for key in expected}
+    assert expected == {key: results[key].value for key in expected}
     assert all(results[key].n in (103, CLASSES) and results[key].split == "val" for key in expected)
     assert all(results[key].stderr == 0 for key in expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCORED)
 def test_random_features_score_by_chance(name, lone_group):
     found = [run(name, streams(1.0, seed), seed) for seed in range(4)]
     for key, (chance, _) in scores(name).items():
@@ -175,4 +180,4 @@ def test_on_two_ranks(folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rank_of_every_world_reports_the_same(name, folder):
     first, *others = [(folder / f"{name}-{part}.json").read_text() for part in ("1-0", "2-0", "2-1")]
-    assert others == [first, first] and 0.2 < json.loads(first)[0][1] < 1
+    assert others == [first, first] and (0.2 < json.loads(first)[0][1] < 1 or name not in SCORED)

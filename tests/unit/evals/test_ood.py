@@ -1,0 +1,112 @@
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.evaluation import Features
+from pipeline.evals.ood import OOD, Config, Gaussians, Neighbours, separation
+from tests.contracts.components import ListStream, context, numbers
+from tests.unit.evals.test_knn import Identity
+
+CLASSES, DIM = 3, 5
+
+
+class Logits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(DIM, CLASSES, generator=torch.Generator().manual_seed(7)))
+
+    def forward(self, image):
+        return image @ self.weight
+
+
+def streams():
+    """Two streams of three uneven clouds, and one of points elsewhere."""
+    generator = torch.Generator().manual_seed(5)
+    centre = 2 * torch.randn(CLASSES, DIM, generator=generator)
+    mix = torch.randn(DIM, DIM, generator=generator)
+    found = {}
+    for name, n in (("train", 60), ("val", 37), ("far", 23)):
+        label = torch.arange(n) % CLASSES
+        noise = torch.randn(n, DIM, generator=generator) @ mix * 0.5
+        found[name] = ListStream(noise + (centre[label] if name != "far" else 3 * noise), label)
+        found[name].fingerprint = name
+    return found
+
+
+def by_hand(data, way, k=4):
+    """A score of each sample, larger for what is known, in float64 and one sample at a time."""
+    train = data["train"]
+    weight = Logits().weight.detach().double()
+    x = train.image.double()
+    means = torch.stack([x[train.label == c].mean(0) for c in range(CLASSES)])
+    rest = torch.stack([row - means[c] for row, c in zip(x, train.label.tolist(), strict=True)])
+    covariance = sum(torch.outer(row, row) for row in rest) / len(x)
+    inverse = torch.linalg.inv(covariance + 1e-5 * covariance.diagonal().mean() * torch.eye(DIM, dtype=torch.float64))
+
+    def score(row):
+        logits = [math.exp(v) for v in (row @ weight).tolist()]
+        if way == "msp":
+            return max(logits) / sum(logits)
+        if way == "energy":
+            return math.log(sum(logits))
+        if way == "knn":
+            return -sorted(float((row / row.norm() - other / other.norm()).norm()) for other in x)[k - 1]
+        return -min(float((row - mean) @ inverse @ (row - mean)) for mean in means)
+
+    return {name: [score(row) for row in data[name].image.double()] for name in ("val", "far")}
+
+
+def pairs(known, unknown):
+    """AUROC as the share of pairs in the right order."""
+    return sum((a > b) + 0.5 * (a == b) for a in known for b in unknown) / len(known) / len(unknown)
+
+
+@pytest.mark.parametrize("way", ["msp", "energy", "knn", "mahalanobis"])
+def test_equals_one_sample_at_a_time(lone_group, way):
+    data = streams()
+    evaluation = OOD(Config(unknown=("far",), ways=(way,), k=4))
+    wanted = {"image": Identity(), "logits": Logits().eval()}
+    encoders = {name: wanted[name] for name in evaluation.uses().encoders}
+    found = numbers(evaluation, context(encoders, {n: data[n] for n in evaluation.uses().streams}))
+    scores = by_hand(data, way)
+    auroc, passing = found[f"ood/auroc_{way}_far"], found[f"ood/fpr95_{way}_far"]
+    assert auroc.value == pytest.approx(pairs(scores["val"], scores["far"]), abs=1e-9) and auroc.n == 37 + 23
+    threshold = sorted(scores["val"], reverse=True)[math.ceil(0.95 * 37) - 1]
+    expected = sum(s >= threshold for s in scores["far"]) / 23
+    assert passing.value == pytest.approx(expected) and passing.n == 23 and passing.better == "lower"
+
+
+def test_distances_are_those_of_the_formulas():
+    data = streams()
+    train = Features(data["train"].image, {"label": data["train"].label}, data["train"].classes)
+    for way, near in (("knn", Neighbours(train, 4)), ("mahalanobis", Gaussians(train))):
+        found, expected = near(data["far"].image), by_hand(data, way)["far"]
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+
+
+def test_far_points_are_told_by_their_distance(lone_group):
+    data = streams()
+    data["far"].image += 50
+    found = numbers(OOD(Config(unknown=("far",), ways=("mahalanobis",))), context({"image": Identity()}, data))
+    assert found["ood/auroc_mahalanobis_far"].value == 1.0 and found["ood/fpr95_mahalanobis_far"].value == 0.0
+
+
+def test_so_many_known_samples_pass_and_no_fewer():
+    known = torch.arange(100).double().numpy()
+    assert separation(known, known - 5)[1] == 0.90  # 5 to 99 pass, and 90 of -5 to 94 are among them
+    assert separation(known, known + 1000) == (0.0, 1.0)
+
+
+def test_what_makes_no_sense_is_refused(lone_group):
+    with pytest.raises(ValidationError, match="cannot be 'unknown' too"):
+        Config(unknown=("val",))
+    data = streams()
+    with pytest.raises(ConfigError, match=r"ood\.k: stream 'train' has no 61 samples"):
+        numbers(OOD(Config(unknown=("far",), k=61)), context({"image": Identity()}, data))
+    data["far"].fingerprint = "val"
+    with pytest.raises(ConfigError, match=r"ood\.unknown: stream 'far' is the same data as 'val'"):
+        numbers(OOD(Config(unknown=("far",), k=4)), context({"image": Identity()}, data))
