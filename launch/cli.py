@@ -171,6 +171,7 @@ def evaluate(
     random_init: Annotated[
         bool, typer.Option("--random-init", help="Evaluate untrained weights of the same shape, for comparison.")
     ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for results and report; left out: the run's.")] = None,
 ) -> None:
     """Run a suite of evaluations on a checkpoint; the newest whole one, if a run is named."""
     from pipeline.config.load import load_suite
@@ -182,6 +183,8 @@ def evaluate(
         arguments += ["--set", override]
     if checkpoint:
         arguments += ["--checkpoint", str(checkpoint)]
+    if out is not None:
+        arguments += ["--out", str(out)]
     _become([*arguments, *["--random-init"] * random_init])
 
 

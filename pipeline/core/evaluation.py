@@ -162,6 +162,11 @@ class EvalContext(Protocol):
         """
         ...
 
+    @property
+    def show(self) -> Callable[[str, int, int], None]:
+        """For progress: what is being made, how many of it are, of how many. Streams show themselves."""
+        ...
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, or gave to another evaluation of the suite under the same ``key``."""
         ...

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, NonFiniteError
@@ -76,7 +76,7 @@ class OfSamples(Evaluation):
         """
         own = self.config
         key = ("made", own.samples, own.seed, json.dumps(own.sampler, sort_keys=True), own.texts)
-        return ctx.once(key, lambda: _make(maker_of(ctx), own, ctx.streams))
+        return ctx.once(key, lambda: _make(ctx, own))
 
 
 def maker_of(ctx: EvalContext) -> Maker:
@@ -89,24 +89,26 @@ def chosen(ids: Tensor, size: int, wanted: int) -> Tensor:
     return (ids + 1) * wanted // size > ids * wanted // size
 
 
-def _make(maker: Maker, config: SamplesConfig, streams: Mapping[str, EvalStream]) -> list[Made]:
+def _make(ctx: EvalContext, config: SamplesConfig) -> list[Made]:
+    maker = maker_of(ctx)
     settings = maker.settings(config.sampler)
     if maker.told == "text":
         assert config.texts is not None
-        asked = _texts(config.samples, config.batch, streams[config.texts])
+        asked = _texts(config.samples, config.batch, ctx.streams[config.texts])
     else:
         asked = _classes(maker, config)
-    device = next(cast("nn.Module", maker).parameters()).device
     made: list[Made] = []
-    problem = None
+    problem, done = None, 0
     for ids, prompt in asked:
-        there = {name: value.to(device) for name, value in prompt.items()}
+        there = {name: value.to(ctx.place.device) for name, value in prompt.items()}
         try:
-            image = maker.make(ids.to(device), there, config.seed, settings)
+            image = maker.make(ids.to(ctx.place.device), there, config.seed, settings)
         except NonFiniteError as error:  # the other ranks would wait for this one
             problem = str(error)
             break
         made.append(Made(image.cpu(), prompt.get("label")))
+        done += len(ids) * ctx.place.world_size
+        ctx.show("made images", min(done, config.samples), config.samples)
     problems = [p for p in gather_objects(problem) if p is not None]
     if problems:
         raise NonFiniteError(problems[0])

@@ -23,11 +23,12 @@ from pipeline.core.files import replace_file
 from pipeline.record.curves import Curves, chart, curves
 from pipeline.record.files import dumps, read_lines
 from pipeline.record.formats import duration, short
+from pipeline.record.lines import Line, lines, models
 from pipeline.record.metrics import FILE as METRICS
 from pipeline.record.metrics import History, read_history
 from pipeline.record.recorder import NOTES
 from pipeline.record.results import FILE as RESULTS
-from pipeline.record.results import Line, Row, lines, models, read_results
+from pipeline.record.results import Row, read_results
 from pipeline.record.showcase import Shown, read_pictures
 from pipeline.record.state import State, read_state
 
@@ -189,10 +190,9 @@ def _results(rows: Sequence[Row]) -> str:
         return "<h2>Results</h2><p class=soft>No evaluation was run yet.</p>"
     head = "".join(f"<th>{escape(model)}</th>" for model in models(rows))
     found = lines(rows)
-    foot = "" if all(line.comparable for line in found) else "* Measured with different settings or on different data."
     return (
         f'<h2>Results</h2><div class="wide"><table><thead><tr><th>Metric</th>{head}</tr></thead>'
-        f'<tbody>{"".join(map(_result_line, found))}</tbody></table></div><p class="soft">{foot}</p>'
+        f"<tbody>{''.join(map(_result_line, found))}</tbody></table></div>"
         f"{_trends(found)}"
     )
 
@@ -203,7 +203,7 @@ def _trends(found: Sequence[Line]) -> str:
     for line in found:
         points = [{"step": c.step, line.metric: c.value} for c in line.measured if c.step]
         if len(points) >= 3:
-            figures.append(chart(f"{line.metric}, {line.split}", [line.metric], curves(points)))
+            figures.append(chart(f"{line.name}, {line.split}", [line.metric], curves(points)))
     return (
         f'<h3>Over training <small>against steps</small></h3><div class="charts">{"".join(figures)}</div>'
         if figures
@@ -215,7 +215,7 @@ def _result_line(line: Line) -> str:
     arrow = {"higher": " &uarr;", "lower": " &darr;"}.get(line.measured[-1].better or "", "")
     sizes = " / ".join(f"{n:,}" for n in dict.fromkeys(c.n for c in line.measured))
     head = (
-        f"<th>{escape(line.metric)}{arrow}{'' if line.comparable else ' *'}"
+        f"<th>{escape(line.name)}{arrow}"
         f"<small>{escape(line.evaluation)} on {escape(line.split)}, n = {sizes}</small></th>"
     )
     cells = []

@@ -1,35 +1,47 @@
-"""``results.json``: the numbers of all evaluations of a run's checkpoints, and the table that compares them."""
+"""``results.json``: the numbers of all evaluations of a run's checkpoints, each with what it means."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.files import replace_file
 from pipeline.record.files import dumps, number
-from pipeline.record.formats import decimals, with_error
 
 if TYPE_CHECKING:
     from pipeline.core.evaluation import Number
 
 FILE = "results.json"
-_VERSION = 1
-_PLAIN_WIDTH = 240
-"""Columns a table may take where no terminal sets them: in a log, a wrapped cell is harder to read than a long line."""
+PROBE = ".results.probe"
+_VERSION = 2
+_READ = (1, _VERSION)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What decides a number: numbers of equal origin are the same number, and those of unlike ones are not compared."""
+
+    model: str
+    """What was measured, as a person calls it: "step 400", "random init"."""
+    step: int | None
+    """The checkpoint's step; None for a model that is not one of the run's checkpoints."""
+    weights: str
+    """Hash of what was measured."""
+    evaluation: str
+    settings: Mapping[str, Any]
+    """Of the evaluation, its images and its judge; no names of streams, and no seed."""
+    data: Mapping[str, str]
+    """What a data set was used for ("train", "test") to the fingerprint of its manifest."""
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +49,8 @@ class Row:
     """One number, and all that is needed to know what it means."""
 
     model: str
-    """What was measured, as a person calls it: "step 400", "random init"."""
+    """See :class:`Origin`."""
     step: int | None
-    """The checkpoint's step; None for a model that is not one of the run's checkpoints."""
     evaluation: str
     metric: str
     value: float
@@ -48,30 +59,43 @@ class Row:
     stderr: float | None
     better: Literal["higher", "lower"] | None
     config: str
-    """Fingerprint of the settings that it was measured with."""
+    """Fingerprint of the settings."""
     manifests: dict[str, str]
-    """Stream name to the fingerprint of its manifest."""
+    """``Origin.data``; in the first version, of all streams by their names."""
     time: str
+    weights: str = ""
+    """Empty in the first version."""
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    seed: int | None = None
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def what(self) -> tuple[object, ...]:
+        """All that decides the number but the model: rows of a line have it in common."""
+        return (self.evaluation, self.metric, self.split, self.config, tuple(sorted(self.manifests.items())), self.seed)
+
+    @property
+    def key(self) -> tuple[object, ...]:
         """A newer row replaces an older one of the same key."""
-        return (self.model, self.evaluation, self.metric, self.split)
+        return (self.weights or self.model, *self.what)
+
+    def replaces(self, other: Row) -> bool:
+        """Whether ``other`` is an older form of this number: one of the first version, known by names alone."""
+        names = [(r.model, r.evaluation, r.metric, r.split) for r in (self, other)]
+        return not other.weights and bool(self.weights) and names[0] == names[1]
 
 
-def rows(
-    results: Iterable[Number],
-    *,
-    model: str,
-    step: int | None,
-    evaluation: str,
-    config: str,
-    manifests: Mapping[str, str],
-) -> list[Row]:
-    """What an evaluation yielded, with its origin (see :class:`Row`) and the present time."""
+def rows(results: Iterable[Number], origin: Origin) -> list[Row]:
+    """What an evaluation yielded, with its origin and the present time."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    o, settings = origin, dict(origin.settings)
+    config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    more: dict[str, Any] = {"weights": o.weights, "settings": settings, "seed": o.seed}
     return [
-        Row(model, step, evaluation, r.name, r.value, r.n, r.split, r.stderr, r.better, config, dict(manifests), now)
+        Row(
+            *(o.model, o.step, o.evaluation, r.name, r.value, r.n, r.split, r.stderr, r.better),
+            *(config, dict(o.data), now),
+            **more,
+        )
         for r in results
     ]
 
@@ -89,7 +113,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[Row]:
         return []
     try:
         body = json.loads(text)
-        if body["version"] != _VERSION:
+        if body["version"] not in _READ:
             raise DataError(f"{path} has version {body['version']}, this program reads {_VERSION}; evaluate again")
         return [Row(**r | {"value": number(r["value"]), "stderr": number(r["stderr"])}) for r in body["results"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -104,19 +128,50 @@ def read_together(folders: Sequence[str]) -> list[Row]:
         DataError: a file is damaged.
     """
     together = []
-    for folder in folders:
+    for folder, name in run_names(folders).items():
         found = read_results(folder)
         if not found:
             raise ConfigError(f"{folder} has no results; evaluate it first: sluice eval {folder} SUITE")
-        together += [replace(row, model=f"{Path(folder).name}: {row.model}") for row in found]
+        together += [replace(row, model=f"{name}: {row.model}") for row in found]
     return together
+
+
+def run_names(folders: Iterable[str]) -> dict[str, str]:
+    """Each folder, once, to as much of its path's end as tells it from the others: "a/mae" and "b/mae"."""
+    parts = {Path(folder).resolve().parts: folder for folder in reversed(list(folders))}
+    found = {}
+    for whole, folder in reversed(parts.items()):
+        others = [other for other in parts if other != whole]
+        size = next(n for n in range(1, len(whole) + 1) if all(other[-n:] != whole[-n:] for other in others))
+        found[folder] = "/".join(whole[-size:])
+    return found
+
+
+def ready(folder: str | os.PathLike[str]) -> None:
+    """Make sure, before anything is computed, that results can be written into a folder, which is made.
+
+    Raises:
+        ConfigError: they cannot.
+        DataError: those that are there are damaged.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with _lock(Path(folder)):
+            read_results(folder)
+            replace_file(Path(folder) / PROBE, b"")
+            (Path(folder) / PROBE).unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write results into {folder} ({error.strerror}); name a folder of your own: --out FOLDER"
+        ) from error
 
 
 def add_results(folder: str | os.PathLike[str], new: Iterable[Row]) -> list[Row]:
     """Merge ``new`` into the folder's results and return all of them. Safe among processes that evaluate at once."""
+    new = list(new)
     with _lock(Path(folder)):
-        merged = {row.key: row for row in read_results(folder)}
-        merged.update((row.key, row) for row in new)
+        before = [row for row in read_results(folder) if not any(r.replaces(row) for r in new)]
+        merged = {row.key: row for row in [*before, *new]}
         body = {"version": _VERSION, "results": [asdict(row) for row in merged.values()]}
         replace_file(Path(folder) / FILE, dumps(body, indent=1).encode() + b"\n")
     return list(merged.values())
@@ -127,73 +182,3 @@ def _lock(folder: Path) -> Iterator[None]:
     with open(folder / f".{FILE}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table: a metric of all models."""
-
-    evaluation: str
-    metric: str
-    split: str
-    cells: tuple[Row | None, ...]
-    """By model, in the order of :func:`models`."""
-
-    @property
-    def measured(self) -> list[Row]:
-        """The cells that hold a number."""
-        return [c for c in self.cells if c is not None]
-
-    @property
-    def best(self) -> float | None:
-        """The best value; None where there is nothing to compare or neither direction is good."""
-        finite = [c.value for c in self.measured if math.isfinite(c.value)]
-        better = self.measured[-1].better
-        if better is None or len(finite) < 2:
-            return None
-        return max(finite) if better == "higher" else min(finite)
-
-    @property
-    def comparable(self) -> bool:
-        """Whether all were measured with the same settings on the same data."""
-        return len({(c.config, c.n, *sorted(c.manifests.items())) for c in self.measured}) == 1
-
-    def texts(self) -> list[str]:
-        """What to print for each cell; empty where nothing was measured."""
-        places = decimals([c.value for c in self.measured], [c.stderr for c in self.measured if c.stderr is not None])
-        return ["" if c is None else with_error(c.value, c.stderr, places) for c in self.cells]
-
-
-def models(results: Sequence[Row]) -> list[str]:
-    """Columns of the table: models that are not checkpoints first, then checkpoints by step."""
-    first = {row.model: (row.step is not None, row.step or 0) for row in results}
-    return sorted(first, key=lambda model: first[model])
-
-
-def lines(results: Sequence[Row]) -> list[Line]:
-    """Lines of the table, in the order in which the metrics first came."""
-    columns = models(results)
-    found: dict[tuple[str, str, str], dict[str, Row]] = {}
-    for row in results:
-        found.setdefault((row.evaluation, row.metric, row.split), {})[row.model] = row
-    return [Line(*key, tuple(cells.get(m) for m in columns)) for key, cells in found.items()]
-
-
-def table(results: Sequence[Row], stream: TextIO) -> None:
-    """Print the comparison: metrics as rows, models as columns, the best of each row in bold on a terminal."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("metric")
-    shown.add_column("split")
-    for model in models(results):
-        shown.add_column(Text(model), justify="right")
-    found = lines(results)
-    for line in found:
-        cells = [
-            Text(text, style="bold" if row is not None and row.value == line.best else "")
-            for row, text in zip(line.cells, line.texts(), strict=True)
-        ]
-        mark = "" if line.comparable else " *"
-        shown.add_row(Text(line.metric + mark), Text(line.split), *cells)
-    if not all(line.comparable for line in found):
-        shown.caption = "* measured with different settings or on different data"
-    Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH).print(shown)

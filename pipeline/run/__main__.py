@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
     if args.command == "eval":
         from pipeline.suites.evaluate import evaluate
 
-        return guarded(lambda: evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides))
+        return guarded(
+            lambda: evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides, args.out)
+        )
 
     if args.command == "export":
         from pipeline.run.export import export
@@ -38,8 +40,9 @@ def main(argv: Sequence[str]) -> int:
 
         return guarded(lambda: cost(args.config, args.overrides, args.ranks))
 
+    from pipeline.record.lines import table
     from pipeline.record.report import write_report
-    from pipeline.record.results import read_together, table
+    from pipeline.record.results import read_together
 
     def report() -> int:
         if len(args.runs) == 1:
@@ -66,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--suite", required=True)
     evaluate.add_argument("--checkpoint")
     evaluate.add_argument("--random-init", action="store_true")
+    evaluate.add_argument("--out")
     evaluate.add_argument("--set", action="append", default=[], dest="overrides")
     export = commands.add_parser("export")
     export.add_argument("--run", required=True)

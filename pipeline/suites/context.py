@@ -34,6 +34,8 @@ class Context:
     """Stream to the folder of its data set."""
     tokenize: Callable[[Sequence[str]], Batch] | None = None
     """What turns texts into what the encoder "text" takes; None: the model was trained without texts."""
+    show: Callable[[str, int, int], None] = lambda what, done, total: None
+    """For progress: so many of all samples of something are done."""
     kept: dict[Hashable, Any] = field(default_factory=dict)
     """What several evaluations need is made once: encoders must not change meanwhile."""
 

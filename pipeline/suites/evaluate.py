@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -20,49 +19,79 @@ from pipeline.config.mistakes import Mistakes
 from pipeline.config.schema import Component, Image, RunConfig, SuiteConfig
 from pipeline.core import registry
 from pipeline.core.components import EVALS, check_suite
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import Evaluation, Number
 from pipeline.data.evaluation import OrderedStream, open_eval
-from pipeline.dist.group import Place, process_group
+from pipeline.dist.group import Place, by_first, process_group
 from pipeline.engine.fragments import MODEL
+from pipeline.record.lines import table
 from pipeline.record.report import write_report
-from pipeline.record.results import add_results, rows, table
+from pipeline.record.results import Row, add_results, read_results, ready, rows
 from pipeline.suites.context import Context
+from pipeline.suites.identity import origin_of
+from pipeline.suites.progress import Progress, Shown
 from pipeline.suites.subject import Subject, of_checkpoint, untrained
 
 
-def evaluate(run: str, suite: str, checkpoint: str | None, random_init: bool, overrides: Sequence[str]) -> int:
-    """Run a suite, record its results in the run's folder, renew the report and print the table."""
+def evaluate(
+    run: str,
+    suite: str,
+    checkpoint: str | None,
+    random_init: bool,
+    overrides: Sequence[str],
+    out: str | None = None,
+) -> int:
+    """Run a suite, record its results, renew the report and print the table.
+
+    Args:
+        run: folder of the run.
+        suite: file of the suite.
+        checkpoint: of the run; None: its newest whole one.
+        random_init: measure the same model untrained.
+        overrides: of the suite, ``key.path=value``.
+        out: folder for results and report; None: the run's.
+    """
     plan = load.load_suite(suite, overrides)
-    evaluations = [_evaluation(c, own) for c, own in zip(plan.evals, check_suite(plan, suite), strict=True)]
+    settings = check_suite(plan, suite)
+    evaluations = [_evaluation(c, own) for c, own in zip(plan.evals, settings, strict=True)]
     folder = Path(run)
+    target = folder if out is None else Path(out)
     with ExitStack() as stack:
         place = stack.enter_context(process_group(timeout_minutes=60))
+        by_first(lambda: ready(target))
         subject = untrained(folder, place) if random_init else of_checkpoint(folder, checkpoint, plan.weights, place)
-        context = _context(plan, subject, folder, place, stack)
+        if out is not None:
+            subject = replace(subject, name=f"{folder.resolve().name}: {subject.name}")
+        progress = stack.enter_context(closing(Progress(sys.stderr, quiet=not place.first)))
+        context = _context(plan, subject, target, place, stack, progress)
         _check(evaluations, plan, context, suite)
-        for component, evaluation in zip(plan.evals, evaluations, strict=True):
+        for number, (component, own) in enumerate(zip(plan.evals, settings, strict=True)):
+            progress.begin(component.name, number, len(plan.evals))
             with torch.no_grad():
-                results = [output for output in evaluation.run(context) if isinstance(output, Number)]
+                outputs = list(evaluations[number].run(context))
+            origin = origin_of(
+                subject, component.name, evaluations[number], own, _geometry(plan, subject.config), context
+            )
             if place.first:  # what is measured is kept, whatever comes after
-                used = evaluation.uses().streams
-                prints = {n: context.streams[n].fingerprint for n in plan.streams if n in used}
-                digest = _digest(component, plan, subject.config)
-                add_results(
-                    folder,
-                    rows(
-                        results,
-                        model=subject.name,
-                        step=subject.step,
-                        evaluation=component.name,
-                        config=digest,
-                        manifests=prints,
-                    ),
-                )
+                _keep(target, rows([o for o in outputs if isinstance(o, Number)], origin))
         if place.first:
-            table(add_results(folder, ()), sys.stdout)
-            write_report(folder)
+            progress.close()
+            table(read_results(target), sys.stdout)
+            write_report(target)
     return FINISHED
+
+
+def _keep(folder: Path, new: list[Row]) -> None:
+    """Add to the results; on a disk that takes no more, they are at least printed.
+
+    Raises:
+        DataError: they could not be written.
+    """
+    try:
+        add_results(folder, new)
+    except OSError as error:
+        table(new, sys.stdout)
+        raise DataError(f"cannot write the results into {folder} ({error.strerror}); they are printed above") from error
 
 
 def _evaluation(component: Component, settings: BaseModel) -> Evaluation:
@@ -70,7 +99,9 @@ def _evaluation(component: Component, settings: BaseModel) -> Evaluation:
     return make(settings)
 
 
-def _context(suite: SuiteConfig, subject: Subject, folder: Path, place: Place, stack: ExitStack) -> Context:
+def _context(
+    suite: SuiteConfig, subject: Subject, folder: Path, place: Place, stack: ExitStack, progress: Progress
+) -> Context:
     """All that the evaluations of a suite are given."""
     classes = dict.fromkeys(subject.encoders, subject.classes)
     encoders = dict(subject.encoders)
@@ -78,9 +109,11 @@ def _context(suite: SuiteConfig, subject: Subject, folder: Path, place: Place, s
         judge = of_checkpoint(Path(suite.judge), None, MODEL, place)
         encoders |= {f"judge.{name}": encoder for name, encoder in judge.encoders.items()}
         classes |= {f"judge.{name}": judge.classes for name in judge.encoders}
-    streams = _open_streams(suite, subject, place, stack)
+    opened = _open_streams(suite, subject, place, stack)
+    streams = {name: Shown(name, stream, place.world_size, progress.show) for name, stream in opened.items()}
     tokenize = subject.tokenize if subject.tokenizer is not None else None
-    return Context(encoders, classes, streams, place, folder / "evaluations", suite.streams, tokenize)
+    kept = folder / "evaluations"
+    return Context(encoders, classes, streams, place, kept, suite.streams, tokenize, progress.show)
 
 
 def _check(evaluations: Sequence[Evaluation], suite: SuiteConfig, context: Context, title: str) -> None:
@@ -111,13 +144,6 @@ def _lacks(name: str, encoder: str, encoders: Mapping[str, nn.Module]) -> str:
 def _geometry(suite: SuiteConfig, config: RunConfig) -> Image:
     """The suite's, or centre crops of the size of the run."""
     return suite.image or Image(size=config.data.image.size, crop="center")
-
-
-def _digest(component: Component, suite: SuiteConfig, config: RunConfig) -> str:
-    """Of the settings that decide a number, so that a report can say which numbers may be compared."""
-    decides = [component.model_dump(mode="json"), _geometry(suite, config).model_dump(mode="json"), suite.streams]
-    decides += [suite.judge] if suite.judge is not None else []
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _open_streams(suite: SuiteConfig, subject: Subject, place: Place, stack: ExitStack) -> dict[str, OrderedStream]:

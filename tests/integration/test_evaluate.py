@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -102,3 +103,61 @@ def test_an_untrained_model_is_untrained_also_where_the_run_began_from_weights(t
         assert main(command) == 0, capsys.readouterr().err
         found.append(rows(tmp_path / name))
     assert found[0] == found[1]
+
+
+TWO = (
+    SUITE
+    + """
+[[evals]]
+name = "knn"
+k = [5]
+temperature = 1.0
+"""
+)
+
+
+def listed(folder: Path) -> list[dict]:
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def test_identity_is_what_was_measured_and_not_what_it_is_called(trained, glyphs, tmp_path, capsys):
+    """Results elsewhere: two evaluations of one name, an unused stream, other names, other data under the same name."""
+    out = ["--out", str(tmp_path / "out")]
+    (tmp_path / "suite.toml").write_text(TWO.format(shards=glyphs))
+    before = (trained / "results.json").read_bytes() if (trained / "results.json").exists() else b""
+    evaluate = ["eval", "--run", str(trained), "--suite", str(tmp_path / "suite.toml"), *out]
+    assert main(evaluate) == 0
+    first = [r for r in listed(tmp_path / "out") if r["metric"] == "knn/top1_k5"]
+    assert [r["settings"]["temperature"] for r in first] == [0.07, 1.0]
+    assert {r["model"] for r in first} == {"run: step 6"} and (tmp_path / "out" / "report.html").exists()
+    said = capsys.readouterr()
+    assert "knn/top1_k5 [temperature=0.07]" in said.out and "knn (2 of 2)" in said.err
+    renamed = TWO.replace("train =", "bank =").replace('name = "knn"', 'name = "knn"\ntrain = "bank"')
+    renamed = renamed.replace("[[evals]]", 'more = "{shards}/val"\n[[evals]]', 1)
+    (tmp_path / "suite.toml").write_text(renamed.format(shards=glyphs))
+    assert main(evaluate) == 0
+    again = [r for r in listed(tmp_path / "out") if r["metric"] == "knn/top1_k5"]
+    assert [{**r, "time": 0} for r in again] == [{**r, "time": 0} for r in first]
+    (tmp_path / "suite.toml").write_text(TWO.format(shards=glyphs).replace(f"{glyphs}/val", f"{glyphs}/train"))
+    assert main(evaluate) == 0
+    assert len([r for r in listed(tmp_path / "out") if r["metric"] == "knn/top1_k5"]) == 4
+    assert ((trained / "results.json").read_bytes() if before else b"") == before
+
+
+def test_a_folder_that_takes_no_results_is_refused_before_anything_is_computed(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("pipeline.suites.evaluate.of_checkpoint", None)
+    command = ["eval", "--run", str(trained), "--suite", str(trained / "suite.toml"), "--out", str(tmp_path / "file")]
+    assert main(command) == 2
+    assert "--out FOLDER" in capsys.readouterr().err
+
+
+def test_results_that_the_disk_does_not_take_are_printed(trained, tmp_path, capsys, monkeypatch):
+    def full(folder, new):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.suites.evaluate.add_results", full)
+    command = ["eval", "--run", str(trained), "--suite", str(trained / "suite.toml"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "knn/top1_k5" in said.out and "No space left on device" in said.err

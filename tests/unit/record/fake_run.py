@@ -13,7 +13,7 @@ from pipeline.core.protocols import Picture
 from pipeline.record.files import Lines
 from pipeline.record.metrics import MetricsLog
 from pipeline.record.recorder import NOTES
-from pipeline.record.results import add_results, rows
+from pipeline.record.results import Origin, add_results, rows
 from pipeline.record.showcase import save_pictures
 from pipeline.record.state import State, write_state
 
@@ -85,7 +85,7 @@ def write_run(folder: Path, every: int = 10) -> Path:
             Number("frechet", frechet, 5000, "val", 0.3, "lower"),
         ]
         for name, results in (("knn", knn), ("linear_probe", probe)):
-            new = rows(results, model=model, step=at, evaluation=name, config="12" * 16, manifests=manifests)
+            new = rows(results, Origin(model, at, f"{at}" * 16, name, {"k": 20}, manifests))
             add_results(folder, new)
     write_state(folder, State("finished", 0, 3000, 1))
     start = {

@@ -2,34 +2,84 @@ import io
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import Number
-from pipeline.record.results import Row, add_results, lines, models, read_results, read_together, rows, table
-
-ABOUT = {"evaluation": "knn", "config": "c" * 32, "manifests": {"val": "m" * 32}}
+from pipeline.record.lines import lines, models, table
+from pipeline.record.results import Origin, Row, add_results, read_results, read_together, ready, rows, run_names
 
 
 def top1(
     value: float, model="step 10", step: int | None = 10, stderr: float | None = 0.01, better: Any = "higher", **about
 ) -> list[Row]:
-    return rows([Number("knn/top1", value, 100, "val", stderr, better)], model=model, step=step, **{**ABOUT, **about})
+    """One row; the weights are another's when the model is."""
+    known = {"weights": f"w{model}", "evaluation": "knn", "settings": {"k": [20]}, "data": {"test": "m" * 32}}
+    origin = Origin(model=model, step=step, **{**known, **about})
+    return rows([Number("knn/top1", value, 100, "val", stderr, better)], origin)
+
+
+def old(value: float, model="step 10", step: int | None = 10) -> Row:
+    """As the first version of the file has it."""
+    (row,) = top1(value, model, step)
+    return replace(row, weights="", settings={}, config="c" * 32, manifests={"train": "t" * 32, "val": "m" * 32})
 
 
 def test_rows_carry_their_origin():
-    (row,) = top1(0.5)
+    (row,) = top1(0.5, seed=3)
     assert (row.model, row.step, row.evaluation, row.metric) == ("step 10", 10, "knn", "knn/top1")
     assert (row.value, row.n, row.split, row.stderr, row.better) == (0.5, 100, "val", 0.01, "higher")
-    assert row.config == "c" * 32 and row.manifests == {"val": "m" * 32} and row.time.endswith("+00:00")
+    assert row.manifests == {"test": "m" * 32} and row.settings == {"k": [20]} and row.time.endswith("+00:00")
+    assert (row.weights, row.seed) == ("wstep 10", 3)
+
+
+OTHERS = {
+    "weights": {"weights": "another"},
+    "settings": {"settings": {"k": [20], "temperature": 0.1}},
+    "data": {"data": {"test": "n" * 32}},
+    "seed": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_numbers_of_another_identity_are_kept_beside_each_other(tmp_path, what):
+    add_results(tmp_path, top1(0.5))
+    add_results(tmp_path, top1(0.6, **OTHERS[what]))
+    assert [row.value for row in read_results(tmp_path)] == [0.5, 0.6]
+    add_results(tmp_path, top1(0.7))  # the first one's again, under another name
+    add_results(tmp_path, top1(0.8, "best", 10, weights="wstep 10"))
+    assert [row.value for row in read_results(tmp_path)] == [0.8, 0.6]
+
+
+def test_a_file_of_the_first_version_is_read_and_renewed(tmp_path):
+    new = ("weights", "settings", "seed")
+    listed = [{k: v for k, v in asdict(old(*a)).items() if k not in new} for a in [(0.5,), (0.1, "random init", None)]]
+    (tmp_path / "results.json").write_text(json.dumps({"version": 1, "results": listed}))
+    assert [row.value for row in read_results(tmp_path)] == [0.5, 0.1]
+    assert models(read_results(tmp_path)) == ["random init", "step 10"]
+    add_results(tmp_path, top1(0.6))
+    assert [(row.model, row.value) for row in read_results(tmp_path)] == [("random init", 0.1), ("step 10", 0.6)]
+
+
+def test_where_results_cannot_be_written_is_known_before(tmp_path):
+    ready(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == [tmp_path / "new" / "folder" / ".results.json.lock"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write results into .*file \(.*\); .*--out FOLDER"):
+        ready(tmp_path / "file")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "results.json").write_text("{")
+    with pytest.raises(DataError, match="is damaged"):
+        ready(tmp_path / "damaged")
 
 
 def test_a_newer_row_replaces_one_of_the_same_key_only(tmp_path):
     assert read_results(tmp_path) == []
     add_results(tmp_path, top1(0.5) + top1(0.1, "random init", None))
-    other_split = rows([Number("knn/top1", 0.9, 100, "train")], model="step 10", step=10, **ABOUT)
+    other_split = [replace(row, split="train") for row in top1(0.9)]
     add_results(tmp_path, top1(0.6) + other_split)
     found = {(r.model, r.split): r.value for r in read_results(tmp_path)}
     assert found == {("step 10", "val"): 0.6, ("random init", "val"): 0.1, ("step 10", "train"): 0.9}
@@ -76,13 +126,26 @@ def test_one_model_alone_is_not_the_best():
     assert line.best is None
 
 
-def test_lines_with_unlike_data_or_settings_are_marked():
+def test_unlike_things_do_not_share_a_line_and_say_what_they_differ_in():
     (line,) = lines(top1(0.5) + top1(0.6, "step 20", 20))
-    assert line.comparable
-    (line,) = lines(top1(0.5) + top1(0.6, "step 20", 20, manifests={"val": "n" * 32}))
-    assert not line.comparable
-    (line,) = lines(top1(0.5) + top1(0.6, "step 20", 20, config="d" * 32))
-    assert not line.comparable
+    assert (line.name, line.best) == ("knn/top1", 0.6)
+    first, second = lines(top1(0.5) + top1(0.6, "step 20", 20, data={"test": "n" * 32}))
+    assert (first.name, second.name) == ("knn/top1 [test data=mmmmmm]", "knn/top1 [test data=nnnnnn]")
+    assert first.best is None and [c and c.value for c in second.cells] == [None, 0.6]
+    warm = {"k": [20], "temperature": 0.1, "image": {"size": 64}}
+    cold = {"k": [20], "temperature": 0.07, "image": {"size": 64}}
+    first, second = lines(top1(0.5, settings=warm) + top1(0.6, settings=cold))
+    assert (first.name, second.name) == ("knn/top1 [temperature=0.1]", "knn/top1 [temperature=0.07]")
+    first, second = lines(top1(0.5, seed=0) + top1(0.6, seed=1))
+    assert (first.name, second.name) == ("knn/top1 [seed=0]", "knn/top1 [seed=1]")
+    assert len(lines([old(0.5), *top1(0.6, "step 20", 20)])) == 2
+
+
+def test_one_name_of_several_weights_is_several_columns():
+    again = top1(0.5) + top1(0.6, weights="7c9e6679aa") + top1(0.7, "step 20", 20)
+    assert models(again) == ["step 10 (wstep )", "step 10 (7c9e66)", "step 20"]
+    (line,) = lines(again)
+    assert [c and c.value for c in line.cells] == [0.5, 0.6, 0.7]
 
 
 def printed(results: list[Row]) -> str:
@@ -92,17 +155,14 @@ def printed(results: list[Row]) -> str:
 
 
 def test_the_table_in_a_log():
-    text = printed(
-        top1(0.5) + top1(0.12345, "random [init]", None, manifests={}) + top1(0.9, "step 20", 20, stderr=None)
-    )
-    head, _, body, caption = [line for line in text.splitlines() if line.strip()]
+    text = printed(top1(0.5) + top1(0.12345, "random [init]", None) + top1(0.9, "step 20", 20, stderr=None))
+    head, _, body = [line for line in text.splitlines() if line.strip()]
     assert head.split() == ["metric", "split", "random", "[init]", "step", "10", "step", "20"]
-    assert body.split() == ["knn/top1", "*", "val", "0.123", "+-", "0.010", "0.500", "+-", "0.010", "0.900"]
-    assert "different data" in caption
+    assert body.split() == ["knn/top1", "val", "0.123", "+-", "0.010", "0.500", "+-", "0.010", "0.900"]
 
 
 def test_a_missing_cell_is_empty():
-    other = rows([Number("knn/top5", 0.9, 100, "val")], model="step 20", step=20, **ABOUT)
+    other = [replace(row, metric="knn/top5") for row in top1(0.9, "step 20", 20, stderr=None)]
     (first, second) = [line.texts() for line in lines(top1(0.5) + other)]
     assert first == ["0.500 +- 0.010", ""] and second == ["", "0.9000"]
 
@@ -115,6 +175,16 @@ def test_runs_stand_side_by_side_and_are_told_apart(tmp_path):
     together = read_together([str(short), str(long)])
     assert models(together) == ["short: random init", "long: random init", "short: step 10", "long: step 10"]
     (line,) = lines(together)
-    assert [c.value for c in line.measured] == [0.1, 0.1, 0.5, 0.7] and line.best == 0.7 and line.comparable
+    assert [c.value for c in line.measured] == [0.1, 0.1, 0.5, 0.7] and line.best == 0.7
     with pytest.raises(ConfigError, match="empty has no results"):
         read_together([str(short), str(empty)])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for name, value in (("a/mae", 0.5), ("b/mae", 0.7)):
+        (tmp_path / name).mkdir(parents=True)
+        add_results(tmp_path / name, top1(value))
+    together = read_together([str(tmp_path / "a/mae"), str(tmp_path / "b/mae"), str(tmp_path / "b/../b/mae")])
+    assert models(together) == ["a/mae: step 10", "b/mae: step 10"]
+    assert run_names(["x/a", "y/a", "z/b"]) == {"x/a": "x/a", "y/a": "y/a", "z/b": "b"}
+    assert run_names(["runs/a/mae", "runs/b/mae"]) == {"runs/a/mae": "a/mae", "runs/b/mae": "b/mae"}

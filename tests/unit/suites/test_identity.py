@@ -1,0 +1,31 @@
+"""The hash of weights: a function of all values and names, of nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.suites.identity import weights_hash
+
+
+def modules() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"image": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "text": nn.Linear(2, 2).to(torch.bfloat16)}
+
+
+CHANGES = {
+    "one value": lambda m: m["image"][0].weight.data[3, 2].add_(1e-6),
+    "a buffer": lambda m: m["image"][1].running_mean.add_(1.0),
+    "another encoder": lambda m: m["text"].bias.data.mul_(2),
+    "the type": lambda m: m["image"].double(),
+    "a name": lambda m: m.update(words=m.pop("text")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_it(change):
+    assert weights_hash(modules()) == weights_hash(dict(reversed(modules().items())))
+    changed = modules()
+    CHANGES[change](changed)
+    assert weights_hash(changed) != weights_hash(modules())
