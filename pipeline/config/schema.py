@@ -9,167 +9,22 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
+from pipeline.config.data import Beside, Cache, Captions, Crop, Data, Image, Source
 from pipeline.config.durations import Duration
+from pipeline.config.strict import Component, Fraction, Positive, PositiveFloat, Strict, Text, Weights, Width
 
-
-class Strict(BaseModel):
-    """Base of all configuration: frozen, unknown keys forbidden, numbers finite."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        ser_json_inf_nan="constants",  # a component's own settings may be infinite
-    )
-
-
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Width = Annotated[float, Field(gt=0, lt=0.28)]
-"""Of a power-function average, as a part of the run so far."""
-Weights = Width | Literal["model", "ema"]
-"""Which weights of a checkpoint: as trained, their moving average, or their power-function average of a width."""
-
-
-class Component(BaseModel):
-    """A component by name with settings of its own: ``name = "mae"`` and whatever its ``Config`` allows."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: Text
-    """File name of the component, without .py."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All but the name, for the component's ``Config``."""
-        return dict(self.model_extra or {})
-
-
-class Image(Strict):
-    """Geometry of images, done on the CPU by the loader's workers; colour is done on the device."""
-
-    size: Positive | tuple[Positive, Positive] = 224
-    """Pixels of the side, or (height, width)."""
-    crop: Literal["random_resized", "center", "resize"] = "random_resized"
-    """Random area and ratio; or short side resized then centre crop; or both sides resized."""
-    crop_fraction: Fraction = 1.0
-    """Of centre crops: side of the crop as a part of the resized image's; 0.875 resizes to 256 and cuts out 224."""
-    scale: tuple[Fraction, Fraction] = (0.2, 1.0)
-    """Area of a random crop, as a part of the image's."""
-    ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
-    """Width over height of a random crop."""
-    flip: bool = True
-    """Mirror half of the samples left to right (random crops only)."""
-    views: Annotated[int, Field(ge=1, le=2)] = 1
-    """Independent crops per sample: "image", and "image2"."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Image:
-        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
-            if low > high:
-                raise ValueError(f"{name} goes from {low} down to {high}; write the smaller one first")
-        if self.crop_fraction < 1 and self.crop != "center":
-            raise ValueError(f"crop_fraction is for centre crops, not for crop = {self.crop!r}; remove one")
-        return self
-
-
-class Source(Strict):
-    """One of several data sets that are mixed. It is a path, wherever a path is wanted."""
-
-    path: Text
-    weight: PositiveFloat = 1.0
-    """Its part of every global batch, in proportion to the others' weights."""
-
-    def __fspath__(self) -> str:
-        """The path."""
-        return self.path
-
-
-class Captions(Strict):
-    """How captions become the field "text"."""
-
-    fields: dict[Text, PositiveFloat] = {"caption": 1.0}
-    """Fields of the manifest and their weights: one of those that a sample has is chosen for it in each epoch."""
-    tokenizer: Text | None = None
-    """A tokenizer.json; "clip": CLIP's vocabulary, of an installed open_clip_torch (with pad = "!", as CLIP has it);
-    left out: the one that was trained with the shards."""
-    length: Annotated[int, Field(ge=3)] = 77
-    """Tokens of a text, its start and end included; longer texts are cut before their end, shorter ones padded."""
-    start: str = "<start_of_text>"
-    """Token before each text; "": none."""
-    end: Text = "<end_of_text>"
-    """Token after each text."""
-    pad: Text = "<pad>"
-    """Token that fills the rest."""
-
-
-class Cache(Strict):
-    """Where whole shards of a remote data set are kept on a node."""
-
-    folder: Text
-    limit_gb: PositiveFloat
-    """The longest unused shards are removed above it; each data set has a limit of its own."""
-
-
-class Beside(Strict):
-    """A data set whose samples stand in every batch beside those of ``data.train``, as many of them.
-
-    Its fields have its name before theirs: ``[data.beside.target]`` gives "target_image", "target_id" and
-    "target_epoch". It has an order, epochs and a cursor of its own; all other settings of ``[data]`` hold for it too.
-    """
-
-    path: Text | Annotated[tuple[Source, ...], Field(min_length=1)]
-    """As ``data.train``."""
-    fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
-    image: Image | None = None
-    """Left out: as ``data.image``."""
-
-
-class Data(Strict):
-    """The training stream."""
-
-    train: Text | Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Where the shards and their manifest.json are: a folder or URL, or some of its shards, "x/y-{000..099}.tar"; or
-    several such, mixed: [{path = "a", weight = 3}, {path = "b"}]."""
-    fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
-    """What a batch holds: "image", "label", "text"."""
-    image: Image = Image()
-    captions: Captions = Captions()
-    beside: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9]*$")], Beside] = {}
-    """Further data sets, unlabelled ones of another domain for example."""
-    decode: Literal["loader", "device"] = "loader"
-    """Where images are decoded: by the loader's processes, or JPEGs on the GPU."""
-    cache: Cache | None = None
-    """For shards at URLs; left out: they are read by ranges."""
-    read_mb: Positive = 64
-    """Megabytes of stored samples that a worker holds at a time."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Loader processes per rank; 0 reads in the rank itself."""
-    lanes: Positive | None = None
-    """Lanes that the epoch is cut into; must divide the global batch. Left out: chosen from shards and batch."""
-    window: Positive = 4
-    """Shards inside a lane that are shuffled together."""
-    tail: Literal["drop", "endless"] = "drop"
-    """The last (samples mod global batch) of an epoch: dropped (others each epoch), or joined to the next epoch."""
-    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Part of the samples that may be unreadable (and replaced, and noted in the ledger) before the run stops."""
+__all__ = [
+    "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "Every",
+    "Fraction", "Group", "Image", "Optimizer", "Positive", "PositiveFloat", "Run", "RunConfig", "Source", "Strict",
+    "SuiteConfig", "Text", "Weights", "Width", "without_silence",
+]  # fmt: skip
 
 
 class Group(Strict):

@@ -12,30 +12,18 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import Data
-from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.errors import DataError
 from pipeline.core.manifest import Joined, Manifest
-from pipeline.core.registry import suggest
 from pipeline.data.access import open_storage
-from pipeline.data.decode import Geometry, ImageDecoder, decode_label
-from pipeline.data.device import MAX_BYTES, check_jpeg
+from pipeline.data.field import Arrays, Column, Sample, Unusable, make_fields
 from pipeline.data.order import Ints
 from pipeline.data.reader import Members, Reader, SampleError
 from pipeline.data.reading import ReadingPlan
-from pipeline.data.text import EmptyText, TextDecoder, read_tokenizer
+from pipeline.data.text import read_tokenizer
 
-Arrays = dict[str, np.ndarray]
-
-_FIELDS = ("image", "label", "text")
 _SUBSTITUTES = 32
 _AHEAD = 64
 """Micro-batches ahead of which shards are asked for."""
-
-
-class Column(NamedTuple):
-    """One entry of a batch, without the batch dimension."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,29 +71,6 @@ class Filler(Protocol):
         ...
 
 
-class _Numbers(NamedTuple):
-    """Random numbers of one sample."""
-
-    views: list[Geometry]
-    coin: float
-
-
-def check_fields(manifest: Manifest, data: Data) -> None:
-    """Raise ConfigError for a field that this program cannot decode or the data set does not have."""
-    for name in data.fields:
-        if name not in _FIELDS:
-            raise ConfigError(f"data.fields: unknown field {name!r}; {suggest(name, list(_FIELDS))}")
-        wanted = data.captions.fields if name == "text" else (name,)
-        for field in wanted:
-            if field not in manifest.fields:
-                where = "data.captions.fields" if name == "text" else "data.fields"
-                raise ConfigError(
-                    f"{where}: {manifest.root} has no field {field!r}, only {', '.join(manifest.fields) or 'none'}"
-                )
-    if "label" in data.fields and isinstance(manifest, Joined) and len({p.classes for p in manifest.parts}) > 1:
-        raise ConfigError("data.fields: labels of sources with different classes cannot be mixed; remove 'label'")
-
-
 class Assembler:
     """Fills arrays with micro-batches. The same in a loader process and in the rank itself.
 
@@ -117,39 +82,27 @@ class Assembler:
         tokenizer: of texts, as its file; None: the data set's, or the one that ``data.captions`` names.
 
     Raises:
-        ConfigError: see :func:`check_fields` and :class:`TextDecoder`.
+        ConfigError: see :func:`make_fields`.
     """
 
     def __init__(
         self, manifest: Manifest, data: Data, seed: int, reading: ReadingPlan, tokenizer: bytes | None = None
     ) -> None:
-        check_fields(manifest, data)
         self.reading = reading
         self.samples = manifest.samples
-        self.kinds = ("truncated_texts", "empty_texts") if "text" in data.fields else ()
-        self._events: Counter[str] = Counter()
-        self._fields = data.fields
-        self._classes = len(manifest.classes)
-        self._images = ImageDecoder(data.image, seed) if "image" in data.fields else None
-        self._encoded = data.decode == "device"
-        self.text = None
-        parts = manifest.parts if isinstance(manifest, Joined) else (manifest,)
-        needed = [f for f in data.fields if f != "text"]
-        captions: list[str] = []
+        self._fields = make_fields(manifest, data, seed, lambda: tokenizer or read_tokenizer(manifest, data.captions))
+        fields = self._fields.values()
+        self.kinds = tuple(dict.fromkeys(kind for field in fields for kind in field.kinds))
+        self.text = next((field.text for field in fields if field.text), None)
         self.columns = {"id": Column("int64", ()), "epoch": Column("int64", ())}
-        if self._images and self._encoded:
-            self.columns |= {"encoded": Column("uint8", (MAX_BYTES,)), "encoded_size": Column("int64", ())}
-        elif self._images:
-            self.columns |= {name: Column("uint8", (3, *data.image.shape)) for name in self._images.names}
-        if "label" in data.fields:
-            self.columns["label"] = Column("int64", ())
-        if "text" in data.fields:
-            self.text = TextDecoder(data.captions, tokenizer or read_tokenizer(manifest, data.captions), seed)
-            captions = list(data.captions.fields)
-            self.columns |= {"text": Column("int64", (data.captions.length,)), "text_length": Column("int64", ())}
+        for field in fields:
+            self.columns |= field.columns
+        needed = list(dict.fromkeys(member for field in fields for member in field.needs))
+        optional = list(dict.fromkeys(m for field in fields for m in field.takes if m not in needed))
+        parts = manifest.parts if isinstance(manifest, Joined) else (manifest,)
         budget = data.read_mb * 10**6 // len(parts)
         self._cached = data.cache is not None
-        self._readers = [Reader(p, needed, captions, open_storage(p, data.cache), budget) for p in parts]
+        self._readers = [Reader(p, needed, optional, open_storage(p, data.cache), budget) for p in parts]
         self._bases = np.cumsum([0, *(p.samples for p in parts)])
 
     def expect(self, number: int) -> None:
@@ -165,32 +118,37 @@ class Assembler:
             DataError: a shard is damaged, or a sample is and nothing can stand in for it.
         """
         self._prefetch(number + _AHEAD)
-        self._events = Counter()
         epochs, ids = self.reading.draw(number)
-        numbers = self._numbers(epochs, ids)
+        drawn = self._draw(epochs, ids)
         failed = {}
         arrays["epoch"][: len(ids)] = epochs
         for row, found in self._read(ids):
             problem = (
-                found if isinstance(found, SampleError) else self._decode(row, ids[row], found, numbers[row], arrays)
+                found if isinstance(found, SampleError) else self._decode(row, ids[row], found, drawn[row], arrays)
             )
-            if problem:
+            if isinstance(problem, SampleError):
                 failed[row] = problem
         # In the order of the batch, so that the ledger does not depend on the order of reading.
         bad = [self._replace(number, row, int(epochs[row]), failed[row], arrays) for row in sorted(failed)]
-        return Filled(len(ids), bad, self._events)
+        return Filled(len(ids), bad, self._events())
 
     def close(self) -> None:
         """Release files."""
         for reader in self._readers:
             reader.close()
 
-    def _numbers(self, epochs: Ints, ids: Ints) -> list[_Numbers]:
+    def _draw(self, epochs: Ints, ids: Ints) -> list[tuple[Any, ...]]:
+        """What chance decides: for each sample, for each field."""
         epoch, sample = torch.from_numpy(epochs), torch.from_numpy(ids)
-        here = None if self._encoded else self._images
-        views = here.geometry(epoch, sample) if here else [[]] * len(ids)
-        coins = self.text.coins(epoch, sample) if self.text else [0.0] * len(ids)
-        return [_Numbers(v, c) for v, c in zip(views, coins, strict=True)]
+        return list(zip(*(field.draw(epoch, sample) for field in self._fields.values()), strict=True))
+
+    def _events(self) -> Counter[str]:
+        """What happened in all fields since the last call."""
+        events: Counter[str] = Counter()
+        for field in self._fields.values():
+            events.update(field.events)
+            field.events.clear()
+        return events
 
     def _read(self, ids: Ints) -> Iterator[tuple[int, Members | SampleError]]:
         """The members of samples, in any order, with their rows."""
@@ -212,32 +170,19 @@ class Assembler:
             if len(own):
                 yield reader, own
 
-    def _decode(self, row: int, sample: int, members: Members, numbers: _Numbers, arrays: Arrays) -> SampleError | None:
+    def _decode(
+        self, row: int, number: int, members: Members, drawn: tuple[Any, ...], arrays: Arrays
+    ) -> SampleError | None:
         """Write one sample into its row, or say what is wrong with it."""
-        name = ""
+        sample, name = Sample(members), ""
         try:
-            for name in self._fields:
-                if name == "label":
-                    arrays["label"][row] = decode_label(members[name], self._classes)
-                elif name == "text":
-                    assert self.text
-                    name = self.text.choose(tuple(members), numbers.coin)
-                    arrays["text"][row], arrays["text_length"][row], is_cut = self.text.decode(members[name])
-                    self._events["truncated_texts"] += is_cut
-                elif self._encoded:
-                    file = check_jpeg(members[name])
-                    arrays["encoded_size"][row] = len(file)
-                    arrays["encoded"][row, : len(file)] = file
-                else:
-                    assert self._images
-                    views = self._images.decode(members[name], numbers.views)
-                    for key, view in zip(self._images.names, views, strict=True):
-                        torch.from_numpy(arrays[key][row]).copy_(view)
+            for name, own in zip(self._fields, drawn, strict=True):
+                self._fields[name].decode(sample, own, arrays, row)
         except ValueError as error:
-            self._events["empty_texts"] += isinstance(error, EmptyText)
-            part = int(np.searchsorted(self._bases, sample, "right")) - 1
-            return self._readers[part].error(int(sample - self._bases[part]), f"field {name!r}: {error}")
-        arrays["id"][row] = sample
+            member = error.member if isinstance(error, Unusable) else name
+            part = int(np.searchsorted(self._bases, number, "right")) - 1
+            return self._readers[part].error(int(number - self._bases[part]), f"field {member!r}: {error}")
+        arrays["id"][row] = number
         return None
 
     def _replace(self, number: int, row: int, epoch: int, error: SampleError, arrays: Arrays) -> Bad:
@@ -250,8 +195,8 @@ class Assembler:
             tried += 1
             one = np.array([other])
             ((_, found),) = self._read(one)
-            numbers = self._numbers(np.array([epoch]), one)[0]
-            if not isinstance(found, SampleError) and not self._decode(row, other, found, numbers, arrays):
+            (drawn,) = self._draw(np.array([epoch]), one)
+            if not isinstance(found, SampleError) and not self._decode(row, other, found, drawn, arrays):
                 return Bad(self.reading.step(number), epoch, planned, error.shard, error.key, error.reason, other)
         if not tried:
             raise error

@@ -6,7 +6,7 @@ Shape letters: B samples, H and W height and width of the result, h and w those 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,10 @@ from pipeline.core.random import SampleRandom
 from pipeline.data.jpeg import MAGIC, Box, Jpeg
 
 _TRIES = 10
+
+
+Resize = Callable[[Tensor, tuple[int, int]], Tensor]
+"""[C,h,w] to [C,H,W]."""
 
 
 class Geometry(NamedTuple):
@@ -42,7 +46,23 @@ class Stored(Protocol):
         ...
 
 
-class _Other:
+class Pixels:
+    """A decoded image, or a mask.
+
+    Args:
+        pixels: [C,h,w].
+    """
+
+    def __init__(self, pixels: Tensor) -> None:
+        self._pixels = pixels
+        self.size = (pixels.shape[1], pixels.shape[2])
+
+    def window(self, box: Box) -> Tensor:
+        """See :class:`Stored`."""
+        return cut(self._pixels, box)
+
+
+class _Other(Pixels):
     """An image file that is decoded as a whole by Pillow."""
 
     def __init__(self, data: memoryview) -> None:
@@ -50,13 +70,8 @@ class _Other:
             rgb = Picture(bytes(data)).decode().pixels.convert("RGB")
         except ImageError as error:
             raise ValueError(f"not a readable image ({error})") from error
-        self.size = (rgb.height, rgb.width)
-        self._pixels = (
-            torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(*self.size, 3).permute(2, 0, 1)
-        )
-
-    def window(self, box: Box) -> Tensor:
-        return cut(self._pixels, box)
+        pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+        super().__init__(pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1))
 
 
 class _Turned:
@@ -146,7 +161,16 @@ def resize(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
     return resized.round_().clamp_(0, 255).to(torch.uint8).squeeze(0)
 
 
-def center(pixels: Tensor, shape: tuple[int, int], fraction: float = 1.0) -> Tensor:
+def nearest(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[C,h,w] to [C,H,W]: each pixel has the value of the stored one that its centre lies in."""
+    rows, columns = (
+        ((2 * torch.arange(there) + 1) * here // (2 * there))
+        for here, there in zip(pixels.shape[1:], shape, strict=True)
+    )
+    return pixels[:, rows[:, None], columns]
+
+
+def center(pixels: Tensor, shape: tuple[int, int], fraction: float = 1.0, resize: Resize = resize) -> Tensor:
     """Resize so that ``shape / fraction`` is just covered, and cut the middle out: torchvision's Resize, CenterCrop."""
     (h, w), (height, width) = pixels.shape[1:], shape
     tall, wide = round(height / fraction), round(width / fraction)
@@ -160,14 +184,20 @@ class ImageDecoder:
     """Images of a batch, with random numbers that belong to the samples.
 
     Args:
-        image: size, kind of crop, flip and number of views.
+        image: size, kind of crop, flip and views.
         seed: seed of the run.
     """
 
     def __init__(self, image: Image, seed: int) -> None:
         self._image = image
         self._seed = seed
-        self.names = ["image", "image2"][: image.views]
+        self.each = image.each
+        """The geometry of each view."""
+        self.names = list(self.shapes("image"))
+
+    def shapes(self, first: str) -> dict[str, tuple[int, int]]:
+        """Name, height and width of each view: "image", "image2", "image3", ... where the first is called "image"."""
+        return {f"{first}{number if number > 1 else ''}": view.shape for number, view in enumerate(self.each, 1)}
 
     def geometry(self, epoch: Tensor, sample: Tensor) -> list[list[Geometry]]:
         """Random numbers for B samples: for each sample, for each view.
@@ -177,10 +207,10 @@ class ImageDecoder:
             sample: int64[B].
         """
         views = []
-        for name in self.names:
+        for name, view in zip(self.names, self.each, strict=True):
             crop = SampleRandom(self._seed, f"data.crop.{name}", epoch, sample).uniform(2 + 2 * _TRIES).tolist()
             coin = SampleRandom(self._seed, f"data.flip.{name}", epoch, sample).uniform().tolist()
-            views.append([Geometry(c, self._image.flip and m < 0.5) for c, m in zip(crop, coin, strict=True)])
+            views.append([Geometry(c, view.flip and m < 0.5) for c, m in zip(crop, coin, strict=True)])
         return [list(views) for views in zip(*views, strict=True)]
 
     def decode(self, data: memoryview, geometry: Sequence[Geometry]) -> list[Tensor]:
@@ -191,41 +221,28 @@ class ImageDecoder:
         """
         return self.views(open_image(data), geometry)
 
-    def views(self, stored: Stored, geometry: Sequence[Geometry]) -> list[Tensor]:
-        """The views of an image whose header has been read.
+    def views(self, stored: Stored, geometry: Sequence[Geometry], resize: Resize = resize) -> list[Tensor]:
+        """The views of an image whose header has been read; it is decoded once.
+
+        Args:
+            stored: the image.
+            geometry: for each view.
+            resize: what makes [C,H,W] of [C,h,w].
 
         Raises:
             ValueError: not a readable image.
         """
-        shape = self._image.shape
-        if self._image.crop != "random_resized":
+        image = self._image
+        if image.crop != "random_resized":
             whole = stored.window(Box(0, 0, *stored.size))
-            centred = self._image.crop == "center"
-            return [center(whole, shape, self._image.crop_fraction) if centred else resize(whole, shape)] * len(
-                geometry
-            )
-        boxes = [random_box(stored.size, self._image, view.crop) for view in geometry]
+            centred = image.crop == "center"
+            view = center(whole, image.shape, image.crop_fraction, resize) if centred else resize(whole, image.shape)
+            return [view] * len(geometry)
+        boxes = [random_box(stored.size, view, drawn.crop) for view, drawn in zip(self.each, geometry, strict=True)]
         around = _around(boxes)
         pixels, views = stored.window(around), []
-        for box, view in zip(boxes, geometry, strict=True):
+        for box, view, drawn in zip(boxes, self.each, geometry, strict=True):
             inside = Box(box.top - around.top, box.left - around.left, box.height, box.width)
-            resized = resize(cut(pixels, inside), shape)
-            views.append(resized.flip(-1) if view.mirror else resized)
+            resized = resize(cut(pixels, inside), view.shape)
+            views.append(resized.flip(-1) if drawn.mirror else resized)
         return views
-
-
-def decode_label(data: memoryview, classes: int) -> int:
-    """A class number written in decimal.
-
-    Raises:
-        ValueError: not a number, or not of one of ``classes`` (0: any that int64 holds).
-    """
-    text = bytes(data).strip()
-    if not text.isdigit():
-        raise ValueError(f"label {text[:40]!r} is not a number")
-    label = int(text)
-    if classes and label >= classes:
-        raise ValueError(f"label {label} is not one of the {classes} classes")
-    if label >= 1 << 63:
-        raise ValueError(f"label {label} is too large")
-    return label

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from pipeline.core.errors import DataError
 from pipeline.core.protocols import Batch
-from pipeline.data.decode import ImageDecoder, cut, turned
-from pipeline.data.jpeg import MAGIC, Box, Jpeg
+from pipeline.data.decode import ImageDecoder, Pixels, turned
+from pipeline.data.jpeg import MAGIC, Jpeg
 
+ENCODED, SIZE = "encoded", "encoded_size"
+"""Columns of image files that are decoded on the device."""
 MAX_BYTES = 1 << 24
 """Of an image file that is decoded on the device. Memory is taken only for what files fill."""
 
@@ -61,19 +63,6 @@ class Encoded(NamedTuple):
     """Id in the batch of the data set's sample 0."""
 
 
-class _Pixels(NamedTuple):
-    """A decoded image; see :class:`pipeline.data.decode.Stored`."""
-
-    pixels: Tensor
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.pixels.shape[1], self.pixels.shape[2]
-
-    def window(self, box: Box) -> Tensor:
-        return cut(self.pixels, box)
-
-
 def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:
     """JPEG files, uint8[bytes] each on the host, to uint8[3,h,w] each on the device.
 
@@ -109,7 +98,7 @@ class DeviceImages:
         Raises:
             DataError: an image cannot be decoded.
         """
-        files = {f"{prefix}encoded" for prefix in self._sources} | {f"{prefix}encoded_size" for prefix in self._sources}
+        files = {prefix + name for prefix in self._sources for name in (ENCODED, SIZE)}
         batch = self._receive({name: array for name, array in arrays.items() if name not in files})
         if self._stream is None:
             return batch | self._images(arrays)
@@ -126,11 +115,11 @@ class DeviceImages:
         images: Batch = {}
         for prefix, (decoder, base) in self._sources.items():
             epoch, ids = (torch.from_numpy(arrays[prefix + name].copy()) for name in ("epoch", "id"))
-            sizes = arrays[f"{prefix}encoded_size"].tolist()
-            files = [torch.from_numpy(row[:n]) for row, n in zip(arrays[f"{prefix}encoded"], sizes, strict=True)]
+            sizes = arrays[prefix + SIZE].tolist()
+            files = [torch.from_numpy(row[:n]) for row, n in zip(arrays[prefix + ENCODED], sizes, strict=True)]
             geometry = decoder.geometry(epoch, ids - base)
             views = [
-                decoder.views(turned(_Pixels(pixels), file.numpy().data), own)
+                decoder.views(turned(Pixels(pixels), file.numpy().data), own)
                 for file, pixels, own in zip(files, self._decode(files, ids), geometry, strict=True)
             ]
             for name, view in zip(decoder.names, zip(*views, strict=True), strict=True):

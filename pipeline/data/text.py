@@ -85,7 +85,7 @@ class TextDecoder:
         self.sha256 = hashlib.sha256(content).hexdigest()
         start = [self._special("start", captions.start)] if captions.start else []
         self._start, self._end = start, self._special("end", captions.end)
-        self._pad = self._special("pad", captions.pad)
+        self.pad = self._special("pad", captions.pad)
 
     def __getstate__(self) -> dict[str, Any]:
         """The library's object stays behind; each process makes its own."""
@@ -127,7 +127,7 @@ class TextDecoder:
         room = self._captions.length - len(self._start) - 1
         words = self._library().encode(text, add_special_tokens=False).ids
         tokens = [*self._start, *words[:room], self._end]
-        row = np.full(self._captions.length, self._pad, np.int64)
+        row = np.full(self._captions.length, self.pad, np.int64)
         row[: len(tokens)] = tokens
         return Tokens(row, len(tokens), len(words) > room)
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pipeline.data.assemble import Arrays, Assembler, Bad, Filled
+from pipeline.data.assemble import Assembler, Bad, Filled
+from pipeline.data.field import Arrays
 
 
 class Together:

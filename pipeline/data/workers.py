@@ -30,8 +30,9 @@ import torch
 
 from pipeline.core.errors import DataError
 from pipeline.core.protocols import Batch
-from pipeline.data.assemble import Arrays, Column, Filled, Filler
+from pipeline.data.assemble import Filled, Filler
 from pipeline.data.device import Receive, copied
+from pipeline.data.field import Arrays, Column
 
 _BUFFERS = 2
 _ALIGN = 64
