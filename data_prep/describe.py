@@ -82,7 +82,7 @@ def table(manifest: Manifest) -> list[tuple[str, str]]:
         ("samples", f"{manifest.samples:,}"),
         ("shards", f"{len(manifest.shards):,}, {sum(x.bytes for x in manifest.shards) / 1e6:,.1f} MB"),
         ("fields", ", ".join(f"{name} ({', '.join(e)})" for name, e in manifest.fields.items())),
-        ("classes", f"{len(manifest.classes):,}"),
+        ("classes", f"{len(manifest.classes):,}" + (f" ({shown(manifest.classes)})" if manifest.classes else "")),
         ("fingerprint", manifest.fingerprint),
     ]
     for name, m in s.get("measures", {}).items():

@@ -126,8 +126,9 @@ def _are_classes(below: Mapping[str, Sequence[str]], loose: Sequence[str], asked
     """Whether folders are classes; the images beside them are ``loose``."""
     if not below or _are_shards(below):
         return False
-    inner = {name: {split_named(path.partition("/")[0]) for path in paths} for name, paths in below.items()}
-    if None not in set().union(*inner.values()) and len(set().union(*inner.values())) > 1:
+    folders = {path.partition("/")[0] if "/" in path else "" for paths in below.values() for path in paths}
+    inner = set(map(split_named, folders))
+    if None not in inner and len(inner) > 1:
         raise DataError(
             f"in {where} each folder ({shown(below)}) holds splits of its own, which would be mixed: give one of them "
             "as SRC, or take all of a folder as one class with --layout classes"

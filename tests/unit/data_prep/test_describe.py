@@ -58,7 +58,11 @@ def test_the_table_of_a_data_set(tmp_path):
     assert rows["width"] == "24 to 24, mean 24.0 of 5"
     assert rows["image bytes"] == f"{min(sizes):,} to {max(sizes):,}, mean {np.mean(sizes):,.1f} of 5"
     assert rows["fields"] == "image (png), label (cls), caption (txt)"
-    assert (rows["classes"], rows["samples per class"], rows["tokenizer"]) == ("2", "2 to 3 in 2", "tokenizer.json")
+    assert (rows["classes"], rows["samples per class"], rows["tokenizer"]) == (
+        "2 (x, y)",
+        "2 to 3 in 2",
+        "tokenizer.json",
+    )
     some = [replace(r, caption="xx" if i else None) for i, r in enumerate(inline(3))]
     manifest = build(ListSource(some), tmp_path / "some", Options({})).manifests["train"]
     assert dict(table(manifest))["caption length"] == "2 to 2, mean 2.0 of 2"

@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.build import build
+from data_prep.dataset import items, read_manifest
 from data_prep.index import fields_apart, index
 from data_prep.options import Options
 from data_prep.scan import scan
+from data_prep.store import open_store
 from data_prep.verify import verify
 from data_prep.walk import group, walk
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import load, load_index
-from tests.unit.data_prep.samples import ListSource, inline, png, stock_reader
+from tests.unit.data_prep.samples import ListSource, encoded, inline, picture, png, stock_reader
 
 SAMPLES = 8
 
@@ -240,3 +242,20 @@ def test_fields_side_by_side():
     both = [frozenset({"jpg", "png", "cls"}), frozenset({"jpg", "seg.png"})]
     assert fields_apart(both) == {"image": ("jpg",), "label": ("cls",), "png": ("png",), "seg.png": ("seg.png",)}
     assert fields_apart([frozenset({"jpg"}), frozenset({"png"})]) == {"image": ("jpg", "png")}
+
+
+def test_the_image_of_an_index_may_be_named(tmp_path):
+    """Pairs of images, of which one is to be trained on."""
+    content = {}
+    for i in range(3):
+        content |= {f"{i}.input.jpg": encoded(picture(i), "JPEG"), f"{i}.png": png(i)}
+    _tar(tmp_path / "x.tar", content)
+    manifest = index(str(tmp_path), image="input.jpg")
+    assert manifest.fields == {"image": ("input.jpg",), "png": ("png",)}
+    sizes = [len(content[f"{i}.input.jpg"]) for i in range(3)]
+    measure = manifest.statistics["measures"]["image_bytes"]
+    assert (measure["count"], measure["sum"], measure["max"]) == (3, sum(sizes), max(sizes))
+    assert verify(str(tmp_path), decode=1).problems == {}
+    store = open_store(tmp_path)
+    found = list(items(store, read_manifest(store), ("image",)))
+    assert [item.fields["image"] for item in found] == [content[f"{i}.input.jpg"] for i in range(3)]
