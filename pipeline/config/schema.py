@@ -70,7 +70,10 @@ class Optimizer(Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of sgd and lars."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Not applied to norms, biases and what the objective excludes."""
+    """Of what ``decay`` names."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """"matrices": not norms, biases and what the objective excludes; "all": everything that is trained, as code has it
+    that hands all parameters to torch's SGD or AdamW (MoCo's)."""
     layer_decay: Fraction = 1.0
     """Learning rate of each layer as a part of the next one's; 1: all the same."""
     clip: PositiveFloat | None = None

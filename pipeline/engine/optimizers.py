@@ -91,8 +91,8 @@ def rules(
     """Rule of each trainable parameter, by name.
 
     No decay for parameters of at most one dimension (norms, biases, temperature) and for those that the objective
-    names. With ``layer_decay`` d, layer i of n has d^(n-i) of the learning rate and what comes after has all of it
-    (BEiT, arXiv 2106.08254, appendix; the scales of timm's ``param_groups_layer_decay``).
+    names, unless ``decay`` is "all". With ``layer_decay`` d, layer i of n has d^(n-i) of the learning rate and what
+    comes after has all of it (BEiT, arXiv 2106.08254, appendix; the scales of timm's ``param_groups_layer_decay``).
 
     Args:
         objective: its parameters.
@@ -106,7 +106,7 @@ def rules(
         if parameter.requires_grad:
             group = group_of(name, config.groups) or Group(prefix=name)
             decay = config.weight_decay if group.weight_decay is None else group.weight_decay
-            decayed = parameter.ndim > 1 and name not in spared
+            decayed = config.decay == "all" or (parameter.ndim > 1 and name not in spared)
             scale = config.layer_decay ** (len(layers) - layer_index(name, layers)) if layers else 1.0
             steps = (frozen or {}).get(group.prefix, NEVER)
             found[name] = Rule(scale * group.lr, decay if decayed else 0.0, steps)

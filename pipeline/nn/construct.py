@@ -16,6 +16,9 @@ from pipeline.nn.projection import small_stem
 from pipeline.nn.start import Start
 from pipeline.nn.weights import load_encoder
 
+CHOSEN = {"weight_init", "zero_init_last"}
+"""Arguments of timm's models that are about initial weights."""
+
 
 def construct_encoder(
     config: EncoderConfig,
@@ -34,7 +37,8 @@ def construct_encoder(
         config: backbone, channels, and weights to start from.
         image_size: height and width of the images.
         name: of the objective; the random numbers of dropout belong to it.
-        start: draws the initial weights as the method's authors did; None leaves them as timm draws them.
+        start: draws the initial weights as the method's authors did; None leaves them as timm draws them, and so do
+            ``weight_init`` and ``zero_init_last`` among the config's ``encoder_args``, with which the user chooses.
         pool: how the backbone's output becomes one vector per image.
         stem_of_small_images: give a ResNet the stem for images of 32 pixels.
         norm_over_ranks: batch norm takes the statistics of the micro-batches of all ranks, without which neither loss
@@ -49,7 +53,7 @@ def construct_encoder(
     drop_per_sample(backbone, name)
     if stem_of_small_images:
         small_stem(backbone, len(config.mean))
-    if start is not None and "weight_init" not in config.encoder_args:
+    if start is not None and not CHOSEN & config.encoder_args.keys():
         start(backbone)
     if norm_over_ranks:
         synchronise(backbone)

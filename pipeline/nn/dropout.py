@@ -25,15 +25,15 @@ from pipeline.core.protocols import Batch, StepContext
 class _Samples:
     """The keys of a batch's samples, drawn once for all layers: the generator's many small kernels are what costs."""
 
-    def __init__(self, batch: Batch, ctx: StepContext) -> None:
-        self._batch, self._ctx = batch, ctx
+    def __init__(self, batch: Batch, ctx: StepContext, purpose: str) -> None:
+        self._batch, self._ctx, self._purpose = batch, ctx, purpose
         self._keys: dict[int, Tensor] = {}
 
     def keys(self, rows: int) -> Tensor:
         """One per view of each sample: int32[V*B,1]."""
         if rows not in self._keys:
             views = rows // len(self._batch["id"])
-            numbers = self._ctx.random(self._batch, "dropout").integers(0, 2**31, views)
+            numbers = self._ctx.random(self._batch, self._purpose).integers(0, 2**31, views)
             self._keys[rows] = numbers.T.reshape(-1, 1).to(torch.int32)
         return self._keys[rows]
 
@@ -42,9 +42,12 @@ _samples: ContextVar[_Samples | None] = ContextVar("_samples", default=None)
 
 
 @contextmanager
-def dropping_for(batch: Batch, ctx: StepContext) -> Iterator[None]:
-    """Inside, every :class:`SampleDropout` that is in training drops for the samples of ``batch``."""
-    token = _samples.set(_Samples(batch, ctx))
+def dropping_for(batch: Batch, ctx: StepContext, purpose: str = "dropout") -> Iterator[None]:
+    """Inside, every :class:`SampleDropout` that is in training drops for the samples of ``batch``.
+
+    Another ``purpose`` drops otherwise: for a second forward of the same samples, as of another view.
+    """
+    token = _samples.set(_Samples(batch, ctx, purpose))
     try:
         yield
     finally:

@@ -95,7 +95,7 @@ def _refuse_unseen_edges(backbone: Backbone, image_size: tuple[int, int]) -> Non
     if isinstance(stem, NaFlexEmbeds):
         kernel = stride = cast(Any, stem).patch_size
         padding = (0, 0)
-    elif type(stem) is nn.Conv2d and not getattr(getattr(backbone, "patch_embed", None), "dynamic_img_pad", False):
+    elif type(stem) is nn.Conv2d and not _pads(backbone, stem):
         kernel, stride, padding = cast(Any, (stem.kernel_size, stem.stride, stem.padding))
     else:  # it pads as the image needs it
         return
@@ -112,6 +112,10 @@ def _refuse_unseen_edges(backbone: Backbone, image_size: tuple[int, int]) -> Non
         f"{kernel[1]}; the last {image_size[0] - seen[0]} rows and {image_size[1] - seen[1]} columns would never be "
         f"seen. Sizes that fit: {fitting}"
     )
+
+
+def _pads(backbone: Backbone, stem: nn.Conv2d) -> bool:
+    return isinstance(stem.padding, str) or getattr(getattr(backbone, "patch_embed", None), "dynamic_img_pad", False)
 
 
 def compile_blocks(module: Backbone) -> None:

@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """CLIP's: residual branches shrink with the depth."""
+        """CLIP's: residual branches shrink with the depth; the biases of the MLPs stay as torch draws them."""
         width, depth = self.positions.shape[1], len(self.blocks)
         branch = width**-0.5 * (2 * depth) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -54,7 +54,7 @@ class TextEncoder(nn.Module):
             nn.init.normal_(block.attn.proj.weight, std=branch)
             nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.fc2.weight, std=branch)
-            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            for layer in (block.attn.qkv, block.attn.proj):
                 nn.init.zeros_(layer.bias)
         nn.init.normal_(self.projection.weight, std=width**-0.5)
 

@@ -33,6 +33,7 @@ from pipeline.nn.encoder import EncoderConfig, ImageEncoder, to_weights
 from pipeline.nn.masking import encode_visible, make_maskable
 from pipeline.nn.open_clip import image_tower, text_tower
 from pipeline.nn.pictures import Line, beneath, beside, verdict
+from pipeline.nn.start import start_as_big_vision, start_as_clip, start_text_as_big_vision
 from pipeline.nn.text import TextEncoder, TextPool
 
 SHOWN = 8
@@ -119,7 +120,9 @@ class CLIP(PairwiseObjective):
             "text_length": "int64[B]",
         }
         self.config, self.image_size = config, facts.image_size
-        encoder = construct_encoder(config, facts.image_size, "clip", start=None)
+        softmax = config.loss == "softmax"
+        start = start_as_clip if softmax else start_as_big_vision
+        encoder = construct_encoder(config, facts.image_size, "clip", start=start)
         self.patches = make_maskable(encoder.backbone, facts.image_size).patches if config.keep_patches < 1 else 0
         self.image = ImageTower(encoder, config.dim)
         self.text = TextEncoder(
@@ -131,7 +134,8 @@ class CLIP(PairwiseObjective):
             dim=config.dim,
             pool=config.text_pool,
         )
-        softmax = config.loss == "softmax"
+        if not softmax:
+            start_text_as_big_vision(self.text)
         # One dimension: not decayed, and some engines cannot send a number without any.
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07 if softmax else 10.0)]))
         self.bias = None if softmax else nn.Parameter(torch.tensor([-10.0]))
@@ -199,6 +203,11 @@ class CLIP(PairwiseObjective):
     def limits(self) -> Mapping[str, tuple[float, float]]:
         """The inverse temperature stays between 1 and 100, as in the paper."""
         return {"log_scale": (0.0, math.log(LARGEST_SCALE))}
+
+    def no_weight_decay(self) -> set[str]:
+        """The class token and registers, which have one dimension in open_clip; positions are decayed there."""
+        ends = ("cls_token", "reg_token")
+        return {f"image.encoder.{name}" for name, _ in self.image.encoder.named_parameters() if name.endswith(ends)}
 
     def encoders(self) -> dict[str, nn.Module]:
         """Both towers: "text" maps int64[B,L] and int64[B] to float[B,E]."""

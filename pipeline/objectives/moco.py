@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,6 +38,7 @@ from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
 from pipeline.nn.pictures import Match, pairs
 from pipeline.nn.projection import projection
+from pipeline.nn.start import start_as_moco, start_as_moco_v2
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -98,7 +100,7 @@ class MoCo(PairwiseObjective):
             config,
             facts.image_size,
             "moco",
-            start=None,
+            start=start_as_moco if modern else start_as_moco_v2,
             stem_of_small_images=config.small_stem,
             norm_over_ranks=modern,
         )
@@ -111,7 +113,9 @@ class MoCo(PairwiseObjective):
         self.momentum.requires_grad_(False)
         self.predictor = None
         if modern:
-            self.predictor = projection([config.dim, hidden, config.dim], norm=True, last="plain")
+            # The authors' ResNets end in the predictor's linear layer, their transformers in a norm behind it.
+            last = "plain" if isinstance(self.encoder.backbone, VisionTransformer) else "none"
+            self.predictor = projection([config.dim, hidden, config.dim], norm=True, last=last)
         else:
             self.register_buffer("queue", functional.normalize(torch.randn(config.queue, config.dim), dim=1))
             self.register_buffer("filled", torch.zeros(1, dtype=torch.int64))
@@ -139,11 +143,14 @@ class MoCo(PairwiseObjective):
         if self.predictor is None:
             queries = {"query": self._in_parts(self._query, batch, ctx, "image")}
             return queries | {"key": self._shuffled_keys(batch, ctx)}
-        with dropping_for(batch, ctx):
-            views = torch.cat([self.view(batch, ctx, name) for name in ("image", "image2")])
-            first, second = self._query(views).chunk(2)
-            key, key2 = self._key(views).chunk(2)
-        return {"query": first, "query2": second, "key": key, "key2": key2}
+        rows: dict[str, Tensor] = {}
+        # Each view by itself: views are coloured unequally, and one batch norm over both would mix their statistics.
+        for number, name in (("", "image"), ("2", "image2")):
+            view = self.view(batch, ctx, name)
+            for kind, encode in (("query", self._query), ("key", self._key)):
+                with dropping_for(batch, ctx, f"dropout.{kind}.{name}"):
+                    rows[kind + number] = encode(view)
+        return rows
 
     def _query(self, x: Tensor) -> Tensor:
         z = self.head(self.encoder(x))
@@ -160,7 +167,7 @@ class MoCo(PairwiseObjective):
         vectors = []
         for first in range(0, count, size):
             part = {field: value[first : first + size] for field, value in batch.items()}
-            with dropping_for(part, ctx):
+            with dropping_for(part, ctx, f"dropout.{name}"):
                 vectors.append(encode(self.view(part, ctx, name)))
         return torch.cat(vectors)
 
@@ -224,7 +231,10 @@ class MoCo(PairwiseObjective):
         """The query's and the key's view of each image, and the key of another that is most like the query."""
         batch = {name: value[:SHOWN] for name, value in batch.items()}
         views = [self.view(batch, ctx, name) for name in ("image", "image2")]
-        with frozen_statistics(self), dropping_for(batch, ctx):
-            cosines = self._query(views[0]) @ self._key(views[1]).T
+        with frozen_statistics(self):
+            with dropping_for(batch, ctx, "dropout.image"):
+                queries = self._query(views[0])
+            with dropping_for(batch, ctx, "dropout.image2"):
+                cosines = queries @ self._key(views[1]).T
         first, second = ((view * 255).round().to(torch.uint8) for view in views)
         return {"views": Picture(*pairs(Match(first, second, cosines)))}

@@ -29,6 +29,7 @@ from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
 from pipeline.nn.pictures import Match, pairs
 from pipeline.nn.projection import projection
+from pipeline.nn.start import start_as_moco
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -61,7 +62,7 @@ class SimCLR(PairwiseObjective):
         self.needs = {"image": spec, "image2": spec}
         self.config = config
         self.encoder = construct_encoder(
-            config, facts.image_size, "simclr", start=None, stem_of_small_images=config.small_stem
+            config, facts.image_size, "simclr", start=start_as_moco, stem_of_small_images=config.small_stem
         )
         hidden = config.hidden or self.encoder.dim
         widths = [self.encoder.dim, *[hidden] * (config.layers - 1), config.dim]

@@ -21,6 +21,7 @@ from pipeline.nn.encoder import EncoderConfig, ImageClassifier
 from pipeline.nn.images import tile
 from pipeline.nn.mixing import Mixing, mix
 from pipeline.nn.randaugment import RandAugment, rand_augment
+from pipeline.nn.start import start_as_big_vision
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -62,7 +63,7 @@ class Supervised(Objective):
         self.needs = {"image": f"uint8[B,{len(config.mean)},H,W]", "label": "int64[B]"}
         self.config = config
         self.classes = facts.classes
-        self.encoder = construct_encoder(config, facts.image_size, "supervised", start=None)
+        self.encoder = construct_encoder(config, facts.image_size, "supervised", start=start_as_big_vision)
         self.norm = nn.Identity()
         if config.freeze:
             self.encoder.requires_grad_(False)

@@ -26,6 +26,20 @@ REQUIRED = {"ood": {"unknown": ("other",)}}
 CONTEXT = StepContext(seed=3, clock=Clock(step=2, samples=16, total_samples=64))
 
 
+RESNET: dict[str, Any] = {
+    "encoder": "resnet18",
+    "encoder_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "zero_init_last": False},
+}
+"""An encoder with batch norm."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip with batch norm": ("clip", RESNET | {"keep_patches": 1.0}),
+    "moco 2 with batch norm": ("moco", RESNET | {"small_stem": True, "norm_batch": 2}),
+    "moco 3 with batch norm": ("moco", RESNET | {"small_stem": True, "version": 3}),
+    "supervised with batch norm": ("supervised", RESNET),
+}
+"""Objectives in other settings than those of their smoke configs: objective and settings."""
+
+
 def smoke_config(name: str) -> RunConfig:
     """The smoke config of an objective."""
     return RunConfig.model_validate(tomllib.loads((SMOKE / f"{name}.toml").read_text()))
@@ -37,12 +51,13 @@ def facts(config: RunConfig) -> DataFacts:
 
 
 def build_objective(name: str, **settings: Any) -> Objective:
-    """The objective of a smoke config, with weights that depend on nothing but the config."""
+    """The objective of a smoke config, or a variant, with weights that depend on nothing but the config."""
+    name, variant = VARIANTS.get(name, (name, {}))
     config = smoke_config(name)
     module = registry.module("pipeline.objectives", name)
     cls = registry.component("pipeline.objectives", name, Objective)
     torch.manual_seed(0)
-    return cls(module.Config(**config.objective.settings | settings), facts(config))
+    return cls(module.Config(**config.objective.settings | variant | settings), facts(config))
 
 
 def stir(objective: Objective) -> Objective:
@@ -64,7 +79,7 @@ def build_evaluation(name: str, **settings: Any) -> Evaluation:
 def make_batch(objective: Objective, name: str, samples: int = 8) -> Batch:
     """A random batch that has what the objective needs."""
     generator = torch.Generator().manual_seed(1)
-    height, width = smoke_config(name).data.image.shape
+    height, width = smoke_config(VARIANTS.get(name, (name, {}))[0]).data.image.shape
     batch = {"id": torch.arange(100, 100 + samples), "epoch": torch.full((samples,), 2)}
     for field, spec in objective.needs.items():
         dtype, letters = spec.removesuffix("]").split("[")

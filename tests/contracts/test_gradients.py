@@ -16,12 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.config.schema import EngineConfig
 from pipeline.config.schema import Optimizer as OptimizerConfig
 from pipeline.core import registry
+from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Objective
 from pipeline.dist.group import Place, process_group
 from pipeline.engine import optimizers
 from pipeline.engine.accumulate import accumulate
 from pipeline.engine.base import BaseEngine
-from tests.contracts.components import CONTEXT, build_objective, make_batch, stir
+from tests.contracts.components import CONTEXT, RESNET, VARIANTS, build_objective, make_batch, stir
 from tests.ranks import start_ranks
 
 NAMES = registry.names("pipeline.objectives")
@@ -38,6 +39,8 @@ EVERY_KIND = {
 }
 """What an objective of its own can get wrong: what it makes of parts of a batch, of other ranks, of averages that come
 late, and of parameters that are whole only inside its forward. How an engine treats a loss does not depend on which."""
+WITH_BATCH_NORM = {1: [("accelerate", 0, 1)], 2: [("accelerate", 0, 1)], 4: [("deepspeed", 2, 1)]}
+"""Without accumulation, since the statistics are those of a micro-batch over all ranks."""
 REPRESENTATIVES = {"mae", "clip"}
 """One that is the mean over samples and one that compares them: for them the engines are tried in every way."""
 GLOBAL_BATCH = 8
@@ -105,9 +108,9 @@ def oracle(name: str) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
 def test_the_gradient_does_not_depend_on_ranks_accumulation_or_engine(name, world):
-    ways = (EVERY_WAY if name in REPRESENTATIVES else EVERY_KIND)[world]
+    ways = (EVERY_WAY if name in REPRESENTATIVES else WITH_BATCH_NORM if name in VARIANTS else EVERY_KIND)[world]
     ended = start_ranks(world, gradients, name=name, ways=ways)
     assert [e.problem for e in ended] == [None] * world
     expected = oracle(name)
@@ -118,3 +121,12 @@ def test_the_gradient_does_not_depend_on_ranks_accumulation_or_engine(name, worl
             error = np.linalg.norm(gradient - expected) / size
             assert error < 1e-5, f"rank {rank} of {world}, {how}: off by {error:.1e}"
             assert norm == pytest.approx(size, rel=1e-5), (rank, world, how)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_whose_encoder_can_have_batch_norm_is_tried_with_it(name):
+    cases = {other for other, (objective, _) in VARIANTS.items() if objective == name} | {name}
+    tried = any(isinstance(m, _BatchNorm) for case in cases for m in build_objective(case).modules())
+    if not tried:  # it must have no encoder, or one that cannot have batch norm
+        with pytest.raises((ConfigError, ValueError)):
+            build_objective(name, **RESNET)

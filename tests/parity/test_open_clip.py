@@ -1,5 +1,6 @@
 """The tiled losses against open_clip's own, value and gradients; and what open_clip makes of an exported model."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.config.schema import Captions
+from pipeline.config.schema import Captions, Optimizer
 from pipeline.core.protocols import DataFacts
 from pipeline.data.clip_vocabulary import clip_tokenizer
 from pipeline.data.text import TextDecoder
 from pipeline.dist.group import process_group
+from pipeline.engine.optimizers import rules
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
 from pipeline.nn.open_clip import CLIP_END
 from pipeline.objectives.clip import CLIP, Config
@@ -71,6 +73,37 @@ def test_an_exported_model_is_loaded_strictly_and_gives_the_same_features(tower,
             pairs.append((theirs.logit_bias, model.bias[0]))
     for found, expected in pairs:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # open_clip's imports
+@pytest.mark.parametrize("encoder", ["vit_base_patch32_clip_224", "vit_tiny_patch16_224"])
+def test_weights_start_and_are_decayed_as_open_clips(encoder):
+    """Deviations within sampling error; constants are equal; as many numbers are decayed by its trainer's rule."""
+    from open_clip.model import CLIP as Theirs
+
+    torch.manual_seed(0)
+    width = {"text_width": 64, "dim": 48, "vocab": 300, "length": 40}
+    settings = SMALL | width | {"encoder": encoder, "encoder_args": VIT | {"embed_dim": 96}}
+    model = CLIP(Config(**settings), DataFacts((48, 48), ()))
+    written = {Path(path).suffix: file.content for path, file in model.exports().items()}
+    theirs = Theirs(**json.loads(written[".json"])["model_cfg"])
+    assert written[".safetensors"].keys() == dict(theirs.named_parameters()).keys()
+    for name, other in theirs.named_parameters():
+        own = written[".safetensors"][name].detach()
+        if not other.std(correction=0):
+            assert torch.equal(own, other), name
+            continue
+        expected, found = (float(x.detach().double().square().mean().sqrt()) for x in (other, own))
+        assert abs(found / expected - 1) < 5 * own.numel() ** -0.5, name
+        largest = float(own.abs().max() / other.detach().abs().max())  # uniform or normal
+        assert 0.7 < largest < 1.4, name
+
+    def excluded(name, p):  # open_clip_train/main.py
+        return p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
+
+    rule = rules(model, Optimizer(lr=1.0, weight_decay=0.2))
+    own = sum(p.numel() for name, p in model.named_parameters() if rule[name].weight_decay)
+    assert own == sum(p.numel() for name, p in theirs.named_parameters() if not excluded(name, p))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,17 @@ def test_the_name_decides_and_norms_and_biases_are_not_decayed(name, kind):
         assert group.get("momentum", 0.9) == 0.9
 
 
+def test_all_that_is_trained_is_decayed_on_request():
+    """As MoCo's code, which hands all parameters to torch's optimizer."""
+    objective = build_objective("moco")
+    trained = [name for name, p in objective.named_parameters() if p.requires_grad]
+    for decay, spared in (("all", set()), ("matrices", {n for n in trained if n.endswith((".bias", "cls_token"))})):
+        found = optimizers.rules(objective, Optimizer(lr=1.0, weight_decay=0.1, decay=decay))
+        assert list(found) == trained and {rule.weight_decay for rule in found.values()} <= {0.0, 0.1}
+        exempt = {name for name, rule in found.items() if not rule.weight_decay}
+        assert not exempt if decay == "all" else spared <= exempt and any("norm" in name for name in exempt)
+
+
 def test_masked_autoencoders_are_decayed_as_published():
     """Matrices, and the class and mask tokens; no norm, no bias; and position tables are not trained at all."""
     objective = build_objective("mae")

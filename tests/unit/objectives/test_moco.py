@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import EngineConfig
@@ -19,6 +19,7 @@ from pipeline.core.random import SampleRandom
 from pipeline.dist.group import process_group
 from pipeline.engine import optimizers
 from pipeline.engine.accumulate import accumulate
+from pipeline.nn.batch_norm import GlobalBatchNorm
 from pipeline.objectives.moco import Config, MoCo
 from tests.contracts.test_gradients import ENGINES, Plan, descent
 from tests.ranks import start_ranks
@@ -127,6 +128,61 @@ def test_version_three_compares_both_ways_within_the_batch(lone_group):
     )
     torch.testing.assert_close(model(images, ctx).loss, 2 * 0.2 * expected)
     assert not rows["key"].requires_grad and rows["query"].requires_grad and "queue" not in model.state_dict()
+
+
+def version_three_loss(model: MoCo, first: Tensor, second: Tensor) -> Tensor:
+    """facebookresearch/moco-v3, moco/builder.py, ``forward`` and ``contrastive_loss``, on one rank."""
+
+    def contrastive(q: Tensor, k: Tensor) -> Tensor:
+        q, k = functional.normalize(q, dim=1), functional.normalize(k, dim=1)
+        logits = torch.einsum("nc,mc->nm", q, k) / 0.2
+        return functional.cross_entropy(logits, torch.arange(len(q))) * (2 * 0.2)
+
+    assert model.predictor is not None
+    q1 = model.predictor(model.head(model.encoder(first)))
+    q2 = model.predictor(model.head(model.encoder(second)))
+    with torch.no_grad():
+        k1 = model.momentum["head"](model.momentum["encoder"](first))
+        k2 = model.momentum["head"](model.momentum["encoder"](second))
+    return contrastive(q1, k2) + contrastive(q2, k1)
+
+
+@pytest.mark.parametrize("encoder", [{}, {"encoder": "resnet18", "encoder_args": RESNET, "small_stem": True}])
+def test_version_three_takes_each_view_by_itself_as_its_code_does(encoder, lone_group):
+    """Colours of the recipe differ between the views, and batch norm over both at once would give other gradients."""
+    colours = {"colour": {"brightness": 0.4, "blur": 1.0}, "colour2": {"blur": 0.1, "solarize": 1.0}}
+    model = build(version=3, hidden=12, layers=3, **colours, **encoder).double()
+    plain, images, ctx = copy.deepcopy(model), batch(0), context(0)
+    views = [model.view(images, ctx, name).double() for name in ("image", "image2")]
+    expected = version_three_loss(plain, *views)
+    expected.backward()
+    found = model(images, ctx).loss
+    found.backward()
+    torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-6, atol=1e-7)
+    own, other = (torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]) for m in (model, plain))
+    assert float((own - other).norm() / other.norm()) < 1e-5  # unit vectors are in fp32
+    for (name, mine), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)  # running statistics too: one update per view
+
+
+def test_version_threes_predictor_ends_in_a_norm_for_a_transformer_and_in_a_linear_layer_for_a_resnet():
+    resnet = build(version=3, encoder="resnet18", encoder_args=RESNET)
+    for model, ending in ((build(version=3), GlobalBatchNorm), (resnet, nn.Linear)):
+        assert model.predictor is not None and type(model.predictor[-1]) is ending
+        assert type(model.head[-1]) is GlobalBatchNorm and not model.head[-1].affine
+
+
+def test_queries_and_keys_drop_otherwise(lone_group):
+    dropping = {"encoder_args": VIT | {"proj_drop_rate": 0.5}, "hidden": 12}
+    for version, pairs in ((2, [("query", "key")]), (3, [("query", "query2"), ("key", "key2"), ("query", "key")])):
+        model, images = build(version=version, **dropping), batch(0)
+        images["image2"] = images["image"]
+        model.view = lambda batch, ctx, name: batch[name].float() / 255
+        if version == 3:
+            model.predictor = nn.Identity()
+        rows = model.embed(images, context(0))
+        for a, b in pairs:
+            assert not torch.allclose(rows[a], rows[b], atol=1e-3), (version, a, b)
 
 
 def test_version_threes_momentum_rises_to_one():
