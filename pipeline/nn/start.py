@@ -17,7 +17,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.nn.encoder import Backbone
@@ -163,7 +163,7 @@ def _xavier_blocks(module: nn.Module, mlp_bias: float) -> None:
                 nn.init.normal_(layer.bias, std=mlp_bias)
 
 
-def _lecun_normal(weight: nn.Parameter) -> None:
+def _lecun_normal(weight: Tensor) -> None:
     """Flax's default for kernels: variance 1/inputs, a normal distribution that is cut at two of its deviations."""
     std = weight[0].numel() ** -0.5 / 0.87962566103423978  # what cutting leaves of the deviation
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
