@@ -94,7 +94,7 @@ def test_files_that_cannot_be_decoded(monkeypatch):
 def test_a_file_that_only_the_device_finds_broken_is_named(data, tmp_path):
     def make(number):
         parts = photographs(number)
-        without_tables = parts["jpg"].replace(b"\xff\xc4", b"\xff\xef")
+        without_tables = parts["jpg"].replace(b"\xff\xdb", b"\xff\xef")
         return parts | {"jpg": without_tables if number == 5 else parts["jpg"]}
 
     broken = write_data(tmp_path, [16], make)
