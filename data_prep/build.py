@@ -357,7 +357,7 @@ class _Build:
 
     def _earlier_lines(self, name: str) -> list[str]:
         try:
-            return self.store.read(name).decode().splitlines() if self.parts else []
+            return self.store.read(name).decode().split("\n")[:-1] if self.parts else []
         except FileNotFoundError:
             return []
 

@@ -18,7 +18,7 @@ from data_prep import images
 from data_prep.ahead import cores, in_order
 from data_prep.dataset import items, read_manifest
 from data_prep.labels import label_number
-from data_prep.record import Rejected
+from data_prep.record import Rejected, shortened
 from data_prep.statistics import Facts, Statistics, channel_sums
 from data_prep.store import Store, open_store
 from pipeline.core.classes import shown
@@ -26,6 +26,8 @@ from pipeline.core.errors import DataError
 from pipeline.core.manifest import FILE, Manifest, Shard
 
 TILE, MARGIN, LINE = 128, 8, 14
+SHOWN = 2000
+"""Characters of a caption that a page shows."""
 
 
 def renew_statistics(folder: str, progress: Callable[[int], None] | None = None) -> Manifest:
@@ -156,7 +158,8 @@ def _tiles(store: Store, manifest: Manifest, rows: list[int]) -> Iterator[Tile]:
         number = label_number(item.fields.get("label", b""))
         if number is not None and number < len(manifest.classes):
             label = manifest.classes[number]
-        text = "\n".join(t for t in (label, item.fields.get("caption", b"").decode("utf-8", "replace")) if t)
+        caption = shortened(item.fields.get("caption", b"").decode("utf-8", "replace"), SHOWN)
+        text = "\n".join(t for t in (label, caption) if t)
         picture = None
         try:
             picture = images.decode(item.fields.get("image", b""))[0].pixels.convert("RGB")
@@ -188,8 +191,9 @@ def _picture(tiles: list[Tile]) -> Image.Image:
 
 
 def _fitting(text: str, font: Any) -> str:
-    if font.getlength(text) <= TILE:
+    if len(text) <= TILE and font.getlength(text) <= TILE:
         return text
+    text = text[:TILE]  # of letters that are a pixel wide so many fit
     while text and font.getlength(text + "...") > TILE:
         text = text[:-1]
     return text + "..."

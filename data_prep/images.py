@@ -71,15 +71,22 @@ def resize(image: Image.Image, size: tuple[int, int], options: ImageOptions) -> 
 
 
 def encode(image: Image.Image, extension: str, quality: int) -> bytes:
-    """The image as a file. Nothing but the pixels goes in."""
+    """The image as a file. Nothing but the pixels goes in.
+
+    Raises:
+        Rejected: the format cannot hold it; WebP ends at 16,383 pixels, JPEG at 65,500.
+    """
     target = io.BytesIO()
     image.info = {}  # comments, resolution and profiles would be written too
-    if extension == "jpg":
-        image.save(target, "JPEG", quality=quality)
-    elif extension == "webp":
-        image.save(target, "WEBP", quality=quality, method=4)
-    else:
-        image.save(target, "PNG", compress_level=4)
+    try:
+        if extension == "jpg":
+            image.save(target, "JPEG", quality=quality)
+        elif extension == "webp":
+            image.save(target, "WEBP", quality=quality, method=4)
+        else:
+            image.save(target, "PNG", compress_level=4)
+    except (OSError, ValueError) as error:
+        raise Rejected(f"{image.width} x {image.height} pixels cannot be stored as {extension}: {error}") from error
     return target.getvalue()
 
 

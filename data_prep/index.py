@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -20,7 +21,8 @@ from data_prep.scan import Scan, scan
 from data_prep.statistics import Statistics
 from data_prep.store import LocalStore, Store, open_store
 from pipeline.core.classes import unnamed
-from pipeline.core.errors import DataError
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.location import expand, is_url
 from pipeline.core.manifest import FIELDS, FILE, SIZES, Manifest, Shard, index_bytes, index_name, parse, sizes_json
 
 MUCH = 512 * 1024**2
@@ -97,11 +99,22 @@ def index(
 
 
 def _names(store: Store, pattern: str) -> list[str]:
-    if pattern:
-        from braceexpand import braceexpand
+    """Names of the tars, relative to the folder, as a manifest holds them.
 
-        return list(braceexpand(pattern))
-    return tars(store.where, as_they_are=True)
+    Raises:
+        ConfigError: some lie outside of the folder, or are named twice.
+    """
+    if not pattern:
+        return tars(store.where, as_they_are=True)
+    top = f"{store.where.rstrip('/')}/"
+    names = [posixpath.normpath(name.removeprefix(top)) for name in expand(pattern)]
+    outside = [name for name in names if name.startswith(("/", "../")) or is_url(name)]
+    if outside:
+        raise ConfigError(f"--tars names tars in {store.where} and below it, not {outside[0]!r}; give their folder")
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise ConfigError(f"--tars names {twice[0]!r} twice; a sample would be in the data set twice")
+    return names
 
 
 def _looked_through(store: Store, names: Sequence[str], image: str) -> Iterator[tuple[str, Found]]:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from data_prep import places
 from data_prep.dataset import read_manifest
-from data_prep.record import json_table, readable
+from data_prep.record import readable
 from data_prep.store import open_store
+from data_prep.text import json_table
 from pipeline.core.classes import class_name, shown, unnamed
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import FILE

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote, unquote
 
 from data_prep.record import Rejected, file_stamp
-from pipeline.core.errors import ConfigError, DataError
+from pipeline.core import location
+from pipeline.core.errors import DataError
+from pipeline.core.location import is_http, is_url, join
 from pipeline.core.manifest import FILE
 
 
@@ -24,24 +29,71 @@ class Listed(NamedTuple):
     """Changes when the file does, as far as its server tells; empty for local files, which are asked when read."""
 
 
-def is_url(place: str) -> bool:
-    """Whether a place is not a local path."""
-    return "://" in place
-
-
 @cache
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path of the URL in it.
+    """The fsspec file system of a URL, whose failures are all OSErrors, and the path of the URL in it.
 
     Raises:
         ConfigError: the package that reads such URLs is not installed.
     """
-    import fsspec  # pyright: ignore[reportMissingTypeStubs]
+    files, path = location.filesystem(url)
+    return _Careful(files), path
 
+
+class _Careful:
+    """A file system or one of its files; each kind of server has exceptions of its own."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return functools.partial(_asked, name, found) if callable(found) else found
+
+
+def _asked(name: str, action: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
+    """What ``action`` gives.
+
+    Raises:
+        OSError: it failed, in whatever way.
+    """
     try:
-        return cast("Any", fsspec.core).url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"cannot open {url}: {error}; install fsspec and the package for this scheme") from error
+        return action(*arguments, **options)
+    except (OSError, MemoryError):
+        raise
+    except NotImplementedError as error:
+        raise OSError(f"{arguments[0] if arguments else name}: this kind of place cannot do that ({name})") from error
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class _UrlBytes(io.RawIOBase):
+    """A file behind a URL, whose failures are all OSErrors."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = _Careful(file)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def exists(place: str) -> bool:
@@ -69,12 +121,18 @@ def listing(folder: str) -> tuple[list[Listed], list[str]]:
         return [Listed(name, "") for name, leads in found if not leads], [name for name, leads in found if leads]
     files, path = filesystem(folder)
     described = sorted(files.ls(path, detail=True), key=lambda e: e["name"].rstrip("/"))
-    named = [(e["name"].rstrip("/").rsplit("/", 1)[-1], e) for e in described]
+    named = [(name_of(e), e) for e in described]
     inside = [(name, e) for name, e in named if e["name"].rstrip("/") != path.rstrip("/")]
     return (
         [Listed(name, _stamp(e)) for name, e in inside if e["type"] == "file"],
         [name for name, e in inside if e["type"] == "directory"],
     )
+
+
+def name_of(described: dict[str, Any]) -> str:
+    """Name of a file or folder that fsspec describes, as it is called where it lies."""
+    name = described["name"].rstrip("/").rsplit("/", 1)[-1]
+    return unquote(name) if is_http(described["name"]) else name
 
 
 def tars(folder: str, *, as_they_are: bool = False) -> list[str]:
@@ -95,7 +153,7 @@ def tars(folder: str, *, as_they_are: bool = False) -> list[str]:
     waiting = [""]
     while waiting:
         inside = waiting.pop()
-        place = f"{folder.rstrip('/')}/{inside}"
+        place = join(folder, inside)
         real = place if is_url(place) else os.path.realpath(place)
         if real in seen:
             continue
@@ -138,7 +196,7 @@ def opened(place: str) -> BinaryIO:
     if not is_url(place):
         return open(place, "rb")
     files, path = filesystem(place)
-    return files.open(path, "rb")
+    return io.BufferedReader(_UrlBytes(files.open(path, "rb")), 1 << 16)
 
 
 @contextmanager
@@ -157,7 +215,9 @@ def local(place: str) -> Iterator[str]:
 def inside(text: str, root: str) -> str | None:
     """The URL of what ``text`` names below the URL ``root``, or None if it leads out of it."""
     scheme, _, top = root.rstrip("/").partition("://")
+    absolute = text.startswith(f"{root.rstrip('/')}/")
     below = text.removeprefix(f"{root.rstrip('/')}/")
+    below = quote(below) if is_http(root) and not absolute else below
     path = posixpath.normpath(posixpath.join(top, below))
     return f"{scheme}://{path}" if path.startswith(f"{top}/") else None
 

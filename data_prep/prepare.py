@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 from data_prep import images
 from data_prep.ahead import processes
@@ -18,6 +18,7 @@ from data_prep.duplicates import perceptual_hash
 from data_prep.options import Filters, Options
 from data_prep.record import Inline, Record, Rejected
 from data_prep.statistics import Facts, channel_sums
+from data_prep.text import strict_json
 from pipeline.core.errors import DataError
 
 BATCH = 16
@@ -60,8 +61,7 @@ def _prepare(record: Record, options: Options) -> Sample:
         members.append(("txt", record.caption.encode("utf-8", "replace")))
     members += record.more.items()
     if record.metadata is not None:
-        text = json.dumps(record.metadata, ensure_ascii=False, sort_keys=True, default=str)
-        members.append(("json", text.encode("utf-8", "replace")))
+        members.append(("json", _metadata(record.metadata)))
     caption_length = None if record.caption is None else len(record.caption)
     sums = channel_sums(stored.pixels)
     facts = Facts(*stored.pixels.size, len(stored.data), caption_length, record.label, sums)
@@ -73,6 +73,13 @@ def _prepare(record: Record, options: Options) -> Sample:
         if options.duplicates.distance >= 0:
             prints += (perceptual_hash(pixels),)
     return Sample(tuple(members), facts, prints)
+
+
+def _metadata(table: Mapping[str, Any]) -> bytes:
+    try:
+        return strict_json(table).encode("utf-8", "replace")
+    except ValueError as error:
+        raise Rejected(str(error)) from error
 
 
 def _check_caption(caption: str, f: Filters) -> None:

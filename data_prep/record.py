@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -153,13 +152,9 @@ def extension_of(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
 
 
-def json_table(data: str | bytes) -> tuple[dict[str, Any] | None, str]:
-    """Metadata from its text; or None, and what is wrong."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        return None, f"metadata is not JSON: {error}"
-    return (value, "") if isinstance(value, dict) else (None, "metadata is no table")
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and how long it is: what a line of a report shows of what may be a whole file."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def captions_of(value: Any) -> dict[str, str]:

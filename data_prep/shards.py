@@ -17,13 +17,15 @@ import numpy as np
 from data_prep.duplicates import Print, pack, prints_name
 from data_prep.options import Options
 from data_prep.prepare import Sample
-from data_prep.record import Record, readable
+from data_prep.record import Record, readable, shortened
 from data_prep.statistics import Statistics
 from data_prep.store import Store
 from data_prep.ustar import Member, TarWriter, sample_bytes
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import FIELDS, Shard, ShardIndex, index_bytes, index_name
 
+SOURCE, REASON = 1000, 500
+"""Characters of the name of an input, and of why it was rejected, that are kept."""
 WORK = ".build"
 """Folder of the notes, removed when the build is complete."""
 
@@ -139,8 +141,8 @@ class SplitWriter:
             "input": place,
             "split": self.split,
             "key": record.key,
-            "source": readable(record.identity),
-            "reason": readable(reason),
+            "source": readable(shortened(record.identity, SOURCE)),
+            "reason": readable(shortened(reason, REASON)),
         }
 
     def add(self, place: int, record: Record, sample: Sample) -> None:

@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from data_prep.places import filesystem, name_of
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import replace_file, sync_folder
+from pipeline.core.location import is_url, join
 
 
 class Store(Protocol):
@@ -148,10 +150,7 @@ class RemoteStore:
     """An fsspec target. Object stores make an upload visible when it is complete; elsewhere a rename does."""
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
-        self._fs: Any
-        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._fs, self._root = filesystem(url)
         self.where = url
         self._spool = Path(tempfile.mkdtemp(prefix="sluice-prep-"))
 
@@ -161,20 +160,20 @@ class RemoteStore:
     def names(self, folder: str) -> list[str]:
         """See :class:`Store`."""
         try:
-            entries = self._fs.ls(f"{self._root}/{folder}".rstrip("/"), detail=True, refresh=True)
+            entries = self._fs.ls(join(self._root, folder).rstrip("/"), detail=True, refresh=True)
         except FileNotFoundError:
             return []
-        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
+        return sorted(name_of(e) for e in entries if e["type"] == "file")
 
     def read(self, name: str) -> bytes:
         """See :class:`Store`."""
-        return self._fs.cat_file(f"{self._root}/{name}")
+        return self._fs.cat_file(join(self._root, name))
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[Path]:
         """See :class:`Store`."""
         path = self.staging(name)
-        self._fs.get_file(f"{self._root}/{name}", str(path))
+        self._fs.get_file(join(self._root, name), str(path))
         try:
             yield path
         finally:
@@ -192,8 +191,8 @@ class RemoteStore:
 
     def publish(self, staged: Path, name: str) -> None:
         """See :class:`Store`."""
-        final = f"{self._root}/{name}"
-        part = f"{self._root}/{name}.part"
+        final = join(self._root, name)
+        part = f"{final}.part"
         self._fs.makedirs(final.rsplit("/", 1)[0], exist_ok=True)
         self._fs.put_file(str(staged), part)
         self._fs.mv(part, final)
@@ -201,8 +200,8 @@ class RemoteStore:
 
     def remove(self, folder: str) -> None:
         """See :class:`Store`."""
-        if self._fs.exists(f"{self._root}/{folder}"):
-            self._fs.rm(f"{self._root}/{folder}", recursive=True)
+        if self._fs.exists(join(self._root, folder)):
+            self._fs.rm(join(self._root, folder), recursive=True)
 
     def close(self) -> None:
         """See :class:`Store`."""
@@ -216,9 +215,4 @@ def open_store(target: str | os.PathLike[str]) -> Store:
         ConfigError: a URL without the package that reads it.
     """
     text = os.fspath(target)
-    if "://" not in text:
-        return LocalStore(Path(text))
-    try:
-        return RemoteStore(text)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"cannot write to {text}: {error}; install fsspec and the package for this scheme") from error
+    return RemoteStore(text) if is_url(text) else LocalStore(Path(text))

@@ -7,6 +7,7 @@ lower-cased. Ids 0, 1 and 2 are padding, start and end of text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from data_prep.dataset import digest, items, read_manifest
@@ -73,4 +74,5 @@ def _texts(
         if progress is not None:
             progress(done)
         for data in item.fields.values():
-            yield data.decode("utf-8", "replace")
+            with suppress(UnicodeDecodeError):  # such a sample is never trained on either
+                yield data.decode("utf-8-sig")

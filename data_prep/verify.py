@@ -160,7 +160,7 @@ def _content(data: bytes, field_name: str, manifest: Manifest) -> str:
             return f"label {shown!r} is not one of {len(manifest.classes)} classes"
     elif field_name in ("caption", "metadata"):
         try:
-            text = data.decode()
+            text = data.decode("utf-8-sig")
             if field_name == "metadata":
                 json.loads(text)
         except ValueError as error:

@@ -78,7 +78,7 @@ def read(run: Path) -> list[Submitted | Attempt]:
         text = (run / FOLDER / FILE).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [entry for line in text.splitlines() if (entry := _parse(line)) is not None]
+    return [entry for line in text.split("\n") if (entry := _parse(line)) is not None]
 
 
 def _parse(line: str) -> Submitted | Attempt | None:

@@ -217,7 +217,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         LaunchError: unreadable, a line that says something else, a host twice, or none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"cannot read the hostfile {path}: {error}") from error
     hosts: dict[str, int] = {}

@@ -10,6 +10,7 @@ import typer
 
 from launch import prep_build
 from pipeline.core.errors import DataError
+from pipeline.core.location import join
 from pipeline.core.manifest import Manifest
 
 app = typer.Typer(
@@ -185,7 +186,7 @@ def split(
     from data_prep.sources.tars import TarsSource
 
     manifest = _manifest(folder)
-    source = TarsSource([f"{folder}/{shard.name}" for shard in manifest.shards])
+    source = TarsSource([join(folder, shard.name) for shard in manifest.shards])
     prep_build.run_build(source, out, Options(prep_build.parse_splits(part), seed, workers=workers))
 
 

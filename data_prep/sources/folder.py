@@ -23,9 +23,11 @@ from data_prep import places
 from data_prep.fetch import Failed
 from data_prep.labels import NONE_KNOWN, Classes, Known, Label, named
 from data_prep.places import UrlFile
-from data_prep.record import LocalFile, Payload, Record, captions_of, extension_of, file_stamp, json_table, safe_key
+from data_prep.record import LocalFile, Payload, Record, captions_of, extension_of, file_stamp, safe_key
 from data_prep.sources.layout import Asked, layout_of
+from data_prep.text import decoded, json_table
 from pipeline.core.errors import DataError
+from pipeline.core.location import join
 from pipeline.core.manifest import FIELDS
 
 _SYSTEM = ("__MACOSX", "@eaDir", "lost+found")
@@ -94,7 +96,7 @@ class FolderSource:
         return [f for f in files if f.name[0] != "."], [f for f in folders if f[0] != "." and f not in _SYSTEM]
 
     def _path(self, below: str) -> str:
-        return f"{self.root}/{below}" if below else str(self.root)
+        return join(str(self.root), below) if below else str(self.root)
 
     def _walk(self, below: str, above: tuple[Path, ...]) -> Iterator[_Found]:
         """The images below a folder; ``above`` are the folders that led to it, without links."""
@@ -147,8 +149,8 @@ class FolderSource:
 
     def __iter__(self) -> Iterator[Record]:
         for found in self._files:
-            path = f"{self.root}/{found.relative}"
-            caption, metadata, sidecars, problem = self._sidecars(_stem(path), found)
+            path = self._path(found.relative)
+            caption, metadata, sidecars, problem = self._sidecars(_stem(found.relative), found)
             image: Payload = UrlFile(path) if places.is_url(path) else LocalFile(path)
             name = _stem(found.relative)
             label, wrong = self._classes.look_up(self._label(found))
@@ -169,12 +171,17 @@ class FolderSource:
         """Caption, metadata, a stamp of the files they come from, and what is wrong with these or the image."""
         if found.problem:
             return None, None, "", found.problem
-        text, table = (_read(f"{stem}.{e}") if e in found.sidecars else None for e in ("txt", "json"))
-        caption = text.strip() if text is not None else None
+        text, table = (_read(self._path(f"{stem}.{e}")) if e in found.sidecars else None for e in ("txt", "json"))
         metadata, problem = json_table(table) if table is not None else (None, "")
+        caption = None
+        try:
+            caption = decoded(text).strip() if text is not None else None
+        except ValueError as error:
+            problem = problem or f".txt is {error}"
         if metadata is not None and caption is None:
             caption = captions_of(metadata.get(self.caption)).get("txt")
-        return caption, metadata, "".join(f"\0{part}" for part in (text, table) if part is not None), problem
+        stamp = "".join(f"\0{p.decode('utf-8', 'surrogateescape')}" for p in (text, table) if p is not None)
+        return caption, metadata, stamp, problem
 
 
 def _real(path: str) -> Path:
@@ -182,9 +189,9 @@ def _real(path: str) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _read(place: str) -> str:
+def _read(place: str) -> bytes:
     with places.opened(place) as f:
-        return f.read().decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+        return f.read()
 
 
 def _stem(name: str) -> str:

@@ -17,12 +17,14 @@ from data_prep import places
 from data_prep.dataset import Manifests
 from data_prep.fetch import Failed
 from data_prep.labels import NONE_KNOWN, Classes, Known, Label, cell_label, named
-from data_prep.record import Inline, Payload, Record, captions_of, json_table, safe_key
+from data_prep.record import Inline, Payload, Record, captions_of, safe_key
 from data_prep.shards import field_of
+from data_prep.text import decoded, json_table
 from data_prep.ustar import NAME_LENGTH, Member
 from data_prep.walk import Damage, Parts, group, walk
 from pipeline.core.classes import union
 from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.location import expand, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,10 @@ class TarsSource:
         for m in members:
             kind = field_of(m.extension)
             if kind == "caption":
-                caption = _read(path, m).decode("utf-8", "replace")
+                try:
+                    caption = decoded(_read(path, m))
+                except ValueError as error:
+                    problems.append(f".{m.extension} is {error}")
             elif kind == "metadata":
                 metadata, wrong = json_table(_read(path, m))
                 problems += [wrong] if wrong else []
@@ -167,12 +172,10 @@ def _unfit(name: str) -> str:
 
 def _expand(text: str) -> list[str]:
     """A tar, a folder with tars in it or in its sub-folders, or a pattern with braces for several of these."""
-    from braceexpand import braceexpand
-
     if places.is_folder(text):
-        return [f"{text.rstrip('/')}/{name}" for name in places.tars(text)]
+        return [join(text, name) for name in places.tars(text)]
     paths = list[str]()
-    for path in braceexpand(text):
+    for path in [text] if places.exists(text) else expand(text):  # names may hold braces
         if not places.exists(path):
             raise DataError(f"no tar at {path}")
         paths += _expand(path) if places.is_folder(path) else [path]

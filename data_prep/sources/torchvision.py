@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
+from PIL import Image
+
 from data_prep.fetch import Failed
 from data_prep.labels import NONE_KNOWN, Classes, Known, Label, named
 from data_prep.record import Inline, LocalFile, Payload, Record, file_stamp
@@ -64,8 +66,7 @@ class TorchvisionSource:
                     image: Payload = LocalFile(str(path))
                     stamp, place = file_stamp(path), str(path)
                 else:
-                    picture, target = dataset[i][:2]
-                    image, stamp = _encoded(picture)
+                    image, stamp, target = _item(dataset, i)
                     place = key
                 number, caption, metadata = _target(target)
                 label, wrong = self._classes.look_up(self._label(number))
@@ -95,7 +96,7 @@ def _targets(dataset: Any, names: Sequence[str]) -> Iterable[int | None]:
         return ()
     listed = next((t for a in ("targets", "labels", "_labels") if (t := getattr(dataset, a, None)) is not None), None)
     if listed is None:
-        listed = (dataset[i][1] for i in range(len(dataset)))
+        listed = (_item(dataset, i)[2] for i in range(len(dataset)))
     return {_target(target)[0] for target in listed}
 
 
@@ -114,16 +115,34 @@ def _open(name: str, root: str, arguments: tuple[tuple[str, Any], ...]) -> Any:
         return make(root, **dict(arguments)) if takes_root else make(**dict(arguments))
     except TypeError as error:
         raise ConfigError(f"torchvision's {name}: {error}; it takes {inspect.signature(make)}") from error
-    except (RuntimeError, OSError, ValueError) as error:
+    except ImportError as error:
+        raise ConfigError(f"torchvision's {name} needs another package, install it: {error}") from error
+    except (RuntimeError, OSError) as error:
         raise DataError(f"torchvision's {name} is not at {root}: {error}") from error
+    except Exception as error:  # each reads files of its own, and fails at them in its own way
+        raise DataError(f"torchvision's {name} at {root} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _item(dataset: Any, number: int) -> tuple[Payload, str, Any]:
+    """Image, its stamp, and target of a sample; one that torchvision cannot read is rejected."""
+    try:
+        picture, target = dataset[number][:2]
+        return *_encoded(picture), target
+    except ImportError as error:
+        raise ConfigError(f"torchvision needs another package to read this, install it: {error}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's of a broken file
+            raise
+        return Failed(f"torchvision cannot read it: {type(error).__name__}: {error}"), "broken", None
 
 
 def _encoded(picture: Any) -> tuple[Payload, str]:
     """An image as PNG, and its hash."""
-    if not hasattr(picture, "save"):
+    if not isinstance(picture, Image.Image):
         return Failed(f"not an image but {type(picture).__name__}"), "none"
     target = io.BytesIO()
-    picture.save(target, "PNG", compress_level=1)
+    mode = picture.mode if picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "RGB"
+    picture.convert(mode).save(target, "PNG", compress_level=1)
     return Inline(target.getvalue()), hashlib.sha256(target.getvalue()).hexdigest()
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import replace_file
-from pipeline.core.location import read_file, reason
+from pipeline.core.location import expand, read_file, reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -187,7 +187,7 @@ def load(folder: str | os.PathLike[str] | Sequence[os.PathLike[str]]) -> Manifes
     if not isinstance(folder, (str, os.PathLike)):
         return join([load(part) for part in folder])
     root, _, pattern = os.fspath(folder).rpartition("/")
-    if not pattern.endswith(".tar"):
+    if not pattern.endswith(".tar") or os.path.isdir(folder):
         root, pattern = os.fspath(folder), ""
     where = f"{root.rstrip('/')}/{FILE}"
     try:
@@ -210,13 +210,8 @@ def instead_of(root: str) -> str:
 
 def _some(whole: Manifest, pattern: str) -> Manifest:
     """The shards that a pattern with braces names, in its order."""
-    from braceexpand import braceexpand
-
-    try:
-        names = list(braceexpand(pattern))
-    except ValueError as error:
-        raise DataError(f"cannot read the shard list {pattern!r}: {error}") from error
     known = {s.name: s for s in whole.shards}
+    names = [pattern] if pattern in known else expand(pattern)
     missing = [n for n in names if n not in known]
     if missing:
         raise DataError(

@@ -6,7 +6,7 @@ import os
 
 from pipeline.config.schema import Cache
 from pipeline.core.errors import ConfigError
-from pipeline.core.location import filesystem, is_url
+from pipeline.core.location import filesystem, is_url, join
 from pipeline.core.manifest import Manifest, Shard
 from pipeline.data.cache import Cached
 from pipeline.data.storage import Local, Remote, Storage, missing, patiently, wrong_size
@@ -39,7 +39,7 @@ def check_shard(manifest: Manifest, shard: Shard) -> None:
     try:
         if is_url(manifest.root):
             files, path = filesystem(manifest.root)
-            found = patiently(where, lambda: files.size(f"{path.rstrip('/')}/{shard.name}"))
+            found = patiently(where, lambda: files.size(join(path, shard.name)))
         else:
             found = os.stat(where).st_size
     except OSError as error:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.core.errors import DataError
-from pipeline.core.location import filesystem
+from pipeline.core.location import filesystem, join
 from pipeline.core.manifest import Shard
 from pipeline.data.storage import IN_REACH, Local, Ranges, missing, patiently, wrong_size
 
@@ -105,7 +105,7 @@ class Cached:
             digest, size = hashlib.sha256(), 0
             self._reserve(part, shard.bytes)
             with (
-                files.open(f"{root.rstrip('/')}/{shard.name}", "rb", block_size=_CHUNK) as source,
+                files.open(join(root, shard.name), "rb", block_size=_CHUNK) as source,
                 # Not cut to nothing: others see by its size what is taken.
                 open(part, "r+b") as f,
             ):

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol, TypeVar
 
 from pipeline.core.errors import DataError
-from pipeline.core.location import filesystem, reason
+from pipeline.core.location import filesystem, join, reason
 from pipeline.core.manifest import Shard
 
 _OPEN_FILES = 256
@@ -197,7 +197,7 @@ class Remote:
         """The bytes of each range."""
         shard, starts, stops = ranges
         files, path = filesystem(self._root)
-        where, name = f"{self._root}/{shard.name}", f"{path.rstrip('/')}/{shard.name}"
+        where, name = f"{self._root}/{shard.name}", join(path, shard.name)
 
         def fetch() -> list[bytes]:
             # What failed comes back among the parts: asynchronous file systems raise nothing before fsspec 2026.6.

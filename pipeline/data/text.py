@@ -119,7 +119,7 @@ class TextDecoder:
             ValueError: not UTF-8.
         """
         try:
-            text = bytes(data).decode()
+            text = bytes(data).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
         if not text.strip():

@@ -259,6 +259,13 @@ def test_random_damage_never_escapes():
                 store(bad.tobytes(), KEEP)
 
 
+@pytest.mark.parametrize(("kind", "side"), [("webp", 16_384), ("jpg", 65_501)])
+def test_what_a_format_cannot_hold_is_rejected(kind, side):
+    with pytest.raises(Rejected, match=f"{side} x 1 pixels cannot be stored as {kind}"):
+        store(encoded(Image.new("L", (side, 1))), ImageOptions(kind))
+    assert store(encoded(Image.new("L", (side, 1))), ImageOptions("png")).extension == "png"
+
+
 def test_options_that_do_not_fit():
     for wrong in ({"resize": "short"}, {"size": 3}, {"resize": "short", "size": 3}, {"quality": 0}, {"format": "gif"}):
         with pytest.raises(ConfigError):

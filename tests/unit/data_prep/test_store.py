@@ -210,7 +210,7 @@ def test_a_folder_of_data_sets_is_told_from_one(tmp_path):
 
 
 def test_unknown_scheme():
-    with pytest.raises(ConfigError, match="install fsspec"):
+    with pytest.raises(ConfigError, match="install the fsspec package"):
         open_store("nonsense://x")
 
 
