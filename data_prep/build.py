@@ -129,6 +129,8 @@ class _Build:
         """Whether there is nothing to do; reads what is there already."""
         try:
             self.parts = json.loads(self.store.read(DONE))["parts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.store.where}/{DONE} is not of a build ({error!r}); use a new folder") from error
         except FileNotFoundError:
             if self.append:
                 raise ConfigError(f"nothing to append to: {self.store.where} holds no complete build") from None
@@ -197,10 +199,13 @@ class _Build:
         self.writers = {split: self._writer(split, done) for split, done in notes.items()}
 
     def _check_empty(self, split: str) -> None:
-        """Refuse to begin where there are shards already that nothing here says anything about."""
-        strange = self.begins and not self.parts and any(n.endswith(".tar") for n in self.store.names(split))
+        """Refuse to begin where there are files already that nothing here says anything about."""
+        if not self.begins or self.parts:
+            return
+        strange = [name for name in self.store.names("") if name in (REJECTS, DUPLICATES)]
+        strange += [f"{split}/{name}" for name in self.store.names(split) if not name.startswith(".")]
         if strange:
-            raise ConfigError(f"{self.store.where}/{split} holds shards of another origin; use a new folder")
+            raise ConfigError(f"{self.store.where} holds files of another origin, {strange[0]}; use a new folder")
 
     def _read_bases(self) -> dict[str, Manifest]:
         """The manifests that this part adds to, as they were before it began."""

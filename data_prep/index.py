@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import posixpath
 from collections import Counter
@@ -23,10 +24,23 @@ from data_prep.store import LocalStore, Store, open_store
 from pipeline.core.classes import unnamed
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.location import expand, is_url
-from pipeline.core.manifest import FIELDS, FILE, SIZES, Manifest, Shard, index_bytes, index_name, parse, sizes_json
+from pipeline.core.manifest import (
+    FIELDS,
+    FILE,
+    FORMAT,
+    SIZES,
+    Manifest,
+    Shard,
+    index_bytes,
+    index_name,
+    parse,
+    sizes_json,
+)
 
 MUCH = 512 * 1024**2
 """Bytes for which it is worth starting processes: they take as long as looking through so many."""
+MAGIC = b"PK\x03\x04"
+"""How an index begins: a file of numpy's."""
 TEXTS = (b".txt", b".cls")
 """Members that are measured by their content."""
 
@@ -40,6 +54,8 @@ class Found(NamedTuple):
     """Sets of extensions that occur in one sample."""
     no_class: int
     """Labels that are no numbers."""
+    passed: Counter[str]
+    """How many files of which kinds belong to no sample."""
     problem: str
     """What is wrong with it; empty when nothing is."""
 
@@ -75,7 +91,8 @@ def index(
         damaged: list[str] = []
         statistics = Statistics()
         together: set[frozenset[str]] = set()
-        no_class = 0
+        no_class, passed = 0, Counter[str]()
+        _check_ours(store)
         for name, found in _looked_through(store, names, image):
             if found.problem:
                 damaged.append(f"{name}: {found.problem}")
@@ -84,18 +101,58 @@ def index(
                 statistics.merge(found.statistics)
                 together |= found.together
                 no_class += found.no_class
+                passed += found.passed
             if progress is not None:
                 progress(len(shards) + len(damaged), len(names))
         if damaged and not skip_damaged:
             raise DataError("damaged tars:\n  " + "\n  ".join(damaged) + "\nmend them, or leave them out with --skip")
         fields = fields_apart(together, image)
-        made = {"tars": len(shards), "left_out": damaged}
+        made = {"tars": len(shards), "left_out": damaged} | ({"passed_over": dict(passed)} if passed else {})
         manifest = _manifest(store, shards, fields, statistics, classes, made, no_class)
+        _check_sizes(store, manifest)
         store.write(SIZES, sizes_json(manifest).encode())
         store.write(FILE, manifest.as_json().encode())
         return manifest
     finally:
         store.close()
+
+
+def _check_ours(store: Store) -> bool:
+    """Whether there is a manifest of this program; ConfigError where it is another's."""
+    try:
+        ours = f'"{FORMAT}"'.encode() in store.read(FILE)
+    except FileNotFoundError:
+        return False
+    if not ours:
+        raise ConfigError(f"{store.where}/{FILE} is not Sluice's and would be replaced; move it away")
+    return True
+
+
+def _check_sizes(store: Store, manifest: Manifest) -> None:
+    """Raise ConfigError for sizes that another program wrote, and that are not what will be written."""
+    if _check_ours(store):
+        return
+    try:
+        there = json.loads(store.read(SIZES))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        there = None
+    if there != json.loads(sizes_json(manifest)):
+        raise ConfigError(f"{store.where}/{SIZES} is not Sluice's and says something else; move it away")
+
+
+def _check_index(store: Store, name: str) -> None:
+    """Raise ConfigError for an index that another program wrote."""
+    try:
+        beginning = store.read(index_name(name), most=len(MAGIC))
+    except FileNotFoundError:
+        return
+    if beginning != MAGIC:
+        raise ConfigError(
+            f"{store.where}/{index_name(name)} is not Sluice's (DALI's have such names) and would be replaced; "
+            "move it away, or link the tars into a folder of their own"
+        )
 
 
 def _names(store: Store, pattern: str) -> list[str]:
@@ -138,6 +195,7 @@ def _looked_through(store: Store, names: Sequence[str], image: str) -> Iterator[
 
 def _look_through(store: Store, image: str, name: str) -> Found:
     """Scan a tar, and write its index if it is whole."""
+    _check_index(store, name)
     try:
         with store.fetch(name) as path:
             found = scan(path, TEXTS)
@@ -150,7 +208,7 @@ def _look_through(store: Store, image: str, name: str) -> Found:
         store.write(index_name(name), index_bytes(found.rows, shard, found.extensions), renewable=True)
     present = np.unique(found.rows.offset >= 0, axis=0) if shard.samples else ()
     together = {frozenset(e for e, there in zip(found.extensions, row, strict=True) if there) for row in present}
-    return Found(shard, statistics, together, no_class, found.problem)
+    return Found(shard, statistics, together, no_class, found.passed, found.problem)
 
 
 def _measure(path: os.PathLike[str], found: Scan, images: Sequence[str]) -> tuple[Statistics, int]:

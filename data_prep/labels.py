@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def cell_label(value: Any, names: Sequence[str] = ()) -> Label | str:
             return "no label"
         value = int(value) if math.isfinite(value) and value == int(value) else value
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        value = value.decode("utf-8-sig", "replace")
     text = class_name(readable(str(value))) if value is not None else ""
     if not text:
         return "no label"
@@ -235,7 +236,7 @@ def check_classes(most: int, used: int) -> None:
 
 def label_number(data: bytes) -> int | None:
     """The label that a ``.cls`` member holds; None where it is no class number, endless digits included."""
-    digits = data.strip()
+    digits = data.removeprefix(BOM_UTF8).strip()
     return int(digits) if digits.isdigit() and len(digits) < _LONGEST else None
 
 

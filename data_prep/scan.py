@@ -6,7 +6,8 @@ Plain members are taken many at a time (``headers.py``), others one by one (``wa
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from data_prep.ustar import NAME_LENGTH, Member
 from data_prep.walk import Damage, Entry, HashedFile, group, next_file
 from pipeline.core.manifest import ShardIndex
 
+EXTENSIONS, EMPTY = 100, 20
+"""Most extensions in a shard whose table has more than so many places for each member."""
 _LONGEST = 16
 """Bytes of an extension that are compared in columns."""
 
@@ -35,6 +38,8 @@ class Scan:
     """S samples; its columns are the extensions."""
     texts: dict[int, bytes]
     """Contents of members whose names end as was asked for, by their offset; not of all, where there are odd ones."""
+    passed: Counter[str]
+    """How many files of which kinds belong to no sample."""
     problem: str
     """What is wrong with it; empty when nothing is. The samples before the damage are listed."""
 
@@ -100,22 +105,30 @@ def scan(path: Path, texts: tuple[bytes, ...] = ()) -> Scan:
         path: A tar.
         texts: Ends of the names of those members whose content is kept: ``b".txt"``.
     """
-    problem = ""
+    problem, passed = "", Counter[str]()
     with open(path, "rb", buffering=0) as f:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         data = HashedFile(f)
         members = _Members(data, texts)
         try:
-            _walk(data, members)
+            _walk(data, members, passed)
         except Damage as damage:
             problem = str(damage)
         size, sha256 = len(data), data.sha256()
     table = _columns(members, whole=not problem) if members.names and not members.odd else None
     if table is None:
-        table, again = _one_by_one(members, whole=not problem)
+        table, again = _one_by_one(members, passed, whole=not problem)
         problem = again or problem
+    passed = +Counter({kind: times for kind, times in passed.items() if kind})
+    if passed and not table[1].keys:
+        problem = problem or f"no samples, only {counted(passed)}: files are named like 0001.jpg"
     problem = problem or _not_text((*table[0], *table[1].keys))
-    return Scan(size, sha256, *table, members.texts, problem)
+    return Scan(size, sha256, *table, members.texts, passed, problem)
+
+
+def counted(passed: Mapping[str, int]) -> str:
+    """What was passed over, in words."""
+    return ", ".join(f"{times:,} {kind}" for kind, times in sorted(passed.items()))
 
 
 def _not_text(names: Sequence[str]) -> str:
@@ -127,7 +140,7 @@ def _not_text(names: Sequence[str]) -> str:
     return ""
 
 
-def _walk(data: HashedFile, members: _Members) -> None:
+def _walk(data: HashedFile, members: _Members, passed: Counter[str]) -> None:
     at = 0
     while True:
         window = data.window(at)
@@ -135,7 +148,7 @@ def _walk(data: HashedFile, members: _Members) -> None:
         if run is not None:
             members.add(run, window, at)
             at = run.until
-        elif (step := next_file(data, at)) is not None:
+        elif (step := next_file(data, at, passed=passed)) is not None:
             entry, at = step
             members.add_one(entry)
         else:
@@ -145,13 +158,18 @@ def _walk(data: HashedFile, members: _Members) -> None:
 Table = tuple[list[str], ShardIndex]
 
 
-def _one_by_one(members: _Members, whole: bool) -> tuple[Table, str]:
+def _too_many(keys: int, extensions: int, members: int) -> bool:
+    """Whether a table of the members has hardly anything in it: names hold a number or hash behind their first dot."""
+    return extensions > EXTENSIONS and keys * extensions > EMPTY * members
+
+
+def _one_by_one(members: _Members, passed: Counter[str], whole: bool) -> tuple[Table, str]:
     """Extensions and rows, and what is wrong."""
     keys: list[str] = []
     rows: list[Sequence[Member]] = []
     problem = ""
     try:
-        for key, found in group(iter(members.entries())):
+        for key, found in group(iter(members.entries()), passed):
             keys.append(key)
             rows.append(found)
         if not whole:  # the last one may be half
@@ -159,6 +177,9 @@ def _one_by_one(members: _Members, whole: bool) -> tuple[Table, str]:
     except Damage as damage:
         problem = str(damage)
     extensions = sorted({m.extension for found in rows for m in found})
+    if _too_many(len(keys), len(extensions), sum(map(len, rows))):
+        problem = f"{len(extensions):,} extensions in {len(keys):,} samples, like {extensions[0]!r}: a key ends at"
+        return ([], shard_index((), (), ())), f"{problem} the first dot of a name; give names without other dots"
     return (extensions, shard_index(keys, rows, extensions)), problem
 
 
@@ -183,6 +204,8 @@ def _columns(members: _Members, whole: bool) -> Table | None:
     first = np.ones(len(names), bool)
     first[1:] = (prefix[1:] != prefix[:-1]).any(1)
     keys = [key.decode("utf-8", "surrogateescape") for key in prefix[first].view(f"S{width}")[:, 0].tolist()]
+    if _too_many(len(keys), len(extensions), len(names)):
+        return None
     row = first.cumsum() - 1
     shape = (len(keys), len(extensions))
     offset, size, checks = (np.full(shape, -1, np.int64) for _ in range(3))

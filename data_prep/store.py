@@ -34,8 +34,8 @@ class Store(Protocol):
         """Files directly in ``folder`` (names relative to it), sorted; empty when there is none."""
         ...
 
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """A file, or its first bytes. Raises FileNotFoundError."""
         ...
 
     def fetch(self, name: str) -> AbstractContextManager[Path]:
@@ -89,9 +89,10 @@ class LocalStore:
         except FileNotFoundError:
             return []
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         """See :class:`Store`."""
-        return (self.root / name).read_bytes()
+        with open(self.root / name, "rb") as f:
+            return f.read(most)
 
     def size(self, name: str) -> int:
         """Bytes of a file; 0 where there is none."""
@@ -165,9 +166,9 @@ class RemoteStore:
             return []
         return sorted(name_of(e) for e in entries if e["type"] == "file")
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         """See :class:`Store`."""
-        return self._fs.cat_file(join(self._root, name))
+        return self._fs.cat_file(join(self._root, name), end=most)[:most]
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[Path]:

@@ -45,6 +45,7 @@ def train_tokenizer(
     store = open_store(folder)
     try:
         manifest = read_manifest(store)
+        _check_ours(store, manifest)
         if not set(fields) & set(manifest.fields):
             raise DataError(f"{folder} has no field {' or '.join(fields)}, only {', '.join(manifest.fields)}")
         tokenizer = Tokenizer(models.BPE())
@@ -65,6 +66,16 @@ def train_tokenizer(
         return manifest
     finally:
         store.close()
+
+
+def _check_ours(store: Store, manifest: Manifest) -> None:
+    """Raise ConfigError for a tokenizer that the manifest does not know."""
+    try:
+        there = digest(store.read(NAME))
+    except FileNotFoundError:
+        return
+    if there != manifest.tokenizer.get("sha256"):
+        raise ConfigError(f"{store.where}/{NAME} is not the manifest's and would be replaced; move it away")
 
 
 def _texts(

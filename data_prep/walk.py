@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -26,10 +28,11 @@ _ZERO = bytes(BLOCK)
 _DIGITS = 18
 """Most of a number in an extended header: Python refuses to read thousands."""
 _REGULAR = (b"0", b"\0", b"7")
-_PASSED_OVER = (b"1", b"2", b"3", b"4", b"5", b"6")
-"""Links, devices, folders, pipes."""
+_LINKS = (b"1", b"2")
+_PASSED_OVER = {b"1": "links", b"2": "links", b"3": "devices", b"4": "devices", b"5": "", b"6": "pipes"}
+"""And what they are called; folders have no name here."""
 _EXTENDS = (b"x", b"g", b"L", b"K")
-"""Headers that say more about the next one; those for all (g) and of link targets (K) do not matter here."""
+"""Headers that say more about the next one; those for all (g) do not matter here."""
 
 
 class Buffer(Protocol):
@@ -55,27 +58,54 @@ class Entry(NamedTuple):
     """0 where the data was not read."""
 
 
-def walk(data: Buffer, check: bool = True) -> Iterator[Entry]:
-    """The regular files of a tar (v7, ustar, GNU, pax) in order; links and folders are passed over.
+def walk(
+    data: Buffer, check: bool = True, passed: Counter[str] | None = None, files: Files | None = None
+) -> Iterator[Entry]:
+    """The regular files of a tar (v7, ustar, GNU, pax) in order.
 
     Args:
         data: The archive.
         check: Read the files' content too, for its CRC-32.
+        passed: Counts what is passed over: links, devices, pipes, and folders without a name for them.
+        files: Follows links to files before them; without it, and to anything else, they are passed over.
 
     Raises:
         Damage: anything but a whole archive up to its end marker and nothing after it.
     """
     at = 0
-    while (step := next_file(data, at, check)) is not None:
+    while (step := next_file(data, at, check, passed, files)) is not None:
         entry, at = step
         yield entry
 
 
-def next_file(data: Buffer, at: int, check: bool = True) -> tuple[Entry, int] | None:
+class Files:
+    """The regular files of an archive by name, looked for once there is a link to one."""
+
+    def __init__(self, data: Buffer) -> None:
+        self._data = data
+        self._found: dict[str, Entry] = {}
+        self._until = 0
+
+    def linked(self, name: str, target: str, at: int) -> Entry | None:
+        """The last file called ``target`` before the header at ``at``, from now on also under another name."""
+        while self._until < at and (step := next_file(self._data, self._until, check=False)) is not None:
+            entry, until = step
+            if until > at:
+                break
+            self._found[posixpath.normpath(entry.name)], self._until = entry, until
+        entry = self._found.get(target)
+        if entry is None:
+            return None
+        self._found[posixpath.normpath(name)] = entry._replace(name=name)
+        return self._found[posixpath.normpath(name)]
+
+
+def next_file(
+    data: Buffer, at: int, check: bool = True, passed: Counter[str] | None = None, files: Files | None = None
+) -> tuple[Entry, int] | None:
     """The first regular file from the header at ``at`` on, and where the next header begins; None at the end.
 
-    Raises:
-        Damage: see :func:`walk`.
+    Arguments, and what it raises, are those of :func:`walk`.
     """
     if len(data) == 0:
         raise Damage("empty file")
@@ -91,10 +121,19 @@ def next_file(data: Buffer, at: int, check: bool = True) -> tuple[Entry, int] | 
             if begin + size > len(data):
                 raise Damage(f"cut at byte {len(data)}: inside {name!r}")
             if kind in _REGULAR:
+                if any(key.startswith("GNU.sparse.") for key in extended):
+                    raise Damage(f"{name!r} is stored as a map of its parts: repack it without --sparse")
                 found = crc32(data[begin : begin + size]) if check else 0
                 return Entry(name, begin, size, found), begin + size + -size % BLOCK
+            if kind in _LINKS and files is not None:
+                target = _target(name, kind, extended.get("linkpath") or _text(block[157:257]))
+                linked = files.linked(name, target, at)
+                if linked is not None:
+                    return linked, begin
             if kind not in _PASSED_OVER:
                 raise Damage(f"member {name!r} of unknown kind {kind!r} at byte {at}")
+            if passed is not None:
+                passed[_PASSED_OVER[kind]] += 1
             extended = {}
         at = begin + size + -size % BLOCK
     _check_end(data, at)
@@ -108,7 +147,12 @@ def _extension(data: Buffer, at: int, kind: bytes, size: int) -> dict[str, str]:
         raise Damage(f"cut at byte {len(data)}: inside a header's extension")
     if kind == b"x":
         return _pax(body, at)
-    return {"path": _text(body)} if kind == b"L" else {}
+    return {} if kind == b"g" else {"path" if kind == b"L" else "linkpath": _text(body)}
+
+
+def _target(name: str, kind: bytes, target: str) -> str:
+    """The name that a link leads to: of a hard one from the top, of a symbolic one from where it lies."""
+    return posixpath.normpath(target if kind == b"1" else posixpath.join(posixpath.dirname(name), target))
 
 
 def _header(data: Buffer, at: int) -> bytes:
@@ -183,10 +227,13 @@ def _pax(body: bytes, at: int) -> dict[str, str]:
     return records
 
 
-def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
+def group(entries: Iterator[Entry], passed: Counter[str] | None = None) -> Iterator[tuple[str, list[Member]]]:
     """Samples as webdataset groups them: neighbours with the same key.
 
-    Names without an extension and those written ``__so__`` belong to none.
+    Args:
+        entries: Files.
+        passed: Counts those that belong to no sample: hidden ones and those without an extension; what is written
+            ``__so__`` belongs to none either, and does not count.
 
     Raises:
         Damage: a key that comes back later, or two files of the same name in a sample: webdataset would deliver half
@@ -197,7 +244,12 @@ def group(entries: Iterator[Entry]) -> Iterator[tuple[str, list[Member]]]:
     extensions: set[str] = set()
     for name, offset, size, check in entries:
         match = _NAME.match(name)
-        if match is None or ("/" not in name and name.startswith("__") and name.endswith("__")):
+        if "/" not in name and name.startswith("__") and name.endswith("__"):
+            continue
+        if match is None:
+            if passed is not None:
+                hidden = name.rpartition("/")[2].startswith(".")
+                passed["hidden files" if hidden else "files without an extension"] += 1
             continue
         prefix, extension = match.groups()
         extension = extension.lower()

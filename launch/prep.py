@@ -60,6 +60,7 @@ def index(
     from data_prep.index import index as run
     from data_prep.labels import read_classes
     from data_prep.progress import Progress
+    from data_prep.scan import counted
 
     names = read_classes(classes) if classes else ()
     image = image_field.lower().lstrip(".")
@@ -69,6 +70,10 @@ def index(
     indexed = manifest.made["indexed"]
     for line in indexed["left_out"]:
         typer.echo(f"left out: {line}")
+    if indexed.get("passed_over"):
+        typer.echo(
+            f"passed over: {counted(indexed['passed_over'])}; `sluice prep build tars` follows links within a tar"
+        )
     if indexed.get("no_class"):
         typer.echo(
             f"{indexed['no_class']:,} labels are not the number of one of {len(manifest.classes):,} classes: name all "

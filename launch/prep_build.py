@@ -282,10 +282,14 @@ def tars(
     append: bool = False,
 ) -> Source:
     """Build from existing tars, repacking them; to use them as they are, see `sluice prep index`."""
+    from data_prep.scan import counted
     from data_prep.sources.tars import TarsSource
 
     kind: Any = label
-    return TarsSource([src], kind, _known(out, append, classes), image_field.lower().lstrip("."), caption)
+    source = TarsSource([src], kind, _known(out, append, classes), image_field.lower().lstrip("."), caption)
+    if source.passed:
+        typer.echo(f"passed over: {counted(source.passed)}", err=True)
+    return source
 
 
 @_source

@@ -8,6 +8,7 @@ Beside a manifest with classes the digits in ``.cls`` are numbers among these, a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from data_prep.dataset import Manifests
 from data_prep.fetch import Failed
 from data_prep.labels import NONE_KNOWN, Classes, Known, Label, cell_label, named
 from data_prep.record import Inline, Payload, Record, captions_of, safe_key
+from data_prep.scan import counted
 from data_prep.shards import field_of
 from data_prep.text import decoded, json_table
 from data_prep.ustar import NAME_LENGTH, Member
-from data_prep.walk import Damage, Parts, group, walk
+from data_prep.walk import Damage, Files, Parts, group, walk
 from pipeline.core.classes import union
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.location import expand, join
@@ -56,6 +58,8 @@ class TarsSource:
     """Key of the metadata whose text is the caption; left out: the ``.txt`` member is."""
     classes: tuple[str, ...] = field(default=(), init=False)
     total: int | None = field(default=None, init=False)
+    passed: Counter[str] = field(default_factory=Counter[str], init=False)
+    """How many files of which kinds belong to no sample."""
     positional: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +73,7 @@ class TarsSource:
         self.total = 0
         for place in self._paths:
             with places.local(place) as here:
-                for key, members, _ in _samples(here):
+                for key, members, _ in _samples(here, self.passed):
                     self.total += 1
                     label = self._label(place, here, key, members or ())
                     if isinstance(label, Label):
@@ -97,7 +101,7 @@ class TarsSource:
         for number, place in enumerate(self._paths):
             stamp = places.stamp(place)
             with places.local(place) as path:
-                for key, members, problem in _samples(path):
+                for key, members, problem in _samples(path, Counter()):
                     unique = f"{number:05d}/{safe_key(key)}"
                     if members is None:
                         yield Record(unique, f"{place}: {key}", Failed(problem), problem)
@@ -182,14 +186,22 @@ def _expand(text: str) -> list[str]:
     return paths
 
 
-def _samples(path: str) -> Iterator[tuple[str, list[Member] | None, str]]:
+def _samples(path: str, passed: Counter[str]) -> Iterator[tuple[str, list[Member] | None, str]]:
     """Key and members of each sample, from the headers alone; at damage, no members and what is wrong."""
+    found, here = False, Counter[str]()
     with open(path, "rb", buffering=0) as f:
         try:
-            for key, members in group(walk(Parts(f), check=False)):
+            data = Parts(f)
+            for key, members in group(walk(data, False, here, Files(data)), here):
+                found = True
                 yield key, members, ""
         except Damage as damage:
             yield "~damage", None, f"the rest of the tar is lost: {damage}"
+            found = True
+    here = +Counter({kind: times for kind, times in here.items() if kind})
+    if here and not found:
+        yield "~nothing", None, f"no samples, only {counted(here)}: files are named like 0001.jpg"
+    passed.update(here)
 
 
 def _read(path: str, member: Member) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from typing import Any
 
 from pipeline.config.schema import Strict
@@ -42,7 +43,7 @@ def decode_label(data: memoryview, classes: int) -> int:
     Raises:
         ValueError: not a number, or not of one of ``classes`` (0: any that int64 holds).
     """
-    text = bytes(data).strip()
+    text = bytes(data).removeprefix(BOM_UTF8).strip()
     if not text.isdigit():
         raise ValueError(f"label {text[:40]!r} is not a number")
     label = int(text)

@@ -169,7 +169,7 @@ def test_shards_of_another_origin_are_not_written_over(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / split).mkdir(parents=True)
         (tmp_path / split / split / f"{split}-000000.tar").write_bytes(b"somebody's")
-        with pytest.raises(ConfigError, match=f"{split} holds shards of another origin"):
+        with pytest.raises(ConfigError, match=f"files of another origin, {split}/"):
             build(ListSource(inline(12)), tmp_path / split, OPTIONS)
         assert (tmp_path / split / split / f"{split}-000000.tar").read_bytes() == b"somebody's"
 

@@ -273,7 +273,7 @@ def test_names_that_are_not_utf8(tmp_path):
     for name, content in {
         b"\xff/a.png": png(1),
         b"b/\xfe.png": png(2),
-        b"b/\xfe.txt": b"caf\xe9",
+        b"b/\xfe.txt": b"caf",
         b"b/\xfd.png": b"x",
     }.items():
         path = os.path.join(os.fsencode(tmp_path / "in"), name)

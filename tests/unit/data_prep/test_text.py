@@ -82,6 +82,13 @@ def test_metadata_is_json_that_every_reader_takes():
     )
 
 
+def test_labels_with_a_byte_order_mark_are_labels(tmp_path):
+    write_tar(tmp_path / "x.tar", {"a.png": png(), "a.cls": b"\xef\xbb\xbf1\r\n", "b.png": png(1), "b.cls": b"0"})
+    assert index(str(tmp_path)).statistics["labels"] == {"0": 1, "1": 1}
+    source = TarsSource([tmp_path / "x.tar"])
+    assert source.classes == ("0", "1") and [record.label for record in source] == [1, 0]
+
+
 @pytest.mark.parametrize("odd", ["\u2028", "\x85", "\x1c", "\x0b", "\u2029"])
 def test_names_of_inputs_that_split_lines_elsewhere(tmp_path, odd):
     """A line of rejects.jsonl is one for the next part too, and for all after it."""
