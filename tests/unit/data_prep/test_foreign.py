@@ -60,7 +60,7 @@ def test_a_tokenizer_of_another_program_stays(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["rejects.jsonl", "train/manifest.json", "val/sizes.json", "train/mine.tar", "test/a.png"]
+    "name", ["rejects.jsonl", "train/manifest.json", "val/sizes.json", "train/mine.tar", "train/a.png"]
 )
 def test_a_build_begins_in_no_folder_of_another_program(tmp_path, name):
     path = tmp_path / name
