@@ -27,11 +27,11 @@ from launch.decide import Decision, Ended, Queue, decide
 from launch.history import Attempt
 from launch.job import MASTER, TASK, Job
 from launch.local import child_environment
-from launch.supervise import CRASH, STATE, STOP, clear_stop, outcome, stamp
+from launch.supervise import CRASH, STATE, STOP, make_ready, outcome
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
+from pipeline.core.files import stamp
 from pipeline.record.beats import read_beats
-from pipeline.record.lock import refuse_second
 
 PORTS = range(20_000, 32_000)
 """Below the ports that Linux gives out by itself."""
@@ -55,6 +55,8 @@ class Agent:
         self.nodes = slurm.node_names(environment["SLURM_JOB_NODELIST"])
         self.task = environment.get("SLURM_ARRAY_TASK_ID", "0")
         self.run_folder = Path(job.run.replace(TASK, self.task))
+        self.ready: Mapping[str, str] = {}
+        """What the ranks are to know of the run folder."""
         self.signalled: str | None = None
         self.stop_at = self._stop_at()
 
@@ -69,8 +71,9 @@ class Agent:
 
     def run(self) -> int:
         """Until the job is over, or is queued again. Returns the exit code of the batch script."""
-        refuse_second(self.run_folder)
-        clear_stop(self.run_folder)
+        self.ready = make_ready(self.run_folder, {})
+        if self.job.kind != "pretrain":  # ranks that train forget what an earlier start was asked by themselves
+            (self.run_folder / STOP).unlink(missing_ok=True)
         _listen(self._asked)
         while True:
             decision, code = self._attempt()
@@ -128,7 +131,11 @@ class Agent:
         """What SLURM, or the job's owner, does with it."""
         if history.asked_to_end(self.run_folder, self.id):
             return "cancelled"
-        return slurm.queue_of(slurm.patiently(lambda: slurm.facts(self.id)), self.restart)
+        try:
+            return slurm.queue_of(slurm.patiently(lambda: slurm.facts(self.id)), self.restart)
+        except slurm.MissingCommand as error:
+            say(f"{error}; what SLURM does with the job is not known")
+            return "ours"
 
     def _newest_beat(self) -> tuple[int | None, int | None]:
         """Number of the newest attempt of which a rank has said something, and the furthest step it was at."""
@@ -137,7 +144,11 @@ class Agent:
 
     def _check_nodes(self, alive: bool) -> dict[str, str]:
         """Nodes of the allocation that are lost; remembered. Only while the job is ``alive`` can they be tried out."""
-        bad = slurm.patiently(lambda: slurm.unsound(self.nodes, alive=alive))
+        try:
+            bad = slurm.patiently(lambda: slurm.unsound(self.nodes, alive=alive))
+        except slurm.MissingCommand as error:
+            say(f"{error}; the nodes are taken for sound")
+            return {}
         if bad:
             history.add_bad_nodes(self.run_folder, bad)
         return bad
@@ -145,7 +156,7 @@ class Agent:
     def _run_step(self) -> int:
         """The ranks, by srun. Returns its exit code."""
         where = self._rendezvous()
-        environment = child_environment(self.job.ranks_per_node) | where | dict(self.job.environment)
+        environment = child_environment(self.job.ranks_per_node) | where | {**self.job.environment, **self.ready}
         command = self._command(f"{where['MASTER_ADDR']}:{where['MASTER_PORT']}")
         step = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         told = False
@@ -199,7 +210,10 @@ class Agent:
         """Back into the queue, for a start without SLURM's two minutes of waiting where it allows that."""
         _listen(signal.SIG_IGN)  # what ends this job now must not end this as well; inherited
         if self._queue() != "requeueing":
-            slurm.patiently(lambda: slurm.requeue(self.id))
+            try:
+                slurm.patiently(lambda: slurm.requeue(self.id))
+            except slurm.MissingCommand as error:
+                return say(f"{error}; the job cannot be queued again from here: sluice resume {self.run_folder}")
         own = (a for a in history.attempts(self.run_folder) if a.job == self.id)
         try:
             slurm.soon(self.id, sorted({node for attempt in own for node in attempt.excluded}))

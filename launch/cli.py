@@ -19,6 +19,8 @@ app = typer.Typer(
     help="From sharded streams of images to evaluated checkpoints.",
 )
 
+CLOSED = 141
+"""Exit code of a command whose output nobody reads any more: as the shell gives it for SIGPIPE."""
 Config = Annotated[Path, typer.Argument(help="Configuration file (TOML).")]
 Overrides = Annotated[
     list[str],
@@ -42,7 +44,9 @@ Procs = Annotated[int, typer.Option(min=1, help="Processes (ranks) on this machi
 def prep(context: typer.Context) -> None:
     """Hand the rest of the line to ``launch.prep``, which imports what reads and writes images."""
     from launch.prep import app as prep_app
+    from pipeline.record.logs import outlive_readers
 
+    outlive_readers()
     prep_app(args=context.args, prog_name="sluice prep")
 
 
@@ -124,23 +128,25 @@ def train(
 ) -> None:
     """Train on this machine, or on several; resumes when the run folder holds a checkpoint."""
     from launch import local
-    from launch.control import note_start
     from launch.hosts import by_hand
+    from pipeline.config import provenance
     from pipeline.config.load import load_run
     from pipeline.core.errors import LaunchError
 
-    checked = load_run(config, overrides)
+    checked = load_run(_again(config), overrides)
+    if master is None:
+        local.check_alone(os.environ)
+    if master is None or provenance.COMMAND not in os.environ:  # a SLURM job's agent tells what was submitted
+        os.environ |= provenance.command_variable(["sluice", *sys.argv[1:]])
     if hostfile is not None:
         if master is not None or nodes > 1 or procs > 1:
             raise LaunchError("--hostfile says which hosts and how many ranks; leave --procs, --nodes, --master out")
-        note_start(Path(checked.run.folder), sys.argv[1:])
         raise typer.Exit(local.train_hosts(checked, config, overrides, hostfile))
     if nodes > 1 and master is None:
         raise LaunchError("several hosts need --master ADDRESS[:PORT] of host 0, the same on each")
     if master is not None:
         part = by_hand(master, nodes, node_rank, procs)
         raise typer.Exit(local.train_part(checked, config, overrides, part))
-    note_start(Path(checked.run.folder), sys.argv[1:])
     raise typer.Exit(local.train(checked, config, overrides, procs))
 
 
@@ -159,7 +165,7 @@ def submit(
     """Check a job thoroughly, and put it into SLURM's queue."""
     from launch import submit as module
 
-    request = module.Request(config, overrides, nodes, cluster, time, array, after, run)
+    request = module.Request(_again(config), overrides, nodes, cluster, time, array, after, run)
     typer.echo(module.submit(request, dry_run=dry_run))
 
 
@@ -176,7 +182,7 @@ def evaluate(
     """Run a suite of evaluations on a checkpoint; the newest whole one, if a run is named."""
     from pipeline.config.load import load_suite
 
-    load_suite(suite, overrides)
+    load_suite(_again(suite), overrides)
     folder, checkpoint = _run_and_checkpoint(run)
     arguments = ["eval", "--run", str(folder), "--suite", str(suite)]
     for override in overrides:
@@ -256,11 +262,16 @@ def cancel(run: Run) -> None:
 
 
 @app.command("resume")
-def resume(run: Run) -> None:
-    """Go on with a run that was stopped or died: give the command again that began it."""
+def resume(
+    run: Run,
+    from_step: Annotated[
+        int | None, typer.Option(min=0, help="Go back to this checkpoint; later ones are put aside.")
+    ] = None,
+) -> None:
+    """Go on with a run that was stopped or died, as it was started, with the configuration in its folder."""
     from launch.control import resume as go_on
 
-    go_on(run)
+    go_on(run, from_step)
 
 
 @app.command("board")
@@ -271,20 +282,37 @@ def board(run: Run, port: Annotated[int, typer.Option(min=1, max=65535, help="On
     show(run, port)
 
 
+def _again(path: Path) -> Path:
+    """A configuration that other processes will read as well.
+
+    Raises:
+        ConfigError: it is a pipe, from which only the first can read.
+    """
+    from pipeline.core.errors import ConfigError
+
+    if path.is_fifo():
+        raise ConfigError(f"{path} is a pipe, and the ranks have to read it again: write it into a file first")
+    return path
+
+
 def _run_and_checkpoint(path: Path) -> tuple[Path, Path | None]:
     """The run folder (it holds config.toml) and the checkpoint inside it that ``path`` names, if any."""
     from pipeline.core.errors import LaunchError
 
+    checkpoint = (path / "checkpoint.json").is_file()
     for folder in (path, *path.parents):
-        if (folder / "config.toml").is_file():
+        if (folder / "config.toml").is_file() and (folder == path or checkpoint):
             return folder, None if folder == path else path
-    raise LaunchError(f"{path} is neither a run folder nor a checkpoint in one: no config.toml there or above")
+    if checkpoint:  # taken out of its run: what is measured is written beside it
+        return path, path
+    raise LaunchError(f"{path} is neither a run folder nor a checkpoint: no config.toml or checkpoint.json there")
 
 
 def _become(arguments: list[str]) -> NoReturn:
     """Replace this process by ``pipeline.run``, so that signals and the exit code are its own."""
-    from launch.local import child_environment, run_command
+    from launch.local import check_alone, child_environment, run_command
 
+    check_alone(os.environ)
     sys.stdout.flush()
     os.execve(sys.executable, run_command(arguments), child_environment(procs=1))
 
@@ -296,3 +324,6 @@ def main() -> None:
     except SluiceError as error:
         print(f"sluice: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,16 +14,13 @@ from typing import NoReturn
 
 from launch import history, slurm
 from launch.history import Submitted
+from launch.local import child_environment, run_command
 from launch.status import check_run, read_status
-from launch.supervise import STATE, STOP, clear_stop
+from launch.supervise import STATE, STOP
 from pipeline.config import provenance
 from pipeline.core.errors import LaunchError
-from pipeline.core.files import replace_file
 from pipeline.record import logs
-from pipeline.record.lock import refuse_second
 
-STARTED = "launch/started.json"
-"""In the run folder: the command that started it here, and where."""
 FOLLOW_SECONDS = 0.2
 _ACTIVE = ("queued", "running")
 
@@ -70,21 +69,11 @@ def cancel(run: Path) -> str:
     return f"{run} is asked to stop; it saves first (watch it with `sluice status {run}`)"
 
 
-def note_start(run: Path, arguments: Sequence[str]) -> None:
-    """Keep the command that starts a run here, for :func:`resume`.
-
-    Raises:
-        LaunchError: the run folder cannot be written, or a run is at work in it.
-    """
-    text = json.dumps({"time": history.now(), "folder": os.getcwd(), "arguments": list(arguments)}, indent=1)
-    refuse_second(run)  # of a run at work, neither a request to stop nor the command that began it is ours to replace
-    clear_stop(run)
-    (run / STARTED).parent.mkdir(exist_ok=True)
-    replace_file(run / STARTED, text.encode() + b"\n")
-
-
 def resume_command(run: Path) -> tuple[str, list[str]]:
-    """Working folder and arguments of the `sluice` command that goes on with a run: the one that began it.
+    """Working folder and arguments of the `sluice` command that goes on with a run.
+
+    It is the command that began it, but of this folder, whatever it was called before, and with the configuration that
+    lies in it: a file that was edited meanwhile, or is gone, is not the run's.
 
     Raises:
         LaunchError: the run is at work or has finished, or nobody has noted how it was started.
@@ -93,31 +82,71 @@ def resume_command(run: Path) -> tuple[str, list[str]]:
     status = read_status([run])[0]
     if status.phase in (*_ACTIVE, "finished"):
         raise LaunchError(f"{run} is {status.phase}{', ' + status.detail if status.detail else ''}: nothing to resume")
+    facts = provenance.read(run)
     submitted = [e for e in history.read(run) if isinstance(e, Submitted)]
-    try:
-        started = json.loads((run / STARTED).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        started = None
-    if submitted and (started is None or submitted[-1].time >= started["time"]):
-        return provenance.read(run).get("folder", os.getcwd()), list(submitted[-1].command)
-    if started is None:
-        raise LaunchError(f"nobody noted how {run} was started; give the same `sluice train` or `submit` again")
-    return started["folder"], started["arguments"]
+    given: list[str] = facts.get("command", [])
+    where: str = facts.get("folder", os.getcwd())
+    if submitted and (given[:1] != ["sluice"] or given[1:2] == ["submit"] or submitted[-1].time >= facts["time"]):
+        given = ["sluice", *submitted[-1].command]
+    if given[:2] not in (["sluice", "train"], ["sluice", "submit"]):
+        raise LaunchError(
+            f"nobody noted how {run} was started; give the same `sluice train` or `submit` again, with "
+            f"{run / provenance.CONFIG_FILE} and --set run.folder={run}"
+        )
+    own = run.absolute() / provenance.CONFIG_FILE
+    if not own.is_file():  # it did not come so far
+        return where, given[1:]
+    return where, [given[1], str(own), "--set", f"run.folder={json.dumps(_from(where, run))}", *_shape(given[2:])]
 
 
-def resume(run: Path) -> NoReturn:
+def _from(where: str, run: Path) -> str:
+    """The path of a run folder as seen from another folder, short where it lies below that one."""
+    path = run.absolute()
+    return str(path.relative_to(where)) if path.is_relative_to(where) else str(path)
+
+
+def _shape(words: Sequence[str]) -> list[str]:
+    """Of a command's words those that say where and on how much it runs: neither the configuration nor its changes."""
+    kept: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        valued = word.startswith("--") and "=" not in word
+        pair = [word, *([rest.pop(0)] if valued and rest else [])]
+        if word.startswith("--") and word.partition("=")[0] not in ("--set", "--after"):
+            kept += pair
+    return kept
+
+
+def resume(run: Path, from_step: int | None = None) -> NoReturn:
     """Become the command that goes on with a run.
 
+    Args:
+        run: its folder.
+        from_step: of the checkpoint to go back to; None: from the newest.
+
     Raises:
-        LaunchError: see :func:`resume_command`; or its working folder is gone.
+        LaunchError: see :func:`resume_command`; or its working folder is gone, or it cannot go back.
     """
+    if from_step is not None:
+        _go_back(run, from_step)
     folder, arguments = resume_command(run)
-    print(f"in {folder}: sluice {' '.join(arguments)}", flush=True)
+    print(f"in {folder}: sluice {shlex.join(arguments)}", flush=True)
     try:
         os.chdir(folder)
     except OSError as error:
         raise LaunchError(f"cannot enter {folder}, where {run} was started: {error.strerror}") from error
     os.execv(sys.executable, [sys.executable, "-m", "launch", *arguments])
+
+
+def _go_back(run: Path, step: int) -> None:
+    """Put aside what a run has saved after a step."""
+    check_run(run)
+    if (phase := read_status([run])[0].phase) in _ACTIVE:
+        raise LaunchError(f"{run} is {phase}; stop it first (sluice cancel {run})")
+    command = run_command(["rewind", "--run", str(run), "--step", str(step)])
+    if code := subprocess.run(command, env=child_environment(procs=1)).returncode:
+        sys.exit(code)
 
 
 def board(run: Path, port: int) -> NoReturn:

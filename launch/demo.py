@@ -108,6 +108,7 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what it has started ends with it
     try:
         demo()
     except SluiceError as error:

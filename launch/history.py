@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -37,6 +38,10 @@ class Submitted:
     """The file that was submitted."""
     command: Sequence[str]
     """What submits it again: ["submit", ...]."""
+    name: str = ""
+    """Of the job in SLURM."""
+    run: str = ""
+    """The folder that this stands in, so that it is not believed of a copy."""
     kind: Literal["submitted"] = "submitted"
 
 
@@ -91,14 +96,21 @@ def _parse(line: str) -> Submitted | Attempt | None:
         return None
 
 
-def attempts(run: Path) -> list[Attempt]:
-    """How the attempts ended, the oldest first."""
-    return [entry for entry in read(run) if isinstance(entry, Attempt)]
+def last_submitted(entries: Sequence[Submitted | Attempt], run: Path) -> Submitted | None:
+    """What was submitted last, for this folder and not for one that it was copied from or was called before."""
+    last = next((entry for entry in reversed(entries) if isinstance(entry, Submitted)), None)
+    return last if last is None or last.run in ("", os.path.realpath(run)) else None
 
 
 def last_job(run: Path) -> str | None:
-    """The job that was submitted last."""
-    return next((entry.job for entry in reversed(read(run)) if isinstance(entry, Submitted)), None)
+    """The number of that job."""
+    last = last_submitted(read(run), run)
+    return last.job if last else None
+
+
+def attempts(run: Path) -> list[Attempt]:
+    """How the attempts ended, the oldest first."""
+    return [entry for entry in read(run) if isinstance(entry, Attempt)]
 
 
 def bad_nodes(run: Path) -> dict[str, str]:

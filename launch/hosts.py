@@ -27,8 +27,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.supervise import stamp
 from pipeline.core.errors import LaunchError
+from pipeline.core.files import stamp
 
 PORT = 29500
 """Of the master, where none is named."""
@@ -41,7 +41,7 @@ SSH_OPTIONS = (
     *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
 )
 """No questions, and a lost host is noticed."""
-_CARRIED = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "OMP_", "MKL_", "DS_", "HF_", "MLFLOW_", "PYTHONWARNINGS")
+_CARRIED = ("NCCL_", "GLOO_", "UCX_", "FI_", "TORCH_", "OMP_", "MKL_", "DS_", "HF_", "MLFLOW_", "SLUICE_", "PYTHONWARN")
 _EXPORTED = ("PYTHON", "PATH", "LD_LIBRARY")
 """What DeepSpeed's runner pastes into a shell line by itself."""
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +24,19 @@ from launch.hosts import (
     runner_command,
     runner_environment,
 )
-from launch.supervise import CRASH, STATE, clear_stop, outcome, run_session, stamp, supervise
+from launch.supervise import CRASH, make_ready, run_session, say, supervise
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.config.schema import RunConfig
 from pipeline.core.errors import LaunchError
-from pipeline.record.lock import refuse_second
 
+PLACE = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"),
+    *("NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+)
+"""What a launcher tells a rank."""
+_TORCHRUN = (b"torchrun", b"torch.distributed", b"torch/distributed")
+_STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+"""Variables that count how often something was started, and by what."""
 _DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical")
 _CUDA = Path("/proc/driver/nvidia/gpus")
 
@@ -73,17 +80,13 @@ def train_part(config: RunConfig, path: Path, overrides: Sequence[str], part: Pa
         environment[named] = name
     if part.first:
         check_port(part)
-        if not tied:  # the starter has done so before
-            refuse_second(folder)
-            clear_stop(folder)
     others = Others(folder, tied)
-    before = stamp(folder / STATE)
     with deepspeed_part("pipeline.run", train_arguments(path, overrides), part, environment) as command:
-        status = run_session(command, folder, environment, others)
-    if part.first:
-        code = outcome(folder, before, status)
-    else:  # the first host's rank 0 says how the run ended, perhaps not yet
-        code = status if status in (FINISHED, CONFIG, NONFINITE, REQUEUE) else CRASH
+        if part.first:
+            code = supervise(command, folder, environment, others)
+        else:  # the first host's rank 0 says how the run ended, perhaps not yet
+            status = run_session(command, folder, environment, others)
+            code = status if status in (FINISHED, CONFIG, NONFINITE, REQUEUE) else CRASH
     if code not in (FINISHED, REQUEUE):
         others.tell()
     return code
@@ -105,8 +108,8 @@ def train_hosts(config: RunConfig, path: Path, overrides: Sequence[str], hostfil
     if shutil.which("pdsh") is None:
         raise LaunchError("pdsh is not installed here; install it, or start by hand: --nodes, --node-rank, --master")
     folder = Path(config.run.folder)
-    clear_stop(folder)
     environment = child_environment(procs=1)
+    environment |= make_ready(folder, environment)
     order = Order(os.getcwd(), str(path), list(overrides), [*hosts], [*hosts.values()], 0, carried(environment))
     order = replace(order, port=ask_hosts(order, folder, environment))
     with hostfile_of([*hosts], [1] * len(hosts)) as one_each:
@@ -122,14 +125,56 @@ def train_arguments(path: Path, overrides: Sequence[str]) -> list[str]:
 
 
 def child_environment(procs: int) -> dict[str, str]:
-    """The environment of a run: this one, and what its ranks need that is not set already."""
+    """The environment of a run: this one without a rank's place, and what its ranks need that is not set already."""
     environment = dict(os.environ)
+    if not under_torchrun(environment):
+        for name in PLACE:
+            environment.pop(name, None)
     environment["PYTHONSAFEPATH"] = "1"  # a folder named "pipeline" where the command is run is not our package
     if not _CUDA.is_dir() or environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         environment.setdefault("DS_ACCELERATOR", "cpu")
     if procs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // procs)))
     return environment
+
+
+def under_torchrun(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one that torchrun has started, so that its place is meant."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return False
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError):
+            return False
+        if any(name in words for name in _TORCHRUN):
+            return True
+    return False
+
+
+def check_alone(environment: Mapping[str, str]) -> None:
+    """Before this process starts what it was asked to: be sure that it is the only one that was.
+
+    Variables of a rank that no launcher has set for this process are of another shell or job: they are not used, and
+    that is said.
+
+    Raises:
+        LaunchError: srun or mpirun has started several of it.
+    """
+    for name, starter in _STARTERS.items():
+        if (count := environment.get(name, "1")).isdigit() and int(count) > 1:
+            raise LaunchError(
+                f"{starter} has started this command {count} times ({name}), and each would be a run of its own: give "
+                "it once, with --procs N for N ranks on this machine; `sluice submit` starts ranks under SLURM"
+            )
+    left = [name for name in PLACE if name in environment]
+    if left and not under_torchrun(environment):
+        say(
+            f"{', '.join(left)} in the environment are not of this command's ranks and are not used "
+            "(who starts ranks himself gives each of them `python -m pipeline.run train`)"
+        )
 
 
 def run_command(arguments: Sequence[str]) -> list[str]:

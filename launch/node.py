@@ -15,11 +15,6 @@ from pipeline.config.exitcodes import FINISHED, REQUEUE
 from pipeline.config.load import load_run
 from pipeline.core.errors import LaunchError, SluiceError
 
-_SET_BY_LAUNCHER = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"),
-)
-
 
 def enter(order: Order) -> None:
     """Go where the starter is.
@@ -51,11 +46,11 @@ def ask(order: Order, seen: Path) -> int:
 
 def run(order: Order) -> int:
     """This host's part. Returns an exit code that is 0 also when the run saved to go on later."""
-    from launch.local import train_part
+    from launch.local import PLACE, train_part
 
     enter(order)
     node = int(os.environ["RANK"])  # the launcher above starts one process per host
-    for name in _SET_BY_LAUNCHER:
+    for name in (*PLACE, "CUDA_VISIBLE_DEVICES"):  # set by that launcher
         os.environ.pop(name, None)
     os.environ.update(order.environment)
     config = load_run(order.config, order.overrides)

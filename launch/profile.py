@@ -112,7 +112,7 @@ def load(cluster: str | None) -> tuple[str, Profile]:
     if not cluster.endswith(".toml") and not path.is_file():
         path = PROFILES / f"{cluster}.toml"
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         known = sorted({p.stem for folder in (OWN_PROFILES, PROFILES) for p in folder.glob("*.toml")})
         raise ConfigError(f"no cluster profile {path}; {suggest(path.stem, known)}, or name a file") from error

@@ -19,6 +19,8 @@ from pipeline.core.errors import LaunchError
 T = TypeVar("T")
 COMMAND_SECONDS = 60.0
 """A controller that does not answer for so long is not waited for."""
+LISTING_SECONDS = 15.0
+"""What a person waits for when the controller is slow."""
 ROLL_CALL_SECONDS = {"true": 20.0, "nvidia-smi": 60.0}
 """A node on which this has not ended well in this time is taken for lost. nvidia-smi fails where a GPU is gone."""
 REQUEUE_SECONDS = 10
@@ -33,6 +35,37 @@ _LIMIT = re.compile(
     r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?|"
     r"(?P<m>\d+)(?::(?P<s>\d+))?|(?P<hh>\d+):(?P<mm>\d+):(?P<ss>\d+))"
 )
+
+
+OWN = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER", "SLURM_JWT")
+"""Variables that say which SLURM is meant."""
+SUBMITTER = (
+    *("SBATCH_ACCOUNT", "SBATCH_CLUSTERS", "SBATCH_CONSTRAINT", "SBATCH_PARTITION", "SBATCH_QOS"),
+    *("SBATCH_RESERVATION", "SBATCH_TIMELIMIT", "SBATCH_WCKEY"),
+)
+"""What people set once for all their jobs: where they run and who pays. A profile's own word goes before."""
+_COMMANDS = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
+_FILTERS = ("SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
+
+
+def submission(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a submission, without what would change its shape behind the plan's back.
+
+    Of what SLURM's commands read by themselves only :data:`OWN` and :data:`SUBMITTER` stay: the rest (SBATCH_EXPORT,
+    SBATCH_WAIT, SBATCH_ARRAY_INX, SBATCH_MEM_PER_NODE, SRUN_CPUS_PER_TASK, a job's own SLURM_NTASKS ...) decides how
+    many processes there are, what they get and see, or whether the command comes back.
+    """
+    return {n: v for n, v in environment.items() if not n.startswith(_COMMANDS) or n in (*OWN, *SUBMITTER)}
+
+
+def question(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a question to SLURM: nothing that filters or formats the answer, or asks back."""
+    kept = {n: v for n, v in environment.items() if not n.startswith(_FILTERS)}
+    return kept | {"SLURM_TIME_FORMAT": "standard"}
+
+
+class MissingCommand(LaunchError):
+    """A command of SLURM's that is not installed here."""
 
 
 class Facts(NamedTuple):
@@ -51,10 +84,17 @@ def call(*command: str, environment: Mapping[str, str] | None = None, seconds: f
     """
     try:
         done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
+            command,
+            env=question(os.environ) if environment is None else environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
         )
     except FileNotFoundError as error:
-        raise LaunchError(f"{command[0]} is not on this machine; submit from a login node of the cluster") from error
+        there = "in this job; its nodes need SLURM's commands" if "SLURM_JOB_ID" in os.environ else "on this machine"
+        advice = "" if "SLURM_JOB_ID" in os.environ else "; submit from a login node of the cluster"
+        raise MissingCommand(f"{command[0]} is not {there}{advice}") from error
     except subprocess.TimeoutExpired as error:
         raise LaunchError(f"{command[0]} did not answer in {seconds:.0f} s; is SLURM's controller up?") from error
     if done.returncode:
@@ -71,18 +111,29 @@ def patiently(ask: Callable[[], T]) -> T:
     for wait in RETRY_SECONDS:
         try:
             return ask()
+        except MissingCommand:  # does not come by waiting
+            raise
         except LaunchError:
             time.sleep(wait)
     return ask()
 
 
-def states(jobs: Sequence[str]) -> dict[str, str]:
-    """Jobs that SLURM still knows as queued or running, with their state; tasks of an array count for it."""
+def states(jobs: Mapping[str, str]) -> dict[str, str]:
+    """Jobs that SLURM still knows as queued or running, with their state; tasks of an array count for it.
+
+    Args:
+        jobs: number to name, "" if that is not known; a job of another name has only the same number.
+    """
     if not jobs:
         return {}
-    lines = call("squeue", "--noheader", "--me", "--format=%F %A %T").splitlines()
-    rows = [line.split() for line in lines]
-    return {job: state for job in jobs for array, single, state in rows if job in (array, single)}
+    lines = call("squeue", "--noheader", "--me", "--format=%F %A %T %j", seconds=LISTING_SECONDS).splitlines()
+    rows = [line.split(maxsplit=3) for line in lines]
+    return {
+        job: state
+        for job, name in jobs.items()
+        for array, single, state, *found in rows
+        if job in (array, single) and name in ("", *found)
+    }
 
 
 def facts(job: str) -> Facts:
@@ -131,7 +182,27 @@ def end_time(job: str) -> float | None:
 
 def node_names(nodes: str) -> list[str]:
     """n[1-2] as n1, n2."""
-    return call("scontrol", "show", "hostnames", nodes).split()
+    try:
+        return call("scontrol", "show", "hostnames", nodes).split()
+    except MissingCommand:
+        return expanded(nodes)
+
+
+def expanded(nodes: str) -> list[str]:
+    """A list of nodes as SLURM writes it, "a[1-2,07],b", name by name."""
+    names: list[str] = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        found = [""]
+        for literal, numbers in re.findall(r"([^\[]+)|\[([^\]]*)\]", part):
+            ends = [literal] if literal else [n for one in numbers.split(",") for n in _counted(*one.split("-"))]
+            found = [name + end for name in found for end in ends]
+        names += found
+    return names
+
+
+def _counted(first: str, last: str | None = None) -> list[str]:
+    """07 to 10, with as many digits."""
+    return [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
 
 
 def unsound(nodes: Sequence[str], *, alive: bool) -> dict[str, str]:

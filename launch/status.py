@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,17 +20,22 @@ from launch.history import Attempt, Submitted
 from pipeline.config import provenance
 from pipeline.config.exitcodes import CONFIG, NONFINITE
 from pipeline.core.errors import LaunchError
-from pipeline.record import logs, metrics
+from pipeline.record import lock, logs, metrics
 from pipeline.record.beats import Beat, read_beats
 from pipeline.record.files import number
 from pipeline.record.formats import duration, short
+from pipeline.record.process import boot, born
 from pipeline.record.state import FILE as STATE
 from pipeline.record.state import State, read_state
 
 TAIL_BYTES = 1 << 16
 SILENT_SECONDS = 120.0
 """A run on another machine that has said nothing for so long, and for 10 of its steps, is not called running."""
+CLOCKS = 3600.0
+"""Seconds that the clocks of two machines may differ; within them, a silent run is looked at for some seconds."""
 ERRORS_SHOWN = 4
+DEPTH = 12
+"""Folders below runs/ in which runs are looked for."""
 ROOT = Path("runs")
 WATCH_SECONDS = 2.0
 _MEANING = {CONFIG: "something to mend", NONFINITE: "not finite", 1: "a crash"}
@@ -66,21 +72,34 @@ class Status:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The run folders below ``root``."""
-    return sorted(_runs_in(root)) if root.is_dir() else []
+    """The run folders below ``root``, links to such included; what cannot be looked into is said on stderr."""
+    return sorted(_runs_in(root, (), 0)) if root.is_dir() else []
 
 
-def _runs_in(folder: Path) -> Iterator[Path]:
-    if is_run(folder):
-        yield folder
+def _runs_in(folder: Path, above: tuple[str, ...], depth: int) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in above or depth > DEPTH:  # a link to where it is in
         return
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _runs_in(Path(entry.path))
+    try:
+        if is_run(folder):
+            yield folder
+            return
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        print(f"sluice: passed over {folder}: {error.strerror}", file=sys.stderr)
+        return
+    for entry in entries:
+        with suppress(OSError):
+            if entry.is_dir():
+                yield from _runs_in(Path(entry.path), (*above, real), depth + 1)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run has begun there, or was submitted."""
+    """Whether a run has begun there, or was submitted.
+
+    Raises:
+        PermissionError: it cannot be looked into.
+    """
     return (folder / STATE).is_file() or (folder / history.FOLDER / history.FILE).is_file()
 
 
@@ -90,29 +109,76 @@ def check_run(folder: Path) -> None:
     Raises:
         LaunchError: it is not.
     """
-    if not is_run(folder):
-        raise LaunchError(f"{folder} is no run folder: neither {STATE} nor a submitted job is there")
+    try:
+        found = is_run(folder)
+    except OSError as error:
+        raise LaunchError(f"cannot look into {folder}: {error.strerror}") from error
+    if not found:
+        raise LaunchError(
+            f"{folder} is no run folder, nor are there any in it: neither {STATE} nor a submitted job is there"
+        )
 
 
 def read_status(runs: Sequence[Path]) -> list[Status]:
     """Of each run; the errors of its ranks, which stand in many files, only of a run alone.
 
+    Of several, one that cannot be read is told as such, and SLURM's silence on stderr; the others do not suffer.
+
     Raises:
-        LaunchError: SLURM is there but does not answer.
+        LaunchError: a run alone that cannot be read, or of which SLURM does not tell.
     """
-    known = {run: history.read(run) for run in runs}
-    last = {run: next((e.job for e in reversed(k) if isinstance(e, Submitted)), None) for run, k in known.items()}
-    jobs = [job for job in last.values() if job is not None]
-    states = slurm.states(jobs) if shutil.which("squeue") else {}
-    return [_status(run, known[run], last[run], states, alone=len(runs) == 1) for run in runs]
+    alone = len(runs) == 1
+    known = {run: _history(run) for run in runs}
+    last = {run: history.last_submitted(entries, run) for run, entries in known.items()}
+    jobs = {entry.job: entry.name for entry in last.values() if entry is not None}
+    states: dict[str, str] | None = {}
+    try:
+        states = slurm.states(jobs) if shutil.which("squeue") else {}
+    except LaunchError as error:
+        if alone:
+            raise
+        print(f"sluice: {error}; what is queued is not known", file=sys.stderr)
+        states = None
+    moving = lock.moving([run for run in runs if _doubtful(run)])
+    found: list[Status] = []
+    for run in runs:
+        entry = last[run]
+        try:
+            found.append(_status(run, known[run], entry.job if entry else None, states, run in moving, alone))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if alone:
+                raise LaunchError(f"cannot read what {run} says of itself: {error}") from error
+            found.append(Status(run, "unreadable", str(error)))
+    return found
+
+
+def _history(run: Path) -> list[Submitted | Attempt]:
+    try:
+        return history.read(run)
+    except (OSError, ValueError):
+        return []
+
+
+def _doubtful(run: Path) -> bool:
+    """Whether a run on another machine seems to be silent only by this machine's clock, or to speak only by that."""
+    state = read_state(run)
+    if state is None or state.outcome != "running":
+        return False
+    ages = [time.time() - max(b.time, b.alive or 0) for b in _elsewhere(read_beats(run), state)]
+    return bool(ages) and (min(ages) < -CLOCKS / 10 or SILENT_SECONDS < min(ages) < CLOCKS)
 
 
 def _status(
-    run: Path, entries: Sequence[Submitted | Attempt], job: str | None, states: dict[str, str], alone: bool
+    run: Path,
+    entries: Sequence[Submitted | Attempt],
+    job: str | None,
+    states: dict[str, str] | None,
+    moving: bool,
+    alone: bool,
 ) -> Status:
     state, beats = read_state(run), read_beats(run)
     line = last_line(run)
-    phase, detail = _phase(state, beats, job, states.get(job or ""))
+    phase, detail = _phase(run, state, beats, job, states, moving)
     again = sum(isinstance(e, Attempt) and e.job == job and e.decision == "requeue" for e in entries)
     if again:
         detail = "; ".join(filter(None, [detail, f"requeued {again} {'time' if again == 1 else 'times'}"]))
@@ -128,7 +194,7 @@ def _status(
         run,
         phase,
         detail,
-        job=job if job in states else None,
+        job=job if states and job in states else None,
         line=line,
         total_steps=plan.get("total_steps"),
         checkpoint=newest_checkpoint(run),
@@ -150,33 +216,48 @@ def _stopped(run: Path, phase: str, entries: Sequence[Submitted | Attempt], job:
     return f"{log} ends with: {said[-1]}" if said else ""
 
 
-def _phase(state: State | None, beats: list[Beat], job: str | None, queued: str | None) -> tuple[str, str]:
+def _phase(
+    run: Path, state: State | None, beats: list[Beat], job: str | None, states: dict[str, str] | None, moving: bool
+) -> tuple[str, str]:
+    queued = (states or {}).get(job or "")
     if queued is not None:
         where = f"SLURM job {job} is {queued.lower()}"
         running = queued in ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED")
         return ("running" if running else "queued"), where
     if state is None:
-        return "not started", f"SLURM job {job} is gone from the queue" if job else ""
+        gone = "is gone from the queue" if states is not None else "may be queued or running"
+        return "not started", f"SLURM job {job} {gone}" if job else ""
+    if state.outcome != "running":
+        return _ended(state)
+    if not lock.copied(run / lock.FILE) and (moving or alive(beats, state)):
+        return "running", ""
+    return "died", "without a word; `sluice resume` goes on"
+
+
+def _ended(state: State) -> tuple[str, str]:
     if state.outcome == "finished":
         return "finished", ""
     if state.outcome == "requeue":
         return "saved", f"at step {state.step} (exit code {state.exit_code}); `sluice resume` goes on"
-    if state.outcome == "failed":
-        code = state.exit_code
-        return "failed", f"exit code {code}, {_MEANING.get(code or 0, 'unknown')}"
-    return ("running", "") if alive(beats, state) else ("died", "without a word; `sluice resume` goes on")
+    code = state.exit_code
+    return "failed", f"exit code {code}, {_MEANING.get(code or 0, 'unknown')}"
 
 
 def alive(beats: Sequence[Beat], state: State) -> bool:
     """Whether some rank still lives: by its process on this machine, by what it said lately on others."""
-    here = socket.gethostname()
-    own = [b for b in beats if b.host == here and b.attempt == state.attempt]
-    if any(Path(f"/proc/{b.pid}").exists() for b in own):
+    spoken = _elsewhere(beats, state)
+    own = [b for b in beats if b.attempt == state.attempt and b not in spoken]
+    if any(born(b.pid) is not None and born(b.pid) == (b.born or born(b.pid)) for b in own):
         return True
-    spoken = [b for b in beats if b.attempt == state.attempt and b.host != here]
     if not own and not spoken:  # it has only begun
         return time.time() - datetime.fromisoformat(state.time).timestamp() < SILENT_SECONDS
-    return any(time.time() - max(b.time, b.alive or 0) < silence(b) for b in spoken)
+    return any(-CLOCKS / 10 < time.time() - max(b.time, b.alive or 0) < silence(b) for b in spoken)
+
+
+def _elsewhere(beats: Sequence[Beat], state: State) -> list[Beat]:
+    """The beats of this attempt's ranks on other machines."""
+    here = socket.gethostname()
+    return [b for b in beats if b.attempt == state.attempt and (b.host != here or b.boot not in ("", boot()))]
 
 
 def silence(beat: Beat) -> float:
@@ -279,16 +360,18 @@ def text_of(runs: Sequence[Path]) -> str:
 
 
 def show(runs: Sequence[Path], watch: bool) -> None:
-    """Print the status of ``runs``, or of all below runs/; again and again if ``watch``, until interrupted.
+    """Print the status of ``runs``, or of all below these folders or runs/; again and again if ``watch``.
 
     Raises:
-        LaunchError: one of them is no run folder, or SLURM does not answer.
+        LaunchError: one of them is no run and holds none, or see :func:`read_status`.
     """
-    for run in runs:
-        check_run(run)
+    for folder in runs:
+        if not find_runs(folder):
+            check_run(folder)
+    below = list(runs) or [ROOT]
     while True:
-        chosen = list(runs) or find_runs(ROOT)
-        text = text_of(chosen) if chosen else f"no runs in {ROOT}/"
+        chosen = [run for folder in below for run in find_runs(folder)]
+        text = text_of(chosen) if chosen else f"no runs in {', '.join(map(str, below))}"
         if not watch:
             print(text)
             return

@@ -22,7 +22,7 @@ from launch.job import MASTER, NODE, TASK, Job, Kind
 from launch.local import child_environment
 from launch.profile import HOME, Profile
 from launch.profile import load as load_profile
-from pipeline.config import load
+from pipeline.config import load, provenance
 from pipeline.config.mistakes import validate
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import RunConfig, Strict, SuiteConfig, Text
@@ -114,6 +114,8 @@ def submit(request: Request, *, dry_run: bool) -> str:
         time_limit=request.time or profile.time,
         config=str(request.config),
         command=_command(request),
+        name=_name(job),
+        run=os.path.realpath(folder),
     )
     history.append(folder, entry)
     lines += [f"job {number_of_job}; its log: {notes}/slurm-{number_of_job}.out"]
@@ -169,6 +171,8 @@ def _pretrain(request: Request, profile: Profile, config: RunConfig) -> Draft:
         return f"{limit}, the last {profile.stop_seconds} s for saving"
 
     job = _job("pretrain", config.run.folder, arguments, request, profile)
+    told = provenance.command_variable(["sluice", *_command(request)])
+    job = replace(job, environment={**told, **job.environment})
     overrides = [word for override in request.overrides for word in ("--set", override)]
     check = ["check", str(request.config), *overrides, "--procs", str(world)]
     return Draft(job, load.dump(config), [("data", shards), ("time", time)], check)
@@ -262,7 +266,9 @@ def _writable(folder: Path) -> str:
 
 
 def _not_queued(folder: Path, request: Request) -> str:
-    jobs = [entry.job for entry in history.read(folder) if isinstance(entry, history.Submitted)]
+    here = ("", os.path.realpath(folder))
+    entries = [e for e in history.read(folder) if isinstance(e, history.Submitted) and e.run in here]
+    jobs = {entry.job: entry.name for entry in entries}
     waiting = {job: state for job, state in slurm.states(jobs).items() if job != request.after} if jobs else {}
     if waiting:
         job, state = next(iter(waiting.items()))
@@ -290,8 +296,7 @@ def _check_there(draft: Draft, profile: Profile) -> None:
 
 def _environment(profile: Profile, job: Path) -> dict[str, str]:
     """Of sbatch, and so of the job: this one's, but nothing of a job that this command itself may run in."""
-    kept = {n: v for n, v in os.environ.items() if not n.startswith("SLURM_") or n in ("SLURM_CONF", "SLURM_CLUSTERS")}
-    return kept | {
+    return slurm.submission(os.environ) | {
         "SLUICE_HOME": str(HOME),
         "SLUICE_PYTHON": profile.host_python,
         "SLUICE_JOB": str(job),
@@ -308,7 +313,7 @@ def _options(request: Request, profile: Profile, job: Job, notes: Path) -> list[
         raise ConfigError(f"--after {request.after}: the number of a job, as `sluice submit` prints it")
     log = str(notes).replace("%", "%%") + ("/slurm-%A-%a.out" if request.array else "/slurm-%j.out")
     values: Mapping[str, object] = {
-        "job-name": "sluice-" + re.sub(r"[^\w.-]", "_", Path(job.run).name, flags=re.ASCII)[:60],
+        "job-name": _name(job),
         "chdir": os.getcwd(),
         "output": log,
         "nodes": request.nodes,
@@ -327,6 +332,11 @@ def _options(request: Request, profile: Profile, job: Job, notes: Path) -> list[
     }
     options = [f"--{name}={value}" for name, value in values.items() if value]
     return [*options, *(["--exclusive"] if profile.exclusive else []), *profile.sbatch]
+
+
+def _name(job: Job) -> str:
+    """What SLURM calls it."""
+    return "sluice-" + re.sub(r"[^\w.-]", "_", Path(job.run).name, flags=re.ASCII)[:60]
 
 
 def _shown(job: Job, options: Sequence[str], script: Path) -> list[str]:

@@ -21,13 +21,16 @@ from typing import Any
 
 from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
+from pipeline.core.files import stamp
 from pipeline.record.lock import refuse_second
-from pipeline.record.state import read_state
+from pipeline.record.state import INTERRUPTED, close_state, read_state
 
 STATE = "state.json"
 """Kept by the run in its folder: {"outcome": "running" | "finished" | "requeue" | "failed", "exit_code": int, ...}."""
 STOP = "stop"
 """When this file appears in the run folder, the ranks save and end."""
+OLD_STOP = "SLUICE_OLD_STOP"
+"""Variable of the ranks: the stamp of a stop file that was there before; see :mod:`pipeline.engine.stopping`."""
 CRASH = 1
 """Exit code of a run that ended without saying why."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -39,9 +42,13 @@ KILL_SECONDS = 10.0
 
 
 def supervise(
-    command: Sequence[str], folder: Path, environment: Mapping[str, str], working_folder: str | None = None
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    watch: Callable[[], str | None] | None = None,
+    working_folder: str | None = None,
 ) -> int:
-    """Run ``command`` until it and all that it started have ended.
+    """Run ``command`` until it and all that it started have ended: the launch sequence, wherever ranks are started.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the run to save and stop; a second SIGINT kills it. Should this process
     itself be killed, the processes of the run are killed too.
@@ -50,6 +57,7 @@ def supervise(
         command: the run, or its launcher.
         folder: the run's folder; made if it is not there.
         environment: of the run.
+        watch: see :func:`run_session`; None: for a run that has failed, but does not end.
         working_folder: of the command; None: this process's.
 
     Returns:
@@ -58,11 +66,10 @@ def supervise(
     Raises:
         LaunchError: the run's folder cannot be written.
     """
-    refuse_second(folder)
-    clear_stop(folder)
+    environment = {**make_ready(folder, environment), **environment}
     before = stamp(folder / STATE)
-    lingers = _Lingers(folder, before)
-    return outcome(folder, before, run_session(command, folder, environment, lingers, working_folder))
+    watch = watch or _Lingers(folder, before)
+    return outcome(folder, before, run_session(command, folder, environment, watch, working_folder))
 
 
 class _Lingers:
@@ -73,7 +80,7 @@ class _Lingers:
         before: the stamp of its state before it began.
     """
 
-    def __init__(self, folder: Path, before: tuple[int, int] | None) -> None:
+    def __init__(self, folder: Path, before: str | None) -> None:
         self.path, self.before = folder / STATE, before
         self.since: float | None = None
 
@@ -87,7 +94,7 @@ class _Lingers:
         return f"the run has failed, and its processes are still there after {LINGER_SECONDS:.0f} s" if over else None
 
 
-def outcome(folder: Path, before: tuple[int, int] | None, status: int) -> int:
+def outcome(folder: Path, before: str | None, status: int) -> int:
     """Exit code of a run that has ended; says so when it crashed.
 
     Args:
@@ -102,17 +109,29 @@ def outcome(folder: Path, before: tuple[int, int] | None, status: int) -> int:
     return code
 
 
-def clear_stop(folder: Path) -> None:
-    """Make the run's folder, and forget what an earlier attempt was asked.
+def make_ready(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Have a run folder in which nobody is at work. Nothing in it is changed: the ranks may yet refuse to run.
+
+    Args:
+        folder: the run's.
+        environment: of the ranks; who has made the folder ready before, as the starter on another host, has said so.
+
+    Returns:
+        What the ranks are to know of it, as variables.
 
     Raises:
-        LaunchError: the folder cannot be written.
+        LaunchError: the folder cannot be written, or somebody is at work in it.
     """
+    if OLD_STOP in environment:
+        return {}
+    refuse_second(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / STOP).unlink(missing_ok=True)
     except OSError as error:
         raise LaunchError(f"cannot write the run folder {folder}: {error.strerror}; set run.folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LaunchError(f"cannot write the run folder {folder}, it is not yours; set run.folder")
+    return {OLD_STOP: stamp(folder / STOP) or "none"}
 
 
 def run_session(
@@ -149,6 +168,9 @@ def run_session(
             kill_session(child.pid)
             child.communicate()
             guard.communicate(b"over\n")
+            if requests.impatient:
+                with suppress(OSError):  # on a full disk it looks like a crash
+                    close_state(folder, "failed", CRASH, error=INTERRUPTED)
     return child.returncode
 
 
@@ -167,6 +189,8 @@ class _Requests:
         self.folder = folder
         self.session: int | None = None
         self.seen: list[int] = []
+        self.impatient = False
+        """Asked to kill it."""
 
     def attach(self, session: int) -> None:
         """From now on there are processes to tell; tell them what was asked meanwhile."""
@@ -183,6 +207,7 @@ class _Requests:
         if again:
             with suppress(ProcessLookupError):
                 os.killpg(self.session, signal.SIGKILL)
+            self.impatient = True
         else:
             self._tell(self.session)
 
@@ -268,15 +293,6 @@ def kill_session(session: int) -> None:
     if left:
         pids = ", ".join(str(p.pid) for p in left)
         say(f"processes {pids} do not die; look at them before starting again")
-
-
-def stamp(path: Path) -> tuple[int, int] | None:
-    """Changes whenever the file is replaced."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns
 
 
 def _exit_code(state: Path | None, status: int) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.strict import Component, Fraction, Positive, PositiveFloat, Strict, Text
+from pipeline.config.strict import Component, Folder, Fraction, Positive, PositiveFloat, Strict, Text
 
 Name = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
 Prefix = Annotated[str, Field(pattern="^[a-z][a-z0-9]*$")]
@@ -124,7 +124,7 @@ class Captions(Strict):
 class Cache(Strict):
     """Where whole shards of a remote data set are kept on a node."""
 
-    folder: Text
+    folder: Folder
     limit_gb: PositiveFloat
     """The longest unused shards are removed above it; each data set has a limit of its own."""
 

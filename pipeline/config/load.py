@@ -13,7 +13,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, time
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -150,6 +150,12 @@ def _without_unset(values: Table) -> Table:
     }
 
 
+@cache
+def _once(path: Path) -> str:
+    """The text of a pipe, which can be read only once."""
+    return path.read_text(encoding="utf-8-sig")
+
+
 def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     """A file and all that it builds on, the ones that win last.
 
@@ -160,7 +166,7 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     if path.resolve() in above:
         raise ConfigError("base files go in a circle: " + " -> ".join(str(p) for p in chain))
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(_once(path) if path.is_fifo() else path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         named_by = f", which {above[-1]} names as its base" if above else ""
         raise ConfigError(f"cannot read {path}{named_by}: {error.strerror}") from error

@@ -18,7 +18,7 @@ from pydantic import (
 
 from pipeline.config.data import Beside, Cache, Captions, Crop, Data, Image, Source
 from pipeline.config.durations import Duration
-from pipeline.config.strict import Component, Fraction, Positive, PositiveFloat, Strict, Text, Weights, Width
+from pipeline.config.strict import Component, Folder, Fraction, Positive, PositiveFloat, Strict, Text, Weights, Width
 
 __all__ = [
     "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "Every",
@@ -147,7 +147,7 @@ class Every(Strict):
 class Run(Strict):
     """The run as a whole."""
 
-    folder: Text
+    folder: Folder
     """Run folder: checkpoints, metrics, report."""
     length: Duration
     global_batch: Positive

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Strict(BaseModel):
@@ -20,6 +20,16 @@ class Strict(BaseModel):
 
 
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _written_out(path: str) -> str:
+    if path.startswith("~"):
+        raise ValueError(f"{path!r}: ~ is not replaced, and would be the name of a folder; write the path out")
+    return path
+
+
+Folder = Annotated[Text, AfterValidator(_written_out)]
+"""A folder that is made if it is not there."""
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -29,3 +29,26 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def stamp(path: Path) -> str | None:
+    """Changes whenever the file is replaced or written to; None: there is none."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return f"{facts.st_ino}:{facts.st_mtime_ns}"
+
+
+def room(folder: Path) -> str:
+    """How full the disk is, in words: its bytes, and the number of files that it has room for when that is what lacks.
+
+    ``folder`` exists.
+    """
+    facts = os.statvfs(folder)
+    mount = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.is_mount())
+    free, total = facts.f_bavail * facts.f_frsize, facts.f_blocks * facts.f_frsize
+    text = f"the disk at {mount} has {free / 1e9:.3f} GB free of {total / 1e9:.3f} GB"
+    if facts.f_files and not facts.f_favail:
+        text += f", and no room for another file: all its {facts.f_files:,} inodes are in use"
+    return text

@@ -122,6 +122,24 @@ def by_first(work: Callable[[], T]) -> T:
     return cast("T", result)
 
 
+def by_all(work: Callable[[], T]) -> T:
+    """Do ``work`` on every rank; if one or more cannot, all raise the first one's error, which is said once."""
+    result: T | None = None
+    error: SluiceError | None = None
+    try:
+        result = work()
+    except SluiceError as raised:
+        error = raised
+    errors = gather_objects(error)
+    failed = [rank for rank, found in enumerate(errors) if found is not None]
+    if failed:
+        first = cast("SluiceError", errors[failed[0]])
+        text = str(first) if len(failed) == len(errors) else f"rank {failed[0]}: {first}"
+        first.args, first.everywhere = (text,), True
+        raise first
+    return cast("T", result)
+
+
 def from_first(value: T) -> T:
     """Rank 0's ``value``, on every rank."""
     if dist.get_world_size() == 1:

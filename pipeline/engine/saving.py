@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import CheckpointError
-from pipeline.core.files import replace_file, sync_folder
+from pipeline.core.files import replace_file, room, sync_folder
 from pipeline.core.tensors import write_tensors
 from pipeline.dist.group import gather_objects
 from pipeline.engine.checkpoint import LATEST, MANIFEST, PREFIX, CheckpointStore, manifest_text, sha256_of
@@ -54,13 +54,6 @@ def write_fragments(path: Path, fragments: Iterable[Fragment]) -> dict[str, Spec
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return specs
-
-
-def room(folder: Path) -> str:
-    """How full the disk is, in words."""
-    usage = shutil.disk_usage(folder)
-    mount = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.is_mount())
-    return f"the disk at {mount} has {usage.free / 1e9:.3f} GB free of {usage.total / 1e9:.3f} GB"
 
 
 class Task(threading.Thread):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
 
+from pipeline.core.files import stamp
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "stop"
+OLD_STOP = "SLUICE_OLD_STOP"
+"""Environment variable: the stamp of a stop file that was there before this start, so that it is not for this one."""
 
 
 class StopRequest:
@@ -15,8 +20,14 @@ class StopRequest:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / STOP_FILE
+        self.old = os.environ.get(OLD_STOP) or stamp(self.file)
         self.reason: str | None = None
         self.interrupted = False
+
+    def forget_old(self) -> None:
+        """Remove what an earlier start was asked, but not what this one was asked while it began."""
+        if self.old is not None and stamp(self.file) == self.old:
+            self.file.unlink(missing_ok=True)
 
     def listen(self) -> None:
         """Take the stop signals; a second SIGINT interrupts at once."""

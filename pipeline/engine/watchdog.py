@@ -6,18 +6,23 @@ waited longer, the stacks of all threads of all ranks are written to ``stacks/ra
 others is named from the beats, and the processes end, so that the run is started again from its newest checkpoint.
 
 The thread runs while the main one waits in a collective. A rank whose main thread holds the interpreter cannot run it:
-for that case C code waits as well, writes the stacks to stderr and ends the process.
+for that case a small process waits as well, has the rank write its stacks to stderr, and kills it.
+
+A job that was suspended (``scontrol suspend``) has not hung: the thread sees that it has not run itself, and the small
+process counts its own turns and not seconds, so that the time in which nothing ran counts for neither.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,8 +37,55 @@ FACTOR = 10
 """A step is too long when it takes so many times the median."""
 PATIENCE = 6
 """What is not a step has so many times the floor."""
+SUSPENDED = 10
+"""Ticks without a turn after which the thread takes the whole process to have been stopped."""
 KNOWN_STEPS = 3
 """Steps after which their median is believed."""
+
+
+_GUARD = """
+import os, select, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)  # what asks a rank to stop is not for this
+tick, rank, turns, allowed = float(sys.argv[1]), int(sys.argv[2]), 0, 0
+while True:
+    if select.select([0], [], [], tick)[0]:
+        told = os.read(0, 4096)
+        if not told:
+            sys.exit()
+        turns, allowed = 0, int(told.split()[-1])
+    elif os.getppid() != rank:
+        sys.exit()
+    elif allowed:
+        turns += 1
+        if turns > allowed:
+            os.kill(rank, signal.SIGUSR2)
+            time.sleep(5 * tick)
+            os.kill(rank, signal.SIGKILL)
+            sys.exit()
+"""
+"""Reads from a pipe how many turns, of a tick each, the rank may be silent; then has it write its stacks, and kills it.
+When the rank is gone the pipe ends, and so does this."""
+
+
+class _Guard:
+    """The small process that watches the watchdog; see :data:`_GUARD`."""
+
+    def __init__(self, tick: float) -> None:
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+        command = [sys.executable, "-I", "-S", "-c", _GUARD, str(tick), str(os.getpid())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def allow(self, turns: int) -> None:
+        """The next word of the rank comes before the guard has had so many turns."""
+        assert self._process.stdin is not None
+        with suppress(OSError):  # somebody has killed it
+            os.write(self._process.stdin.fileno(), b"%d\n" % turns)
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+        faulthandler.unregister(signal.SIGUSR2)
 
 
 def limit(pulse: Pulse, floor: float) -> float:
@@ -105,23 +157,30 @@ class Watchdog:
         """End watching."""
         self._over.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        with closing(_Guard(self.tick)) as guard:
+            self._turns(guard)
+
+    def _turns(self, guard: _Guard) -> None:
+        turn = time.monotonic()
         while not self._over.wait(self.tick):
+            now = time.monotonic()
+            if now - turn > SUSPENDED * self.tick:
+                self.pulse.began = min(now, self.pulse.began + now - turn)
+            turn = now
             allowed = limit(self.pulse, self.floor)
             waited = time.monotonic() - self.pulse.began
             noticed = False
             # A sign of life that cannot be written, as over a network, is one that is missed, and so is another's call.
-            # Were it to end this thread, the timer below would end the process.
+            # Were it to end this thread, the guard below would end the process.
             with suppress(OSError):
                 noticed = self.marker.exists()
                 if waited > 2 * self.tick:
                     self.pulse.live()
                 if self.lock is not None:
                     self._keep(self.lock)
-            # Re-armed by each turn of this thread: it comes only if the thread cannot run.
-            faulthandler.dump_traceback_later(allowed + 10 * self.tick, exit=True, file=2)
+            guard.allow(int(allowed / self.tick) + 10)  # with each turn of this thread: it acts if there are none
             if noticed:
                 self._follow()
             elif waited > allowed:

@@ -15,6 +15,8 @@ from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.record.process import boot, born
+
 FOLDER = "beats"
 WIDTH = 512
 """Bytes of a line, its end included: a host's name may have 255."""
@@ -39,6 +41,10 @@ class Beat:
     """From the start of the step before last to that of the last one; None before the second."""
     alive: float | None = None
     """When the rank's watchdog thread last ran, while the phase lasts long; None until then."""
+    boot: str = ""
+    """Of its machine; empty: of a program that did not say."""
+    born: str = ""
+    """When its process was started; see :mod:`pipeline.record.process`."""
 
 
 class Pulse:
@@ -53,7 +59,8 @@ class Pulse:
     def __init__(self, folder: Path, rank: int, attempt: int) -> None:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         self._file = os.open(folder / FOLDER / f"{rank:05d}", os.O_RDWR | os.O_CREAT, 0o666)
-        self.last = Beat(rank, socket.gethostname(), os.getpid(), attempt, 0, "start", time.time())
+        host, pid = socket.gethostname(), os.getpid()
+        self.last = Beat(rank, host, pid, attempt, 0, "start", time.time(), boot=boot(), born=born(pid) or "")
         self.began = time.monotonic()
         """When the phase began, by a clock that is never set."""
         self.steps: deque[float] = deque(maxlen=100)

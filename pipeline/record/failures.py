@@ -10,7 +10,7 @@ from pipeline.config.exitcodes import CONFIG
 from pipeline.core.errors import LaunchError
 from pipeline.record.beats import read_beats
 from pipeline.record.files import Lines, read_lines
-from pipeline.record.state import State
+from pipeline.record.state import INTERRUPTED, State
 
 FILE = "failures.jsonl"
 LIMIT = 3
@@ -29,6 +29,8 @@ class Failure:
     error: str | None
     rank: int | None
     """Where it was seen first."""
+    config: str | None = None
+    """Digest of the configuration."""
 
 
 def read_failures(folder: Path) -> list[Failure]:
@@ -40,15 +42,16 @@ def remember(folder: Path, before: State) -> None:
     """Note how the last attempt failed, if it did, before the next one begins.
 
     A mistake of the user's (exit code 2) does not count: it is not started again by itself, but when it is mended.
+    Nor does it that somebody lost patience.
     """
-    if before.outcome not in ("running", "failed") or before.exit_code == CONFIG:
+    if before.outcome not in ("running", "failed") or before.exit_code == CONFIG or before.error == INTERRUPTED:
         return
     if any(failure.attempt == before.attempt for failure in read_failures(folder)[-1:]):
         return
     beats = [beat for beat in read_beats(folder) if beat.attempt == before.attempt]
     step = before.fault if before.fault is not None else max((b.step for b in beats), default=before.step)
     lines = Lines(folder / FILE)
-    lines.append(asdict(Failure(before.attempt, step, before.exit_code, before.error, before.rank)))
+    lines.append(asdict(Failure(before.attempt, step, before.exit_code, before.error, before.rank, before.config)))
     lines.close()
 
 
@@ -68,14 +71,19 @@ def repeated(steps: Sequence[int | None]) -> bool:
     return not known or max(known) - min(known) <= 1
 
 
-def refuse_repetition(folder: Path) -> None:
-    """Do not start again what has just failed several times at the same step.
+def refuse_repetition(folder: Path, config: str) -> None:
+    """Do not start again what has just failed several times at the same step, unless it was mended meanwhile.
+
+    Args:
+        folder: the run's.
+        config: digest of the configuration.
 
     Raises:
         LaunchError: it has.
     """
     last = read_failures(folder)[-LIMIT:]
-    if repeated([failure.step for failure in last]):
+    same = all(failure.config in (None, config) for failure in last)
+    if same and repeated([failure.step for failure in last]):
         error = next((f.error for f in reversed(last) if f.error), "the processes were killed without a word")
         raise LaunchError(
             f"step {last[-1].step} of {folder} has failed {LIMIT} times in a row, last with: {error}. "

@@ -3,7 +3,8 @@
 Where the file system has locks, the operating system answers, and knows at once that the holder is dead. Where it has
 none, or only between processes of one machine (Lustre without ``flock``, some FUSE), the holder shows that it lives by
 writing into the file every few seconds: who finds the lock held from another machine watches it for a while, and takes
-it over only if nothing moves. Clocks of two machines are never compared.
+it over only if nothing moves. Clocks of two machines are never compared. The file holds its own inode, by which a copy
+of a run folder is known for one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import LaunchError
+from pipeline.record.process import boot, born
 
 FILE = "lock"
 WIDTH = 512
@@ -26,6 +29,10 @@ RENEWED = 5.0
 """Seconds between two signs of life of the holder."""
 STALE = 4 * RENEWED
 """A lock of another machine that has not moved for so long is of a job that is dead."""
+LOOK = 1.0
+"""How long somebody who holds the lock and does not say who may do so."""
+ORPHANED = 20.0
+"""How long the loaders of a rank of this machine that was killed may take to let go of it."""
 LEFT_BEHIND = 300.0
 """How long processes of the same SLURM job, on nodes that the scheduler gave up, may take to die."""
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
@@ -39,9 +46,9 @@ class RunLock:
         self._file: int | None = None
         self._me: dict[str, Any] = {
             "host": socket.gethostname(),
-            "boot": _boot(),
+            "boot": boot(),
             "pid": os.getpid(),
-            "born": _born(os.getpid()),
+            "born": born(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
             "token": secrets.token_hex(8),
         }
@@ -52,23 +59,29 @@ class RunLock:
         Raises:
             LaunchError: another job, which is alive, has it.
         """
-        deadline = time.monotonic() + LEFT_BEHIND
+        began = time.monotonic()
         while True:
             try:
                 return self._take()
             except LaunchError:
-                holder = read_lock(self.path)
-                ours = holder is not None and holder["job"] is not None and holder["job"] == self._me["job"]
-                if not ours or time.monotonic() > deadline:
+                if time.monotonic() > began + self._patience(read_lock(self.path)):
                     raise
-                time.sleep(RENEWED)
+                time.sleep(RENEWED / 20)
+
+    def _patience(self, holder: dict[str, Any] | None) -> float:
+        """Seconds to wait for who has the lock: he may be dead, and his children or other nodes not know it yet."""
+        if holder is None:
+            return LOOK
+        if holder["job"] is not None and holder["job"] == self._me["job"]:
+            return LEFT_BEHIND
+        return ORPHANED if holder["boot"] == boot() and born(holder["pid"]) != holder["born"] else 0.0
 
     def _take(self) -> None:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._file = file
             locks = self._system_lock(file)
-            before = read_lock(self.path)
+            before = None if copied(self.path) else read_lock(self.path)
             elsewhere = before is not None and before["boot"] != self._me["boot"]
             if before is not None and (elsewhere or not locks):
                 self._refuse_if_alive(before, elsewhere)
@@ -96,7 +109,7 @@ class RunLock:
 
     def _refuse_if_alive(self, before: dict[str, Any], elsewhere: bool) -> None:
         if not elsewhere:
-            if _born(before["pid"]) == before["born"]:
+            if born(before["pid"]) == before["born"]:
                 raise refusal(self.path.parent, before)
             return
         deadline = time.monotonic() + STALE
@@ -124,7 +137,8 @@ class RunLock:
 
     def _write(self) -> None:
         assert self._file is not None
-        text = json.dumps(self._me | {"time": time.time()}).encode().ljust(WIDTH - 1) + b"\n"
+        own = {"time": time.time(), "inode": os.fstat(self._file).st_ino}
+        text = json.dumps(self._me | own).encode().ljust(WIDTH - 1) + b"\n"
         os.pwrite(self._file, text, 0)
         os.fsync(self._file)  # over NFS, other machines see it only then
 
@@ -147,6 +161,19 @@ def read_lock(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def copied(path: Path) -> bool:
+    """Whether a lock was copied with its folder: it then says nothing of this one."""
+    found = read_lock(path)
+    return found is not None and found.get("inode", path.stat().st_ino) != path.stat().st_ino
+
+
+def moving(folders: Sequence[Path]) -> set[Path]:
+    """Those of the run folders whose holder, on whatever machine and by whatever clock, shows that it lives."""
+    before = {folder: read_lock(folder / FILE) for folder in folders}
+    time.sleep(1.5 * RENEWED if before else 0.0)
+    return {folder for folder, found in before.items() if found and read_lock(folder / FILE) not in (None, found)}
+
+
 def refusal(folder: Path, holder: dict[str, Any] | None) -> LaunchError:
     """What a second job in ``folder`` is told."""
     who = "another job" if holder is None else f"process {holder['pid']} on {holder['host']}"
@@ -162,20 +189,7 @@ def refuse_second(folder: Path) -> None:
     Raises:
         LaunchError: it has. Holders on other machines are found out by the ranks, which can wait.
     """
-    holder = read_lock(folder / FILE)
-    here = holder is not None and holder["boot"] == _boot()
-    if holder is not None and here and _born(holder["pid"]) == holder["born"]:
+    holder = None if copied(folder / FILE) else read_lock(folder / FILE)
+    here = holder is not None and holder["boot"] == boot()
+    if holder is not None and here and born(holder["pid"]) == holder["born"]:
         raise refusal(folder, holder)
-
-
-def _boot() -> str:
-    """Tells machines apart, and a machine from itself before it was started anew."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _born(pid: int) -> str | None:
-    """When a process of this machine was started, so that another of the same number is not taken for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return None

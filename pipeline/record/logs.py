@@ -106,6 +106,14 @@ def rank_log(folder: Path, rank: int) -> Iterator[None]:
                 os.close(descriptor)
 
 
+def outlive_readers() -> None:
+    """From now on, work does not end because nobody reads its output any more, as after ``| head -1``."""
+    if sys.stdout is sys.__stdout__:  # not what a test has put there
+        _flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        sys.stdout, sys.stderr = (_text(_Or(number, nowhere, BrokenPipeError)) for number in (1, 2))
+
+
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
@@ -115,8 +123,12 @@ def _flush() -> None:
 class _Or(io.RawIOBase):
     """Writes to one descriptor, or to another where the first one's disk is full: a message must not be lost of it."""
 
-    def __init__(self, number: int, instead: int) -> None:
-        self._number, self._instead = number, instead
+    def __init__(self, number: int, instead: int, errors: type[OSError] = OSError) -> None:
+        self._number, self._instead, self._errors = number, instead, errors
+
+    @override
+    def isatty(self) -> bool:
+        return os.isatty(self._number)
 
     @override
     def writable(self) -> bool:
@@ -130,7 +142,7 @@ class _Or(io.RawIOBase):
     def write(self, data: Buffer) -> int:
         try:
             return os.write(self._number, data)
-        except OSError:
+        except self._errors:
             return os.write(self._instead, data)
 
 

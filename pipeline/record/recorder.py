@@ -46,7 +46,7 @@ class Recorder:
         self._attempt = attempt
         self._metrics = MetricsLog(folder)
         self._notes = Lines(self._folder / NOTES)
-        self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=step + 1 if attempt else None)
+        self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=step + 1)
         if config:
             self._board.add_text("config", f"```toml\n{config}\n```", step)
         # A bar is drawn on the terminal itself; plain lines belong into the log, which comes to the console too.

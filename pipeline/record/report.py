@@ -37,8 +37,8 @@ PICTURE_BYTES = 1_200_000
 """Most bytes of pictures in a page, before base64; steps are left out, evenly, until they fit."""
 _PICTURE_SIDE = 1200
 _PICTURE_STEPS = 8
-_ENLARGED = 160
-"""Pixels of the shorter side to which tiny pictures are enlarged, so that their own pixels can be seen."""
+_ENLARGED = 640
+"""Pixels of the longer side to which small pictures are enlarged, by whole factors up to four."""
 _STATES = {"finished": "finished", "running": "running", "failed": "failed", "requeue": "stopped, to be resumed"}
 _PLACED = {"samples", "epoch", "attempt", "step", "data_digest", "step_seconds"}
 """Quantities of a metrics line that have no curve of their own."""
@@ -119,11 +119,9 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is damaged.
     """
-    try:
-        last = provenance.read(folder)
-    except ValueError as error:
-        path = folder / provenance.FILE
-        raise DataError(f"{path} is damaged ({error}); remove it to write the report without it") from error
+    last, path = provenance.read(folder), folder / provenance.FILE
+    if not last and path.exists():
+        raise DataError(f"{path} is damaged; remove it to write the report without it")
     return [*last.pop("earlier", []), last] if last else []
 
 
@@ -299,13 +297,13 @@ def _encode(shown: Shown) -> _Shot:
         image = file.convert("RGB")
     image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
     data = io.BytesIO()
-    image.save(data, "WEBP", quality=82, lossless=min(image.size) <= _ENLARGED // 2)
+    image.save(data, "WEBP", quality=82, lossless=2 * max(image.size) <= _ENLARGED)
     return _Shot(shown, data.getvalue(), image.width, image.height)
 
 
 def _shot(shot: _Shot) -> str:
     shown, data, width, height = shot
-    scale = max(1, _ENLARGED // min(width, height))
+    scale = max(1, min(4, _ENLARGED // max(width, height)))
     kind = ' class="small"' if scale > 1 else ""
     source = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
     return (
@@ -324,6 +322,14 @@ def _origin(folder: Path, starts: Sequence[Mapping[str, Any]]) -> str:
     config = folder / provenance.CONFIG_FILE
     if config.exists():
         parts.append(_folded("Configuration", f"<pre>{escape(config.read_text(encoding='utf-8'))}</pre>"))
+    if changes := [change for start in starts[-1:] for change in start.get("changes", [])]:
+        pairs = [
+            (f"after step {change['step']:,}", f"{key}: {was['before']}, now {was['now']}")
+            for change in changes
+            for key, was in change["settings"].items()
+        ]
+        parts.append(_folded("Settings that became others", _facts(pairs)))
+    starts = [{k: v for k, v in start.items() if k != "changes"} for start in starts]
     before: dict[str, str] = {}
     for number, start in enumerate(starts, start=1):
         flat = dict(_flat(start))

@@ -13,6 +13,8 @@ from pipeline.core.files import replace_file
 from pipeline.record.files import dumps
 
 FILE = "state.json"
+INTERRUPTED = "ended by Ctrl-C, before it could save"
+"""The error of a run that a person ended at once."""
 Outcome = Literal["running", "finished", "failed", "requeue"]
 
 
@@ -34,6 +36,8 @@ class State:
     """Where a failure was seen first."""
     fault: int | None = None
     """Step at which it failed, as its beats say (:mod:`pipeline.record.beats`)."""
+    config: str | None = None
+    """Digest of the configuration of this attempt."""
 
 
 def read_state(folder: Path) -> State | None:

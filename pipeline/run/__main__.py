@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config import load
 from pipeline.config.exitcodes import CRASH, FINISHED
 from pipeline.core.errors import SluiceError
-from pipeline.record.logs import rank_log
+from pipeline.record.logs import outlive_readers, rank_log
 from pipeline.run.ending import ending
 
 
@@ -34,6 +34,11 @@ def main(argv: Sequence[str]) -> int:
 
         sizes = (args.image_size and tuple(args.image_size), args.patch_size and tuple(args.patch_size))
         return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes, args.weights))
+
+    if args.command == "rewind":
+        from pipeline.run.rewind import rewind
+
+        return guarded(lambda: rewind(args.run, args.step))
 
     if args.command == "plan":
         from pipeline.run.cost import cost
@@ -78,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--image-size", type=int, nargs=2)
     export.add_argument("--patch-size", type=int, nargs=2)
     export.add_argument("--weights", default="model")
+    rewind = commands.add_parser("rewind")
+    rewind.add_argument("--run", required=True)
+    rewind.add_argument("--step", type=int, required=True)
     report = commands.add_parser("report")
     report.add_argument("--run", required=True, action="append", dest="runs")
     return parser
@@ -119,4 +127,5 @@ def _run_folder(config: str, overrides: Sequence[str]) -> Path | None:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

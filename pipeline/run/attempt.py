@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -9,15 +10,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.config import provenance
+from pipeline.config.exitcodes import CRASH
 from pipeline.config.resolve import Plan
 from pipeline.config.schema import RunConfig
 from pipeline.core.errors import LaunchError
 from pipeline.dist.group import Place, by_first
+from pipeline.engine.stopping import StopRequest
 from pipeline.engine.watchdog import Watchdog
 from pipeline.record.beats import Pulse
 from pipeline.record.failures import refuse_repetition, remember
 from pipeline.record.lock import RunLock
-from pipeline.record.state import State, close_state, read_state, write_state
+from pipeline.record.state import INTERRUPTED, State, close_state, read_state, write_state
 from pipeline.run.ending import ending
 
 T = TypeVar("T")
@@ -31,10 +34,16 @@ class Attempt:
     number: int
     """How often the run was started before."""
     pulse: Pulse
+    config: str
+    """Digest of the configuration."""
     begun: bool = False
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: Plan, stop: StopRequest) -> None:
         """Say that the run runs, on all ranks together.
+
+        Args:
+            plan: the run in numbers.
+            stop: what an earlier start was asked is forgotten now.
 
         Raises:
             LaunchError: on every rank; the folder cannot be written.
@@ -42,7 +51,8 @@ class Attempt:
 
         def say() -> None:
             before = read_state(self.folder)
-            write_state(self.folder, State("running", None, before.step if before else 0, self.number))
+            stop.forget_old()
+            self._running(before.step if before else 0)
             provenance.write(self.folder, plan)
 
         by_first(lambda: in_folder(self.folder, say))
@@ -50,7 +60,10 @@ class Attempt:
 
     def saved(self, step: int) -> None:
         """Say that a checkpoint is there, on rank 0."""
-        write_state(self.folder, State("running", None, step, self.number))
+        self._running(step)
+
+    def _running(self, step: int) -> None:
+        write_state(self.folder, State("running", None, step, self.number, config=self.config))
 
 
 def in_folder(folder: Path, work: Callable[[], T]) -> T:
@@ -85,14 +98,15 @@ def attempt(config: RunConfig, place: Place) -> Iterator[Attempt]:
             assert lock is not None
             folder.mkdir(parents=True, exist_ok=True)
             lock.take()
-            return _number(folder)
+            return _number(folder, digest)
 
+        digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
         number = by_first(lambda: in_folder(folder, take))
-        pulse = stack.enter_context(closing(Pulse(folder, place.rank, number)))
+        pulse = stack.enter_context(closing(in_folder(folder, lambda: Pulse(folder, place.rank, number))))
         watchdog = Watchdog(folder, pulse, config.engine.hang_minutes * 60, lock)
         watchdog.start()
         stack.callback(watchdog.stop)
-        found = Attempt(folder, number, pulse)
+        found = Attempt(folder, number, pulse, digest)
         try:
             yield found
         except Exception as error:
@@ -100,13 +114,17 @@ def attempt(config: RunConfig, place: Place) -> Iterator[Attempt]:
                 code, text = ending(error, place.rank)
                 close_state(folder, "failed", code, error=text, rank=place.rank, fault=pulse.last.step)
             raise
+        except KeyboardInterrupt:
+            if found.begun:
+                close_state(folder, "failed", CRASH, error=INTERRUPTED, rank=place.rank, fault=pulse.last.step)
+            raise
 
 
-def _number(folder: Path) -> int:
+def _number(folder: Path, config: str) -> int:
     """How often the run was started before; how it ended the last time is noted."""
     before = read_state(folder)
     if before is None:
         return 0
     remember(folder, before)
-    refuse_repetition(folder)
+    refuse_repetition(folder, config)
     return before.attempt + 1

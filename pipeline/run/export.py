@@ -44,7 +44,10 @@ def export(
     with process_group(timeout_minutes=10) as place:
         trained = restore(Path(run), checkpoint, place, parse_weights(weights))
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {folder}: {error.strerror}; name another") from error
     _write_encoder(trained, folder, image_size, patch_size)
     objective, config, facts, saved = trained
     made = {"step": str(saved.step), "config": config.model_dump_json(), IMAGE_SIZE: json.dumps(facts.image_size)}

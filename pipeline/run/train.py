@@ -18,7 +18,7 @@ from pipeline.core.contract import check_batch
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.protocols import Batch, Clock, StepContext, Stream
 from pipeline.data.stream import facts
-from pipeline.dist.group import Place, from_first, process_group, sum_over_ranks
+from pipeline.dist.group import Place, by_all, from_first, process_group, sum_over_ranks
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CheckpointStore
@@ -140,13 +140,13 @@ def train(path: str, overrides: Sequence[str]) -> int:
     stop.listen()
     with ExitStack() as stack:
         place = stack.enter_context(process_group(config.engine.timeout_minutes))
-        manifest = manifests.load(config.data.train)
+        manifest = by_all(lambda: manifests.load(config.data.train))
         plan = resolve(config, manifest.samples, place.world_size, path)
         start = stack.enter_context(attempt(config, place))
         notes = load.dropped(path, overrides)
         store = CheckpointStore(Path(config.run.folder) / CHECKPOINTS, place, notes.append)
         beginning = find_beginning(config, plan, store, path)
-        start.begin(plan)
+        start.begin(plan, stop)
         preflight(Path(config.run.folder), place)
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
         sample, tokenizer = sample_batch(config, manifest), tokenizer_of(config, manifest)

@@ -228,3 +228,20 @@ def test_dump_of_a_suite_loads_back(write):
     suite = load_suite(write("suite.toml", SUITE))
     assert [e.name for e in suite.evals] == ["knn", "linear_probe"]
     assert load_suite(write("again.toml", dump(suite))) == suite
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf" + RUN.encode())
+    assert load_run(tmp_path / "run.toml") == load_run(written(tmp_path / "plain.toml"))
+
+
+@pytest.mark.parametrize("key", ["run.folder", "data.cache.folder"])
+def test_a_home_that_nobody_replaces_is_refused(key, tmp_path):
+    path = written(tmp_path / "run.toml")
+    with pytest.raises(ConfigError, match=rf"{key}: .*~ is not replaced.*write the path out"):
+        load_run(path, [f"{key}=~/runs/x", "data.cache.limit_gb=1"])
+
+
+def written(path):
+    path.write_text(RUN)
+    return path

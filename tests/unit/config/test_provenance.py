@@ -49,6 +49,7 @@ def checkout(tmp_path):
 
 def test_what_is_written(started, monkeypatch):
     folder, _, plan = started
+    monkeypatch.delenv(provenance.COMMAND, raising=False)
     monkeypatch.setattr(sys, "argv", ["run.py", "train", "--config", "a b.toml"])
     monkeypatch.setattr(provenance, "code_state", lambda source: ("abc", b"+ change\n"))
     provenance.write(folder, plan)

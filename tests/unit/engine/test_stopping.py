@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 
-from pipeline.engine.stopping import STOP_SIGNALS, StopRequest
+from pipeline.core.files import stamp
+from pipeline.engine.stopping import OLD_STOP, STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture
@@ -45,3 +47,20 @@ def test_ctrl_c_once_saves_although_the_request_came_another_way_as_well(first, 
     except KeyboardInterrupt:  # would end the tests
         pytest.fail("the rank does not save")
     assert request_to_stop.asked()
+
+
+def test_what_an_earlier_start_was_asked_is_forgotten_but_not_what_this_one_was(tmp_path, monkeypatch):
+    (tmp_path / "stop").touch()
+    StopRequest(tmp_path).forget_old()
+    assert not (tmp_path / "stop").exists()
+
+    (tmp_path / "stop").touch()
+    monkeypatch.setenv(OLD_STOP, stamp(tmp_path / "stop") or "")
+    os.utime(tmp_path / "stop", ns=(1, 2))  # asked again, between the launcher's start and the rank's
+    stop = StopRequest(tmp_path)
+    stop.forget_old()
+    assert stop.asked() and (tmp_path / "stop").exists()
+
+    monkeypatch.setenv(OLD_STOP, "none")
+    StopRequest(tmp_path).forget_old()
+    assert (tmp_path / "stop").exists()

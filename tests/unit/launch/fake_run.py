@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-FACTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+FACTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "DS_ACCELERATOR", "SLUICE_OLD_STOP")
 FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
 

@@ -18,6 +18,7 @@ from launch import history
 from launch.agent import port_of
 from launch.decide import Budget
 from launch.job import Job
+from pipeline.core.files import stamp
 from pipeline.record.beats import Pulse
 
 FAKE = """#!{python}
@@ -127,7 +128,7 @@ def test_a_run_that_finishes(place: Place):
     assert told["GLOO_SOCKET_IFNAME"] == told["NCCL_SOCKET_IFNAME"] == "lo"
     (attempt,) = history.attempts(place.run)
     assert (attempt.job, attempt.nodes, attempt.exit_code, attempt.step) == ("7", ["n1", "n2"], 0, 12)
-    assert not (place.run / "stop").exists()
+    assert told["SLUICE_OLD_STOP"] == stamp(place.run / "stop"), "the ranks know what is not for them"
 
 
 def test_a_crash_on_sound_nodes_starts_the_ranks_again(place: Place):

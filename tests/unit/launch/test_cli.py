@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import cli, local
+from pipeline.config import provenance
+from pipeline.core.errors import LaunchError
 from pipeline.record.state import State, write_state
 from tests.integration.runs import SMOKE
 
@@ -22,6 +26,8 @@ ODD = "a 'b' \"c\"; $(touch oops)\nd"
 @pytest.fixture
 def sluice(monkeypatch, capfd):
     """Exit code, output and messages of a command, run in this process."""
+    monkeypatch.setenv(provenance.COMMAND, "")  # so that what the command sets is taken back
+    monkeypatch.delenv(provenance.COMMAND)
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sluice", *words])
@@ -50,15 +56,15 @@ def started(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("how", "name", "kept"),
+    ("how", "name"),
     [
-        (["--procs", "3"], "train", True),
-        (["--hostfile", "hosts"], "train_hosts", True),
-        (["--nodes", "2", "--node-rank", "1", "--master", "127.0.0.1:29500"], "train_part", False),
+        (["--procs", "3"], "train"),
+        (["--hostfile", "hosts"], "train_hosts"),
+        (["--nodes", "2", "--node-rank", "1", "--master", "127.0.0.1:29500"], "train_part"),
     ],
 )
 @pytest.mark.parametrize("code", [0, 1, 2, 70, 75])
-def test_the_exit_code_of_a_run_is_that_of_the_command(how, name, kept, code, tmp_path, sluice, started):
+def test_the_exit_code_of_a_run_is_that_of_the_command(how, name, code, tmp_path, sluice, started, monkeypatch):
     started.append(code)
     folder = tmp_path / ODD
     words = ["train", str(SMOKE / "mae.toml"), "--set", f"run.folder={json.dumps(str(folder))}", *how]
@@ -67,9 +73,8 @@ def test_the_exit_code_of_a_run_is_that_of_the_command(how, name, kept, code, tm
     assert (called, path, overrides) == (name, SMOKE / "mae.toml", [words[3]]) and config.run.folder == str(folder)
     told = {"train": 3, "train_hosts": Path("hosts")}
     assert rest == [told[name]] if name in told else rest[0].node == 1
-    note = folder / "launch" / "started.json"
-    assert note.exists() == kept, "of a run by hand on each host there is no one command"
-    assert not kept or json.loads(note.read_text())["arguments"] == words
+    assert provenance.command()["command"] == ["sluice", *words], "so are the ranks told"
+    assert not folder.exists(), "nothing is written before it is known that it runs"
     assert not list(tmp_path.rglob("oops"))
 
 
@@ -116,3 +121,70 @@ def test_a_reader_who_has_seen_enough_is_no_error(logged):
         assert process.stdout.read(4) == b"=== "
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+
+
+PLACE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "10.9.9.9", "MASTER_PORT": "1"}
+
+
+def test_a_place_that_is_left_over_is_not_used_and_said(monkeypatch, capfd):
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    local.check_alone(os.environ)
+    assert "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment" in capfd.readouterr().err
+    assert not PLACE.keys() & local.child_environment(1).keys()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "left over, too")  # of another shell: no torchrun above this process
+    assert not PLACE.keys() & local.child_environment(1).keys()
+
+
+def test_torchrun_places_its_ranks(tmp_path):
+    code = "import json, os, sys; from launch import local; local.check_alone(os.environ)\n"
+    code += "found = local.child_environment(1); print(json.dumps([found.get('RANK'), found.get('WORLD_SIZE')]))"
+    (tmp_path / "rank.py").write_text(code)
+    launcher = tmp_path / "torchrun"
+    launcher.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[1:]])\n"
+    )
+    launcher.chmod(0o755)
+    environment = os.environ | PLACE | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(SMOKE.parents[1])}
+    done = subprocess.run([launcher, tmp_path / "rank.py"], env=environment, capture_output=True, text=True)
+    assert (json.loads(done.stdout), done.stderr) == (["1", "2"], "")
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+@pytest.mark.parametrize("command", [["train", "c.toml"], ["eval", "run", "suite.toml"], ["export", "run", "out"]])
+def test_what_was_started_several_times_does_not_run_several_times(name, command, sluice, monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(SMOKE / "mae.toml", "c.toml")
+    shutil.copy(SMOKE.parent / "eval" / "glyphs.toml", "suite.toml")
+    monkeypatch.setenv(name, "2")
+    code, out, err = sluice(*command)
+    assert (code, out) == (2, "") and "has started this command 2 times" in err and name in err
+
+
+def test_a_pipe_is_read_where_it_is_read_once(sluice, tmp_path):
+    text = (SMOKE / "mae.toml").read_text()
+    fifo = tmp_path / "c.toml"
+    os.mkfifo(fifo)
+    for words, part in ((["check"], "no manifest"), (["train"], "is a pipe"), (["submit"], "is a pipe")):
+        writer = threading.Thread(target=lambda: fifo.write_text(text), daemon=True)
+        writer.start()
+        code, _, err = sluice(*words, str(fifo))
+        assert code == 2 and part in err, err
+        if words == ["check"]:
+            writer.join(10)
+
+
+def test_a_checkpoint_needs_no_run(tmp_path):
+    run, alone = tmp_path / "run", tmp_path / "best"
+    inside = run / "checkpoints" / "step-00000001"
+    for folder in (inside, alone):
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.json").touch()
+    (run / "config.toml").touch()
+    assert cli._run_and_checkpoint(run) == (run, None)
+    assert cli._run_and_checkpoint(inside) == (run, inside)
+    assert cli._run_and_checkpoint(alone) == (alone, alone)
+    with pytest.raises(LaunchError, match="neither a run folder nor a checkpoint"):
+        cli._run_and_checkpoint(run / "none")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch import history
-from launch.control import cancel, note_start, read_log, resume_command
-from launch.history import Attempt
+from launch.control import cancel, read_log, resume_command
+from launch.history import Attempt, Submitted
 from pipeline.core.errors import LaunchError
 from pipeline.record.state import State, write_state
 from tests.unit.launch.test_status import beat, gone, run, slurm, submitted  # noqa: F401
@@ -81,18 +82,59 @@ def test_nothing_to_cancel(run):  # noqa: F811
     assert not (run / "stop").exists()
 
 
-def test_the_command_that_began_a_run_goes_on_with_it(run, slurm, tmp_path, monkeypatch):  # noqa: F811
+def began(folder, *words, where="/somewhere", time="2026"):
+    facts = json.loads((folder / "provenance.json").read_text())
+    facts |= {"time": time, "folder": where, "command": ["sluice", *words]}
+    (folder / "provenance.json").write_text(json.dumps(facts))
+
+
+def test_the_command_that_began_a_run_goes_on_with_it(run, slurm, tmp_path):  # noqa: F811
     write_state(run, State("requeue", 75, 31, 0))
-    with pytest.raises(LaunchError, match="nobody noted how"):
+    with pytest.raises(LaunchError, match=r"nobody noted how .*config\.toml and --set run\.folder"):
         resume_command(run)
-    monkeypatch.chdir(tmp_path)
-    note_start(run, ["train", "a b.toml", "--set", "x=$(y)"])
-    assert resume_command(run) == (str(tmp_path), ["train", "a b.toml", "--set", "x=$(y)"])
+    began(run, "train", "a b.toml", "--set", "x=$(y)")
+    assert resume_command(run) == ("/somewhere", ["train", "a b.toml", "--set", "x=$(y)"])
+    (run / "config.toml").touch()  # from now on it is the folder's own configuration that counts
+    own = ["train", str(run / "config.toml"), "--set", f'run.folder="{run}"']
+    assert resume_command(run) == ("/somewhere", own)
+    began(run, "train", "--procs=2", "a b.toml", "--set=x=1", "--hostfile", "h", "--set", "y=2")
+    assert resume_command(run)[1] == [*own, "--procs=2", "--hostfile", "h"]
     submitted(run)
-    assert resume_command(run) == (str(tmp_path), ["submit", "c.toml", "--nodes", "2"])
-    started = run / "launch" / "started.json"
-    started.write_text(json.dumps(json.loads(started.read_text()) | {"time": "2999-01-01"}))
-    assert resume_command(run)[1][0] == "train"
+    assert resume_command(run)[1] == ["submit", *own[1:], "--nodes", "2"]
+    began(run, "train", "c.toml", time="2999")
+    assert resume_command(run)[1] == own
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_another_folder_goes_on_with_itself(run, slurm, tmp_path, how):  # noqa: F811
+    write_state(run, State("requeue", 75, 31, 0))
+    began(run, "train", "c.toml", "--procs", "2", where=str(tmp_path))
+    (run / "config.toml").touch()
+    other = run.with_name("two")
+    if how == "moved":
+        run.rename(other)
+    else:
+        shutil.copytree(run, other)
+    words = ["train", str(other / "config.toml"), "--set", 'run.folder="runs/two"', "--procs", "2"]
+    assert resume_command(other) == (str(tmp_path), words)
+
+
+def test_the_job_of_another_folder_is_not_cancelled(run, slurm):  # noqa: F811
+    """Of a copy, or of one whose job's number was given out again."""
+    entry = Submitted(history.now(), "7", "big", 2, None, "c.toml", ["submit"], "sluice-one", str(run.resolve()))
+    history.append(run, entry)
+    (slurm / "queue").write_text("7 7 RUNNING sluice-one\n")
+    copy = run.with_name("two")
+    shutil.copytree(run, copy)
+    write_state(copy, State("finished", 0, 100, 0))
+    with pytest.raises(LaunchError, match="neither queued nor running: finished"):
+        cancel(copy)
+    assert "asked to save" in cancel(run)
+    (slurm / "queue").write_text("7 7 RUNNING sluice-another\n")
+    write_state(run, State("finished", 0, 100, 0))
+    with pytest.raises(LaunchError, match="neither queued nor running: finished"):
+        cancel(run)
+    assert "scancel" not in (slurm / "said").read_text()
 
 
 def test_a_run_at_work_is_not_resumed(run, slurm):  # noqa: F811
@@ -110,13 +152,11 @@ def test_a_run_at_work_is_not_resumed(run, slurm):  # noqa: F811
 def test_resume_becomes_the_command(run, tmp_path):  # noqa: F811
     for rank in (0, 1):
         beat(run, rank, pid=gone())
-    (run / "launch").mkdir()
-    facts = {"time": "2026", "folder": str(tmp_path), "arguments": ["check", "no such.toml"]}
-    (run / "launch" / "started.json").write_text(json.dumps(facts))
+    began(run, "train", "no such.toml", where=str(tmp_path))
     with sluice("resume", str(run), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert out == f"in {tmp_path}: sluice check no such.toml\n" and "no such.toml" in err
+    assert out == f"in {tmp_path}: sluice train 'no such.toml'\n" and "no such.toml" in err
 
 
 def test_tensorboard_listens_to_this_machine_alone(run):  # noqa: F811

@@ -11,11 +11,12 @@ from unittest.mock import patch
 
 import pytest
 
-from launch import hosts, local, node
+from launch import hosts, local, node, supervise
 from launch.hosts import DOWN, Order, Part, ask_hosts, carried, ssh_options
 from launch.local import deepspeed_part, train_hosts, train_part
 from pipeline.config.load import load_run
 from pipeline.core.errors import LaunchError
+from pipeline.core.files import stamp
 from pipeline.record.lock import RunLock
 from tests.integration.runs import SMOKE
 
@@ -109,11 +110,12 @@ def started(tmp_path, monkeypatch):
     config = load_run(CONFIG, [f"run.folder='{tmp_path}'"])
 
     def start(number: int, status: int, port: int = 0, **more) -> int:
-        def stand_in(command, folder, environment, watch):
+        def stand_in(command, folder, environment, watch, working_folder=None):
             environments.append(dict(environment))
             return status
 
-        monkeypatch.setattr(local, "run_session", stand_in)
+        for module in (local, supervise):
+            monkeypatch.setattr(module, "run_session", stand_in)
         monkeypatch.setattr(local, "interface", lambda part: "eth7")
         return train_part(config, CONFIG, [], Part(number, (1, 1), "h0", port, "h0"), **more)
 
@@ -143,13 +145,15 @@ def test_only_the_first_host_looks_at_the_port(started):
         assert started(1, 0, port) == 0
 
 
-def test_only_who_starts_a_run_forgets_what_an_earlier_one_was_asked(tmp_path, started):
+def test_only_who_starts_a_run_says_what_an_earlier_one_was_asked(tmp_path, started, monkeypatch):
     (tmp_path / "stop").touch()
     started(1, 0)
+    started(0, 0)
+    monkeypatch.setenv("SLUICE_OLD_STOP", "the starter's")
     started(0, 0, tied=True)
     assert (tmp_path / "stop").exists()
-    started(0, 0)
-    assert not (tmp_path / "stop").exists()
+    said = [environment.get("SLUICE_OLD_STOP") for environment in started.environments]
+    assert said == [None, stamp(tmp_path / "stop"), "the starter's"]
 
 
 def test_gloo_is_told_the_interface_unless_the_user_has(started, monkeypatch):
@@ -194,7 +198,7 @@ def test_a_hostfile_becomes_one_process_on_each_host(tmp_path, monkeypatch):
     assert order.folder == os.getcwd() and order.environment["NCCL_TEST"] == "x"
     assert found["hostfile"] == "h1 slots=1\nh2 slots=1\n" and "--master_port=4321" in found["words"]
     assert found["folder"] == "/", "where no .deepspeed_env lies about"
-    assert not (tmp_path / "stop").exists()
+    assert order.environment["SLUICE_OLD_STOP"] == stamp(tmp_path / "stop")
 
 
 def test_no_secret_is_carried_to_another_host():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from launch import history
-from launch.control import cancel, note_start, read_log, resume_command
+from launch import history, status
+from launch.control import cancel, read_log
 from launch.history import Attempt
-from launch.status import details, find_runs, table
+from launch.status import details, find_runs, read_status, table
 from pipeline.core.errors import LaunchError
+from pipeline.record import lock
 from pipeline.record.lock import RunLock
 from pipeline.record.state import State, write_state
 from tests.unit.launch.test_status import beat, gone, only, run, slurm, submitted  # noqa: F401
@@ -146,29 +151,81 @@ def test_a_job_that_has_not_begun_to_train_has_nothing_to_save(tmp_path, slurm):
     assert (slurm / "said").read_text().splitlines()[-1] == "scancel 7" and not history.asked_to_end(new, "7")
 
 
-def test_a_run_goes_on_from_the_folder_in_which_it_was_begun(run, slurm, tmp_path, monkeypatch):  # noqa: F811
-    write_state(run, State("requeue", 75, 31, 0))
-    monkeypatch.chdir("/")
-    submitted(run)
-    assert resume_command(run)[0] == str(tmp_path)  # as the provenance says
-    facts = {"time": "2999-01-01", "folder": "/else where", "arguments": ["train"]}
-    (run / "launch" / "started.json").write_text(json.dumps(facts))
-    assert resume_command(run) == ("/else where", ["train"])
-
-
 def test_a_log_whose_only_attempt_is_the_first_is_shown_whole(run):  # noqa: F811
     (run / "logs").mkdir()
     (run / "logs" / "rank-00000.log").write_text("=== first\na === b\nc\n")
     assert b"".join(read_log(run, 0, follow=False)) == b"=== first\na === b\nc\n"
 
 
-def test_a_run_at_work_is_not_told_that_it_was_started_otherwise(run, tmp_path):  # noqa: F811
-    note_start(run, ["train", "first.toml"])
+def test_a_link_to_a_run_is_a_run(run, tmp_path):  # noqa: F811
+    elsewhere = tmp_path / "scratch" / "big"
+    elsewhere.parent.mkdir()
+    run.rename(elsewhere)
+    run.symlink_to(elsewhere)
+    assert find_runs(tmp_path / "runs") == [run]
+
+
+def test_one_bad_folder_does_not_hide_the_others(run, tmp_path, slurm, capsys, monkeypatch):  # noqa: F811
+    bad = tmp_path / "runs" / "bad"
+    shutil.copytree(run, bad)
+    (bad / "provenance.json").write_text('{"plan": 7}')
+    submitted(run)
+    (slurm / "squeue").write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    closed = tmp_path / "runs" / "closed"
+    closed.mkdir()
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: deny(path) if Path(path) == closed else scan(path))
+    assert find_runs(tmp_path / "runs") == [bad, run]
+    lines = table(read_status([bad, run])).splitlines()
+    assert "unreadable" in lines[1] and "running" in lines[2]
+    said = capsys.readouterr().err
+    assert f"passed over {closed}: Permission denied" in said and "no controller" in said
+    with pytest.raises(LaunchError, match=f"cannot read what {bad} says"):
+        read_status([bad])
+
+
+def deny(path):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_folder_of_runs_may_be_named(run, capsys):  # noqa: F811
+    status.show([run.parent], watch=False)
+    assert capsys.readouterr().out.startswith(f"{run}: running")
+    with pytest.raises(LaunchError, match="no such is no run folder"):
+        status.show([run.parent / "no such"], watch=False)
+
+
+def test_a_copy_of_a_run_at_work_is_not_at_work(run):  # noqa: F811
     held = RunLock(run)
     held.take()
-    (run / "stop").touch()
-    with pytest.raises(LaunchError, match=f"in use by process {os.getpid()}"):
-        note_start(run, ["train", "second.toml"])
-    assert (run / "stop").exists(), "what it was asked is still asked"
-    assert json.loads((run / "launch" / "started.json").read_text())["arguments"] == ["train", "first.toml"]
+    copy = run.with_name("two")
+    shutil.copytree(run, copy)
+    assert (only(run).phase, only(copy).phase) == ("running", "died")
     held.release()
+
+
+def test_a_process_that_has_only_the_number_is_not_the_run(run):  # noqa: F811
+    for rank in (0, 1):
+        beat(run, rank, born="1")
+    assert only(run).phase == "died"
+    for rank in (0, 1):
+        beat(run, rank, boot="another")
+    assert only(run).phase == "running", "a machine of which only the clock is known"
+
+
+@pytest.mark.parametrize("ahead", [300.0, -300.0])
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_clock_that_is_wrong_kills_no_run(run, ahead, moves, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(lock, "RENEWED", 0.2)
+    held = RunLock(run)
+    held.take()
+    for rank in (0, 1):
+        beat(run, rank, boot="another machine", time=time.time() - ahead)
+    over = threading.Event()
+    thread = threading.Thread(target=lambda: [held.renew() for _ in range(1000) if moves and not over.wait(0.02)])
+    thread.start()
+    phase = only(run).phase
+    over.set()
+    thread.join()
+    held.release()
+    assert phase == ("running" if moves or ahead < 0 else "died")

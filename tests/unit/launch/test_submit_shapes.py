@@ -15,7 +15,7 @@ from launch.history import Submitted
 from launch.job import Job
 from launch.profile import Container, Profile
 from launch.submit import Request
-from pipeline.config import load
+from pipeline.config import load, provenance
 from pipeline.core.errors import ConfigError
 from tests.unit.launch.test_submit import ROOT, dry, request_of, write  # noqa: F401
 
@@ -56,14 +56,17 @@ def test_all_of_a_profile_reaches_the_job(request_of, tmp_path, sbatch):  # noqa
     submit.submit(request_of(nodes=2, cluster=str(cluster)), dry_run=False)
     notes = tmp_path / "run" / "launch"
     config, place = str(notes / "config-001.toml"), ["--procs", "2", "--nodes", "2", "--node-rank", "{node}"]
-    assert Job.read(notes / "job-001.json") == Job(
+    job = Job.read(notes / "job-001.json")
+    told = json.loads(job.environment[provenance.COMMAND])
+    assert told["command"][:2] == ["sluice", "submit"] and told["folder"] == os.getcwd()
+    assert job == Job(
         kind="pretrain",
         run=str(tmp_path / "run"),
         arguments=["-m", "launch", "train", config, *place, "--master", "{master}"],
         nodes=2,
         ranks_per_node=2,
         python=["/opt/python"],
-        environment={"TMPDIR": "/mine", "A": "b c"},
+        environment={"TMPDIR": "/mine", "A": "b c", provenance.COMMAND: job.environment[provenance.COMMAND]},
         srun=["--cpus-per-task=3", "--label"],
         interface="ib0",
         launcher="deepspeed",
@@ -186,3 +189,56 @@ def test_a_profile_that_is_no_toml_is_a_message(tmp_path):
     (tmp_path / "p.toml").write_text("partition = [")
     with pytest.raises(ConfigError, match=rf"cannot read the cluster profile {tmp_path}/p.toml: "):
         profile.load(str(tmp_path / "p.toml"))
+
+
+def test_what_would_change_a_submission_behind_its_back_stays_here(monkeypatch):
+    """What says which SLURM, who pays and where jobs run by habit goes along; the shape of the job is the plan's."""
+    kept = {"SLURM_CONF": "/etc/s", "SBATCH_ACCOUNT": "mine", "SBATCH_PARTITION": "big", "HOME_OF_DATA": "x"}
+    lost = {
+        **{"SBATCH_EXPORT": "NONE", "SBATCH_WAIT": "1", "SBATCH_ARRAY_INX": "0-9", "SBATCH_REQUEUE": "0"},
+        **{"SBATCH_MEM_PER_NODE": "1", "SBATCH_GET_USER_ENV": "1", "SBATCH_SIGNAL": "KILL@1", "SBATCH_OPEN_MODE": "t"},
+        **{"SLURM_NTASKS": "7", "SLURM_EXPORT_ENV": "NONE", "SRUN_CPUS_PER_TASK": "9", "SALLOC_PARTITION": "x"},
+    }
+    for name, value in (kept | lost).items():
+        monkeypatch.setenv(name, value)
+    found = slurm.submission(os.environ)
+    assert kept.items() <= found.items() and not lost.keys() & found.keys()
+
+
+def test_a_question_is_answered_whole(tmp_path, monkeypatch):
+    """Filters and formats of the user's own would hide jobs, and a command that asks back would wait for ever."""
+    command = tmp_path / "squeue"
+    command.write_text("#!/bin/sh\nenv\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("SQUEUE_STATES", "SQUEUE_PARTITION", "SCANCEL_INTERACTIVE", "SINFO_PARTITION"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    said = slurm.call("squeue").splitlines()
+    assert not [line for line in said if line.startswith(("SQUEUE_", "SCANCEL_", "SINFO_"))]
+    assert {"SLURM_TIME_FORMAT=standard", "SLURM_JOB_ID=7"} <= set(said)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "names"),
+    [
+        ("n1", ["n1"]),
+        ("n[1-2,07-09],m3", ["n1", "n2", "n07", "n08", "n09", "m3"]),
+        ("r[1-2]n[3,5]", ["r1n3", "r1n5", "r2n3", "r2n5"]),
+        ("a,b-c[9-10]-x", ["a", "b-c9-x", "b-c10-x"]),
+    ],
+)
+def test_nodes_are_known_without_scontrol(nodes, names, monkeypatch):
+    monkeypatch.setenv("PATH", "/none")
+    assert slurm.node_names(nodes) == names
+
+
+def test_a_command_that_is_not_there_is_not_waited_for(monkeypatch):
+    monkeypatch.setenv("PATH", "/none")
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(slurm.MissingCommand, match="scontrol is not on this machine; submit from a login node"):
+        slurm.patiently(lambda: slurm.facts("7"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(slurm.MissingCommand, match="scontrol is not in this job; its nodes need"):
+        slurm.patiently(lambda: slurm.facts("7"))

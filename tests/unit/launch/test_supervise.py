@@ -15,7 +15,9 @@ from launch.local import child_environment, deepspeed_command
 from launch.supervise import session_members, supervise
 from pipeline.config.load import load_run
 from pipeline.core.errors import LaunchError
+from pipeline.core.files import stamp
 from pipeline.record.lock import RunLock
+from pipeline.record.state import INTERRUPTED, read_state
 from tests.integration.runs import SMOKE
 
 ROOT = Path(__file__).parents[3]
@@ -116,8 +118,20 @@ def test_exit_code(tmp_path, capfd, words, code):
 def test_what_an_earlier_run_left_behind_is_not_this_run_s(tmp_path):
     (tmp_path / "state.json").write_text('{"outcome": "finished", "exit_code": 0}')
     (tmp_path / "stop").touch()
-    assert supervise(rank(tmp_path, "leave=1"), tmp_path, environment()) == 1
-    assert not (tmp_path / "stop").exists()
+    assert supervise(rank(tmp_path, "tell", "leave=1"), tmp_path, environment()) == 1
+    told = json.loads((tmp_path / "rank-None.json").read_text())
+    assert told["SLUICE_OLD_STOP"] == stamp(tmp_path / "stop"), "nor removed before it is known that it runs"
+
+
+def test_who_was_killed_by_ctrl_c_twice_has_not_failed(tmp_path, started):
+    (tmp_path / "state.json").write_text('{"outcome": "running", "exit_code": null, "step": 3, "attempt": 0}')
+    process = started(rank(tmp_path, "until=never"))
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert process.wait(60) == 1
+    found = read_state(tmp_path)
+    assert found is not None and found.error == INTERRUPTED
 
 
 def test_folder_that_cannot_be_made(tmp_path):

@@ -91,7 +91,9 @@ def test_a_run_that_has_finished_may_take_its_time(tmp_path, monkeypatch):
 
 def test_the_command_has_its_folder_and_an_input_that_does_not_end(tmp_path):
     """Over ssh, the end of the input is the end of the run."""
-    assert supervise(rank(tmp_path, "input_goes_on", "tell", FINISHED), tmp_path, environment(), "/") == 0
+    assert (
+        supervise(rank(tmp_path, "input_goes_on", "tell", FINISHED), tmp_path, environment(), working_folder="/") == 0
+    )
     assert json.loads((tmp_path / "rank-None.json").read_text())["folder"] == "/"
 
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,7 @@ import pytest
 from pipeline.core.errors import LaunchError
 from pipeline.record import lock
 from pipeline.record.lock import FILE, RunLock, read_lock, refuse_second
-from tests.unit.record.test_lock import no_locks, other, pretend, quick  # noqa: F401
+from tests.unit.record.test_lock import ROOT, no_locks, other, pretend, quick  # noqa: F401
 
 
 def test_without_slurm_nobody_is_waited_for(tmp_path, other, monkeypatch):  # noqa: F811
@@ -68,9 +73,9 @@ def test_a_launcher_refuses_only_for_a_live_process_of_this_machine(tmp_path):
         refuse_second(tmp_path)
     pretend(tmp_path, born="long ago")  # a process that had this number before
     refuse_second(tmp_path)
-    pretend(tmp_path, born=lock._born(os.getpid()), boot="another machine")
+    pretend(tmp_path, born=lock.born(os.getpid()), boot="another machine")
     refuse_second(tmp_path)
-    pretend(tmp_path, boot=lock._boot(), pid=2**22 + 1)
+    pretend(tmp_path, boot=lock.boot(), pid=2**22 + 1)
     refuse_second(tmp_path)
 
 
@@ -94,7 +99,7 @@ def test_each_word_of_the_holder_is_sent_to_where_other_machines_read_it(tmp_pat
 
 
 def test_a_longer_word_of_the_holder_before_leaves_nothing(tmp_path):
-    (tmp_path / FILE).write_bytes(json.dumps({"boot": lock._boot(), "pid": 2**22 + 1, "host": "n" * 300}).encode())
+    (tmp_path / FILE).write_bytes(json.dumps({"boot": lock.boot(), "pid": 2**22 + 1, "host": "n" * 300}).encode())
     held = RunLock(tmp_path)
     held.take()
     assert held.mine()
@@ -150,3 +155,64 @@ def test_only_another_s_name_in_the_file_says_that_it_is_lost(tmp_path):
     (tmp_path / FILE).write_bytes(written)
     pretend(tmp_path, token="the other's")
     assert not held.mine() and held.lost()
+
+
+def test_a_copy_of_a_run_at_work_is_free(tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    held = RunLock(run)
+    held.take()
+    shutil.copytree(run, copy)
+    assert lock.copied(copy / FILE) and not lock.copied(run / FILE)
+    refuse_second(copy)
+    second = RunLock(copy)
+    second.take()
+    assert held.mine() and second.mine()
+    run.rename(tmp_path / "moved")  # while it is at work
+    with pytest.raises(LaunchError, match=f"process {os.getpid()} on "):
+        refuse_second(tmp_path / "moved")
+
+
+def test_a_process_that_is_dead_but_not_collected_holds_nothing(tmp_path):
+    code = "import sys; from pathlib import Path; from pipeline.record.lock import RunLock; import time\n"
+    code += "held = RunLock(Path(sys.argv[1])); held.take(); print('held', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie
+    assert (Path("/proc") / str(process.pid)).exists()
+    refuse_second(tmp_path)
+    RunLock(tmp_path).take()
+    process.communicate()
+
+
+def test_children_of_a_killed_rank_are_waited_for(tmp_path, quick):  # noqa: F811
+    """They have its file, and so its lock, until they notice."""
+    code = "import os, sys, time; from pathlib import Path; from pipeline.record.lock import RunLock\n"
+    code += "held = RunLock(Path(sys.argv[1])); held.take(); sys.stdout.flush()\n"
+    code += "child = os.fork()\nif not child: print('held', flush=True); time.sleep(1.5); os._exit(0)\ntime.sleep(600)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    process.kill()
+    process.wait()
+    held = RunLock(tmp_path)
+    held.take()
+    assert held.mine()
+    process.communicate()
+
+
+def test_who_moves_is_seen_without_a_clock(tmp_path, quick):  # noqa: F811
+    dead, live = tmp_path / "dead", tmp_path / "live"
+    for folder in (dead, live):
+        folder.mkdir()
+        held = RunLock(folder)
+        held.take()
+        pretend(folder, boot="another machine", time=0.0)
+    over = threading.Event()
+    thread = threading.Thread(target=lambda: [pretend(live, time=n) for n in range(1000) if not over.wait(0.05)])
+    thread.start()
+    assert lock.moving([dead, live, tmp_path / "none"]) == {live}
+    over.set()
+    thread.join()

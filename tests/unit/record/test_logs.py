@@ -194,3 +194,24 @@ def test_program_whose_log_cannot_be_written_says_so(tmp_path):
     what = [sys.executable, "-m", "pipeline.run", *words]
     done = subprocess.run(what, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("sluice: cannot write") and "Traceback" not in done.stderr
+
+
+def test_work_outlives_those_who_read_of_it(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.record.logs import outlive_readers\n"
+        "outlive_readers()\n"
+        "print('first', flush=True); sys.stdin.read()\n"
+        "for _ in range(3): print('more', flush=True); print('said', file=sys.stderr)\n"
+        "Path(sys.argv[1]).touch()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "whole")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
+    assert process.stdout is not None and process.stdout.readline() == b"first\n"
+    process.stdout.close()
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.close()
+    with process.stderr as said:
+        assert said.read() == b"said\n" * 3
+    assert process.wait(60) == 0 and (tmp_path / "whole").exists()

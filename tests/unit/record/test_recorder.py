@@ -136,3 +136,13 @@ def test_a_run_that_is_resumed(tmp_path, monkeypatch):
     assert sorted(events.Tags()["scalars"]) == ["loss", "samples"]
     assert events.Tags()["images"] == ["showcase/grid"]
     assert b"seed = 1" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_steps_are_not_doubled_though_nobody_knows_of_the_earlier_start(tmp_path, monkeypatch):
+    """As when state.json is gone: the attempt is 0 again."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for step in (0, 2):
+        with closing(Recorder(tmp_path, total_steps=4, step=step)) as recorder:
+            for at in range(step + 1, 4):
+                recorder.log(at, {"loss": float(at + step)})
+    assert [(e.step, e.value) for e in board(tmp_path).Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 5.0)]

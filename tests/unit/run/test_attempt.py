@@ -13,6 +13,7 @@ from pipeline.config.load import load_run
 from pipeline.config.resolve import resolve
 from pipeline.core.errors import ConfigError, LaunchError
 from pipeline.dist.group import Place
+from pipeline.engine.stopping import StopRequest
 from pipeline.record.beats import read_beats
 from pipeline.record.lock import FILE, RunLock, read_lock
 from pipeline.record.state import State, read_state, write_state
@@ -31,7 +32,7 @@ def start(tmp_path, lone_group):
         plan = resolve(config, 100, 1, str(path))
         with module.attempt(config, Place(0, 1, 0, torch.device("cpu"), timedelta(minutes=1))) as found:
             if begins:
-                found.begin(plan)
+                found.begin(plan, StopRequest(tmp_path / "run"))
             yield found
 
     return begin

@@ -1,7 +1,10 @@
+import pytest
 import torch
 
+from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Export
 from pipeline.nn.weights import read
+from pipeline.run import export as module
 from pipeline.run.export import write
 
 
@@ -16,3 +19,10 @@ def test_what_an_objective_offers_is_written_in_its_kind(tmp_path, capsys):
     assert not (tmp_path / "third").exists()
     said = capsys.readouterr().out
     assert "other.load(...)" in said and "third has no such block" in said
+
+
+def test_a_file_is_no_folder_to_export_into(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "restore", lambda *args: None)
+    (tmp_path / "out").touch()
+    with pytest.raises(ConfigError, match=r"cannot make the folder .*out: File exists; name another"):
+        module.export(str(tmp_path), None, str(tmp_path / "out"))

@@ -14,6 +14,8 @@ from pipeline.record.logs import log_path, log_ranks
 from pipeline.run.__main__ import guarded
 from tests.integration.runs import SMOKE
 
+ROOM = "; make room and start again to resume\n"
+
 
 @pytest.mark.parametrize(
     ("rank", "error", "code", "said"),
@@ -22,8 +24,8 @@ from tests.integration.runs import SMOKE
         (3, ConfigError("mend it"), 2, ""),  # every rank has it, and the first one says so
         (3, DataError("lost"), 2, "sluice: rank 3: lost\n"),
         (0, NonFiniteError("nan"), 70, "sluice: nan\n"),
-        (1, OSError(errno.ENOSPC, "full", "/x"), 2, "sluice: rank 1: full (/x); make room and start again to resume\n"),
-        (1, OSError(errno.EDQUOT, "quota"), 2, "sluice: rank 1: quota; make room and start again to resume\n"),
+        (1, OSError(errno.ENOSPC, "full", "/o/x"), 2, f"sluice: rank 1: full (/o/x){ROOM}"),
+        (1, OSError(errno.EDQUOT, "quota"), 2, f"sluice: rank 1: quota{ROOM}"),
     ],
 )
 def test_what_the_user_can_mend_is_one_message(rank, error, code, said, monkeypatch, capsys):
@@ -33,6 +35,24 @@ def test_what_the_user_can_mend_is_one_message(rank, error, code, said, monkeypa
     monkeypatch.setenv("RANK", str(rank))
     assert guarded(fail) == code
     assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_of_somebody_elses_is_no_traceback(number, capsys):
+    def fail() -> int:
+        raise OSError(number, os.strerror(number), "/theirs/results.json")
+
+    assert guarded(fail) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sluice: {os.strerror(number)} (/theirs/results.json)") and "name another folder" in said
+
+
+def test_a_full_disk_says_what_is_full(tmp_path, capsys):
+    def fail() -> int:
+        raise OSError(errno.ENOSPC, "full", str(tmp_path / "x"))
+
+    assert guarded(fail) == 2
+    assert f"full ({tmp_path}/x): the disk at / has " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), OSError(errno.EIO, "odd")])
