@@ -21,6 +21,7 @@ from pipeline.config.schema import Optimizer as OptimizerConfig
 from pipeline.core.protocols import Batch, Objective, StepContext
 from pipeline.dist.group import Place
 from pipeline.engine import optimizers
+from pipeline.engine.asked import Built
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.fragments import Slot
 
@@ -50,6 +51,25 @@ class AccelerateEngine(BaseEngine):
             dist.broadcast(tensor, src=0)
         # evaluation_mode: no DistributedDataParallel
         self.model = self.accelerator.prepare_model(objective, evaluation_mode=True)
+
+    @override
+    def built(self) -> Built:
+        import accelerate
+        from accelerate.utils import DistributedType, DynamoBackend
+
+        state = self.accelerator.state
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        compiler = state.dynamo_plugin.backend
+        settings = {
+            "precision": {"no": "fp32"}.get(state.mixed_precision, state.mixed_precision),
+            # Both divide the loss.
+            "accumulation": self.accumulation * self.accelerator.gradient_accumulation_steps,
+            "parallelism": "none" if state.distributed_type in plain else state.distributed_type.value,
+            "compiler": "none" if compiler is DynamoBackend.NO else compiler.value,
+        }
+        places = {id(p): number for number, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        groups = {name: places[id(p)] for name, p in self.objective.named_parameters() if id(p) in places}
+        return Built(f"Accelerate {accelerate.__version__}", self.optimizer, groups, settings)
 
     @override
     def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:

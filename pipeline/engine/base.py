@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.core.protocols import Average, Batch, Clock, Objective, StepContext, StepOutput
 from pipeline.dist.group import Place
 from pipeline.engine import fragments, optimizers
+from pipeline.engine.asked import Built
 from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import Fragment, Slot, Spec
 
@@ -29,6 +30,10 @@ class BaseEngine(ABC):
     place: Place
     ema: Ema | None = None
     """Moving averages of the trained parameters."""
+
+    @abstractmethod
+    def built(self) -> Built:
+        """What the library has made of what was asked for, as it says itself."""
 
     @abstractmethod
     def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:

@@ -26,6 +26,7 @@ from pipeline.config.schema import Optimizer as OptimizerConfig
 from pipeline.core.protocols import Average, Batch, Objective, StepContext
 from pipeline.dist.group import Place
 from pipeline.engine import optimizers
+from pipeline.engine.asked import Built
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.fragments import MODEL, Fragment, Slot
 
@@ -80,6 +81,7 @@ class DeepSpeedEngine(BaseEngine):
         self, objective: Objective, config: EngineConfig, optimizer: OptimizerConfig, plan: Plan, place: Place
     ) -> None:
         deepspeed = _import(place.timeout)
+        self.version = deepspeed.__version__
         self.objective = objective.to(place.device)
         self.place = place
         self.stage = config.zero
@@ -97,6 +99,40 @@ class DeepSpeedEngine(BaseEngine):
             config=settings(config, optimizer, plan),
             dist_init_required=False,
         )
+
+    @override
+    def built(self) -> Built:
+        stepped = self.engine.optimizer
+        while not isinstance(stepped, torch.optim.Optimizer):
+            stepped = stepped.optimizer
+        half = str(self.engine.torch_autocast_dtype()).replace("torch.bfloat16", "bf16")
+        precisions = {
+            "fp16": self.engine.fp16_enabled(),
+            "bf16 parameters": self.engine.bfloat16_enabled(),
+            half: self.engine.torch_autocast_enabled(),
+        }
+        settings = {
+            "precision": ", ".join(name for name, enabled in precisions.items() if enabled) or "fp32",
+            "accumulation": self.engine.gradient_accumulation_steps(),
+            "micro-batch": self.engine.train_micro_batch_size_per_gpu(),
+            "global batch": self.engine.train_batch_size(),
+            "parallelism": f"ZeRO {self.engine.zero_optimization_stage()}",
+            "clip": self.engine.gradient_clipping(),
+            "compiler": "torch.compile" if self.engine.is_compiled else "none",
+        }
+        return Built(f"DeepSpeed {self.version}", stepped, self._groups(stepped), settings)
+
+    def _groups(self, stepped: torch.optim.Optimizer) -> dict[str, int]:
+        """Number of the group of each parameter of which this rank has a part."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            numbers = ((n, zero.grad_position[zero.get_param_id(p)][0]) for n, p in self.names.items())
+            return {name: zero.sub_group_to_group_id[number] for name, number in numbers}
+        if self.stage > 0:
+            mapped = ((n, p._hp_mapping) for n, p in self.names.items())
+            return {name: here.param_group_index for name, here in mapped if here is not None}
+        places = {id(p): number for number, group in enumerate(stepped.param_groups) for p in group["params"]}
+        return {name: places[id(p)] for name, p in self.names.items()}
 
     @override
     def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.config import load
 from pipeline.config.exitcodes import CRASH, FINISHED
 from pipeline.core.errors import SluiceError
+from pipeline.engine.environment import set_aside
 from pipeline.record.logs import outlive_readers, rank_log
 from pipeline.run.ending import ending
 
@@ -20,6 +21,9 @@ from pipeline.run.ending import ending
 def main(argv: Sequence[str]) -> int:
     """Every outcome is an exit code; what the user can mend is one message without a traceback."""
     args = _parser().parse_args(argv)
+    for line in set_aside(os.environ):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"sluice: {line}", file=sys.stderr, flush=True)
     if args.command == "train":
         return guarded(lambda: _train(args.config, args.overrides))
     if args.command == "eval":

@@ -20,11 +20,11 @@ from pipeline.core.protocols import Batch, DataFacts, Objective, Stream
 from pipeline.data.stream import open_stream
 from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.dist.group import Place
+from pipeline.engine import asked, optimizers
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import Saved
 from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import MODEL, Spec
-from pipeline.engine.optimizers import freeze
 
 SHOWN = 8
 """Samples in a showcase."""
@@ -44,7 +44,7 @@ def build_objective(config: RunConfig, data: DataFacts, title: str) -> Objective
     np.random.seed(config.run.seed % 2**32)
     torch.manual_seed(config.run.seed)
     objective = make(settings, data)
-    freeze(objective, config.optimizer.groups, title)
+    optimizers.freeze(objective, config.optimizer.groups, title)
     return objective
 
 
@@ -57,14 +57,15 @@ def build_engine(config: RunConfig, objective: Objective, plan: Plan, place: Pla
 
 
 def _named_engine(config: RunConfig, objective: Objective, plan: Plan, place: Place) -> BaseEngine:
-    """Only the engine that is named is imported."""
+    """Only the engine that is named is imported; what it has become is held against what was asked for."""
     if config.engine.name == "deepspeed":
-        from pipeline.engine.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(objective, config.engine, config.optimizer, plan, place)
-    from pipeline.engine.accelerate import AccelerateEngine
-
-    return AccelerateEngine(objective, config.engine, config.optimizer, plan, place)
+        from pipeline.engine.deepspeed import DeepSpeedEngine as Engine
+    else:
+        from pipeline.engine.accelerate import AccelerateEngine as Engine
+    rules = optimizers.rules(objective, config.optimizer, plan.frozen)
+    engine = Engine(objective, config.engine, config.optimizer, plan, place)
+    asked.hold(engine.built(), objective, config, plan, rules)
+    return engine
 
 
 def build_stream(config: RunConfig, manifest: Manifest, plan: Plan, place: Place) -> Stream:
