@@ -59,7 +59,7 @@ class AccelerateEngine(BaseEngine):
 
         state = self.accelerator.state
         plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        compiler = state.dynamo_plugin.backend
+        compiler = state.dynamo_plugin.backend if state.dynamo_plugin else DynamoBackend.NO
         settings = {
             "precision": {"no": "fp32"}.get(state.mixed_precision, state.mixed_precision),
             # Both divide the loss.
