@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from pipeline.core.classes import class_name
 from pipeline.core.errors import DataError
 from pipeline.core.evaluation import Features
 
@@ -36,6 +37,7 @@ def renumbered(label: Tensor, own: tuple[str, ...], known: tuple[str, ...], what
     Raises:
         DataError: a label's class is not among the known ones, or a name stands for two classes.
     """
+    own, known = (tuple(map(class_name, names)) for names in (own, known))
     if own == known:
         return label
     occurring = [own[number] for number in label.unique().tolist()]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from typing import Any
 
 import numpy as np
 
 from pipeline.config.schema import Strict
 from pipeline.config.schema import Text as Word
+from pipeline.core.classes import class_name
 from pipeline.core.errors import ConfigError
 from pipeline.data.field import Arrays, Column, Field, FieldSource, Sample, Unusable
 from pipeline.data.jsons import read_table, value_at
@@ -40,7 +40,7 @@ class Labels(Field):
         names = config.classes or source.manifest.classes
         if not names:
             raise ConfigError(f"{source.where}.classes: {source.manifest.root} has no list of classes; name them here")
-        self._numbers = {_form(name): number for number, name in enumerate(names)}
+        self._numbers = {class_name(name): number for number, name in enumerate(names)}
         if len(self._numbers) < len(names):
             raise ConfigError(f"{source.where}.classes: a name stands twice among the {len(names)} classes")
         self._classes = len(names)
@@ -70,12 +70,7 @@ class Labels(Field):
         return values
 
     def _number(self, value: Any) -> int:
-        number = self._numbers.get(_form(value), -1) if isinstance(value, str) else value
+        number = self._numbers.get(class_name(value), -1) if isinstance(value, str) else value
         if type(number) is not int or not 0 <= number < self._classes:
             raise ValueError(f"label {str(value)[:40]!r} is not one of the {self._classes} classes")
         return number
-
-
-def _form(name: str) -> str:
-    """The one form of a name that can be written in several."""
-    return unicodedata.normalize("NFC", name).strip()

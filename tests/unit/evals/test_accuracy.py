@@ -57,3 +57,9 @@ def test_names_that_stand_for_two_classes_cannot_be_matched(lone_group):
         run(logits, [0, 1], classes=("crane", "dog"), known=("dog", "crane", "crane"))
     same = ("crane", "dog", "crane")
     assert run([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], [0, 2], classes=same, known=same)["accuracy/top1"].value == 1.0
+
+
+def test_two_ways_to_write_an_accent_are_one_class(lone_group):
+    """As sets of earlier versions hold them: composed in one, with a combining accent in the other."""
+    found = run([[1.0, 0.0], [0.0, 1.0]], [1, 0], classes=("dog", "cafe\u0301"), known=("caf\u00e9", "dog"))
+    assert found["accuracy/top1"].value == 1.0
