@@ -44,6 +44,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("objective.feature_*", "how"),  # of evaluations
     ("optimizer.name", "never"),  # its state is of another kind
     ("optimizer", "course"),
+    ("phases", "course"),
+    ("phases.*.optimizer.name", "never"),
     ("schedule", "course"),
     ("engine", "how"),
     ("engine.precision", "course"),

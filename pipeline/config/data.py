@@ -177,6 +177,12 @@ class Data(Strict):
     """Part of the samples that may be unreadable (and replaced, and noted in the ledger) before the run stops."""
 
     @model_validator(mode="after")
+    def _names_stay_apart(self) -> Data:
+        if both := sorted(set(self.beside) & set(self.fields)):
+            raise ValueError(f"beside.{both[0]} has the name of a field, and its columns would; choose another name")
+        return self
+
+    @model_validator(mode="after")
     def _settings_are_used(self) -> Data:
         wanted = {*self.fields, *(name for beside in self.beside.values() for name in beside.fields)}
         if unused := sorted(set(self.field) - wanted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Literal, cast
 
 from pydantic import GetCoreSchemaHandler
@@ -66,6 +67,15 @@ class Duration:
         else:
             exact = self.value / global_batch
         return max(1, round(exact)) if exact > 0 else 0
+
+    def period(self, *, global_batch: int, steps_per_epoch: Fraction, total_steps: int) -> Fraction:
+        """Updates from one time to the next of what recurs: not rounded, so that nothing drifts. See :meth:`steps`."""
+        value = Fraction(repr(self.value))
+        if self.unit == "%":
+            return value / 100 * total_steps
+        if self.unit == "ep":
+            return value * steps_per_epoch
+        return value if self.unit == "ba" else value / global_batch
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pipeline.config.durations import Duration
 from pipeline.config.mistakes import Mistakes
@@ -35,6 +36,8 @@ class Plan:
     schedule: Schedule
     peak_lr: float
     """After scaling by the global batch."""
+    phase_lr: Mapping[str, float]
+    """Peak of each phase that has an optimizer of its own."""
     log_every: int
     """Steps; 0 is never, here and below."""
     checkpoint_every: int
@@ -82,11 +85,12 @@ def resolve(config: RunConfig, samples: int, world_size: int, title: str = "plan
         warmup_steps=steps(curve.warmup, "schedule.warmup"),
         cooldown_steps=steps(curve.cooldown, "schedule.cooldown") if isinstance(curve, Cooled) else 0,
         schedule=curve,
-        peak_lr=config.optimizer.lr * _scale(config),
+        peak_lr=_peak(config.optimizer, batch),
+        phase_lr={name: _peak(p.optimizer, batch) for name, p in config.phases.items() if p.optimizer is not None},
         log_every=steps(config.every.log),
         checkpoint_every=steps(config.every.checkpoint),
         showcase_every=steps(config.every.showcase),
-        frozen=_frozen(config.optimizer, steps, total, problems),
+        frozen=_frozen(config, steps, total, problems),
     )
     if not problems and plan.warmup_steps + plan.cooldown_steps > total:
         problems.append(
@@ -96,6 +100,12 @@ def resolve(config: RunConfig, samples: int, world_size: int, title: str = "plan
     if problems:
         raise Mistakes(title, problems)
     return plan
+
+
+def period(plan: Plan, duration: Duration) -> Fraction:
+    """Updates from one time to the next of what recurs every ``duration``; 0: never."""
+    per_epoch = Fraction(plan.steps_per_epoch).limit_denominator(plan.global_batch)  # samples / batch, exactly
+    return duration.period(global_batch=plan.global_batch, steps_per_epoch=per_epoch, total_steps=plan.total_steps)
 
 
 def learning_rate(plan: Plan, samples: int) -> float:
@@ -115,27 +125,38 @@ def learning_rate(plan: Plan, samples: int) -> float:
 
 
 def _frozen(
-    optimizer: Optimizer, steps: Callable[[Duration], int], total: int, problems: list[str]
+    config: RunConfig, steps: Callable[[Duration], int], total: int, problems: list[str]
 ) -> dict[str, tuple[int, int]]:
-    """When groups that are frozen for a time are so."""
+    """When groups that are frozen for a time are so, those of phases included: a parameter belongs to one phase."""
     found: dict[str, tuple[int, int]] = {}
-    for place, group in enumerate(optimizer.groups):
+    groups = [
+        (f"{table}.groups[{place}]", group)
+        for table, optimizer in config.optimizers().items()
+        for place, group in enumerate(optimizer.groups)
+    ]
+    for where, group in groups:
         first = steps(group.frozen_from) if group.frozen_from else 0
         end = steps(group.frozen_until) if group.frozen_until else total
         if group.frozen_from and group.frozen_until and first >= end:
             problems.append(
-                f"optimizer.groups[{place}]: frozen_from = {group.frozen_from} (step {first}) comes after "
+                f"{where}: frozen_from = {group.frozen_from} (step {first}) comes after "
                 f"frozen_until = {group.frozen_until} (step {end}); write the earlier one first"
             )
-        if group.frozen_from or group.frozen_until:
-            found[group.prefix] = first, end
+        for_a_time = group.frozen_from or group.frozen_until
+        if for_a_time and found.setdefault(group.prefix, (first, end)) != (first, end):
+            problems.append(f"{where}: {group.prefix!r} is frozen at other times in another table; write it once")
     return found
 
 
-def _scale(config: RunConfig) -> float:
-    """What the batch size does to the learning rate: Goyal et al. 2017 ("linear"), Krizhevsky 2014 ("sqrt")."""
-    ratio = config.run.global_batch / config.optimizer.lr_batch
-    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.optimizer.lr_scaling]
+def phase_learning_rate(plan: Plan, samples: int, phase: str) -> float:
+    """That of a phase: all phases follow one schedule, each from its own peak."""
+    return learning_rate(plan, samples) * (plan.phase_lr.get(phase, plan.peak_lr) / plan.peak_lr)
+
+
+def _peak(optimizer: Optimizer, batch: int) -> float:
+    """What the batch size makes of the learning rate: Goyal et al. 2017 ("linear"), Krizhevsky 2014 ("sqrt")."""
+    ratio = batch / optimizer.lr_batch
+    return optimizer.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optimizer.lr_scaling]
 
 
 def _batch_problems(batch: int, micro: int, world: int) -> list[str]:

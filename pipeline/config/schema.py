@@ -22,8 +22,8 @@ from pipeline.config.strict import Component, Folder, Fraction, Positive, Positi
 
 __all__ = [
     "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "Every",
-    "Fraction", "Group", "Image", "Optimizer", "Positive", "PositiveFloat", "Run", "RunConfig", "Source", "Strict",
-    "SuiteConfig", "Text", "Weights", "Width", "without_silence",
+    "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Run", "RunConfig", "Source",
+    "Strict", "SuiteConfig", "Text", "Weights", "Width", "without_silence",
 ]  # fmt: skip
 
 
@@ -95,6 +95,15 @@ class Optimizer(Strict):
     def _as_written(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What is dumped loads again: settings of other optimizers are left out."""
         return {name: value for name, value in default(self).items() if name not in FOREIGN[self.name]}
+
+
+class Phase(Strict):
+    """One of the updates that make a step of an objective with several: ``[phases.critic]``."""
+
+    updates: Positive = 1
+    """In each step, all on the step's batch."""
+    optimizer: Optimizer | None = None
+    """Left out: as [optimizer]. The schedule is that of all phases."""
 
 
 class EngineConfig(Strict):
@@ -185,6 +194,8 @@ class RunConfig(Strict):
     data: Data
     objective: Component
     optimizer: Optimizer
+    phases: dict[Text, Phase] = Field(default={})
+    """Of an objective that has several; those left out are as [optimizer] says, one update in each step."""
     schedule: Annotated[Component, BeforeValidator(without_silence)] = Component(name="cosine")
     """Of the learning rate: see pipeline/config/schedules."""
     engine: EngineConfig
@@ -192,9 +203,15 @@ class RunConfig(Strict):
     """Left out: none."""
     every: Every = Every()
 
+    def optimizers(self) -> dict[str, Optimizer]:
+        """All that are configured, by the name of their table: "optimizer", "phases.critic.optimizer"."""
+        own = {f"phases.{name}.optimizer": p.optimizer for name, p in self.phases.items() if p.optimizer is not None}
+        return {"optimizer": self.optimizer, **own}
+
     @model_validator(mode="after")
     def _lars_needs_whole_layers(self) -> RunConfig:
-        if self.optimizer.name == "lars" and self.engine.name == "deepspeed" and self.engine.zero > 0:
+        names = {optimizer.name for optimizer in self.optimizers().values()}
+        if "lars" in names and self.engine.name == "deepspeed" and self.engine.zero > 0:
             raise ValueError(
                 "lars scales each layer by its norms, which ZeRO cuts to pieces; set engine.zero = 0, "
                 'or engine.name = "accelerate"'

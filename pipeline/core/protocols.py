@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar, overload
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, overload
 
 import numpy as np
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from pipeline.config.durations import Duration
 from pipeline.core.random import SampleRandom
 
 T = TypeVar("T")
@@ -65,11 +67,20 @@ class StepContext:
     seed: int
     clock: Clock
     training: bool = True
+    phase: str = ""
+    """Whose loss is wanted; "" where the objective has no phases."""
+    repeat: int = 0
+    """Updates that this phase has made in this step."""
     words: Callable[[Batch], list[str]] | None = None
     """Reads the field "text" of a batch; given to showcases where the data has texts."""
 
     def random(self, batch: Batch, purpose: str) -> SampleRandom:
-        """Random numbers that belong to the samples of ``batch``: a function of (seed, epoch, id, purpose) alone."""
+        """Random numbers that belong to the samples of ``batch``: a function of (seed, epoch, id, purpose) alone.
+
+        All phases of a step draw the same ones, unless the purpose names the phase; a phase that makes several updates
+        in a step draws anew for each.
+        """
+        purpose = f"{purpose}/{self.repeat}" if self.repeat else purpose
         return SampleRandom(self.seed, purpose, batch["epoch"], batch["id"])
 
 
@@ -87,6 +98,47 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Loss and metrics of one micro-batch."""
+
+    def phases(self) -> Mapping[str, Sequence[str]]:
+        """Updates that make a step, in this order, where there are several: the prefixes of what each trains.
+
+        ``{"generator": ["decoder."], "critic": ["critic."]}``: the loss that ``forward`` gives under ``ctx.phase``
+        moves the parameters of that phase alone. Every trained parameter belongs to one. Empty: one update of all.
+        """
+        return {}
+
+    def surveys(self) -> Mapping[str, Survey]:
+        """Looks at a whole data set with the present weights, every so often: for pseudo-labels, clusters, centres."""
+        return {}
+
+    def look(self, survey: str, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """What a survey keeps of a batch, a row per sample: [B,...]; in eval mode, without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} surveys {survey!r} without looking")
+
+    def surveyed(self, survey: str, rows: dict[str, Tensor], ctx: StepContext) -> None:
+        """Make something of a survey, in persistent buffers, the same on every rank.
+
+        Every rank has the rows of its own samples, [n,...], with their "id" as in training batches; n differs between
+        ranks, so what is made of all of them takes collectives (sums; ``pipeline.dist.gather`` for something small).
+        What torch's global generator draws is the same on all ranks. A sample that cannot be used is replaced by the
+        next one, so that an id may come twice, and another not at all: neither does it in training.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes nothing of its survey {survey!r}")
+
+    def frozen(self) -> Mapping[str, Origin]:
+        """Submodules that are never trained and come from a file, such as a teacher: ``{"teacher": Origin(path)}``.
+
+        The constructor builds them, without gradient; training fills them from their files, checkpoints name these by
+        their hash. Evaluation and export do without the files, so no encoder may use such a part.
+        """
+        return {}
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module, but that frozen parts stay in eval mode."""
+        super().train(mode)
+        for part in self.frozen():
+            self.get_submodule(part).eval()
+        return self
 
     def encoders(self) -> dict[str, nn.Module]:
         """Modules that evaluation and export may use; ``"image"`` maps uint8[B,3,H,W] to float[B,D]."""
@@ -122,6 +174,26 @@ class Objective(nn.Module, ABC):
         ``sluice export`` writes them beside what it writes for every objective: all weights, and the encoder for timm.
         """
         return {}
+
+
+class Survey(NamedTuple):
+    """A look at a whole data set with the weights of that moment."""
+
+    every: Duration
+    """From one to the next; the first is before the first update. Zero: never."""
+    data: str = ""
+    """Which data set: one beside the first, or ""; with its fields, and images cut out of the centre."""
+
+
+class Origin(NamedTuple):
+    """Where the weights of a frozen part come from."""
+
+    path: str
+    """Safetensors, or what ``torch.load`` reads without unpickling freely."""
+    sha256: str | None = None
+    """That the file must have; None: whatever it has when the run begins, and the same ever after."""
+    fill: Callable[[str], None] | None = None
+    """Fills the part from the file; None: the file holds the part's tensors under their names, and no others."""
 
 
 class Export(NamedTuple):
@@ -189,13 +261,39 @@ class PairwiseObjective(Objective):
 
 
 @dataclass(frozen=True)
+class SetFacts:
+    """What a component may need to know of one data set."""
+
+    samples: int = 0
+    classes: tuple[str, ...] = ()
+    """Names of the classes, in the order of their labels; empty when the data has no labels."""
+    domains: tuple[str, ...] = ()
+    """Names of the domains that its samples come from, in the order of their numbers; empty when it names none."""
+    first: int = 0
+    """Id of its first sample: ids in a batch run on through all data sets."""
+
+
+@dataclass(frozen=True)
 class DataFacts:
-    """What a component may need to know of the data to build itself."""
+    """What a component may need to know of the data to build itself; read from manifests by ``pipeline.data.facts``."""
 
     image_size: tuple[int, int]
     """Height and width of the images in a batch."""
     classes: tuple[str, ...]
-    """Names of the classes, in the order of their labels; empty when the data has no labels."""
+    """Of the first data set, as the next two; see :class:`SetFacts`."""
+    samples: int = 0
+    domains: tuple[str, ...] = ()
+    beside: Mapping[str, SetFacts] = field(default_factory=dict[str, SetFacts])
+    """Of the data sets beside the first, by name."""
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON values, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> DataFacts:
+        """From what :meth:`plain` gave; checkpoints of earlier versions hold image size and classes alone."""
+        return TypeAdapter(cls).validate_python(values)
 
 
 class Stream(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,6 +68,45 @@ class TrainReading:
     def substitute(self, number: int, index: int, attempt: int) -> int | None:
         """Another sample of the same window of the same lane."""
         return self.order.substitute(self.step(number), self._first(number) + index, attempt)
+
+
+@dataclass(frozen=True)
+class SurveyReading:
+    """This rank's part of all samples in order, each once; one that cannot be used is replaced by the next."""
+
+    samples: int
+    size: int
+    rank: int
+    world: int
+
+    @property
+    def count(self) -> int:
+        """Number of micro-batches."""
+        return -(-(self._first(self.rank + 1) - self._first(self.rank)) // self.size)
+
+    @property
+    def most(self) -> int:
+        """Number of micro-batches on the rank that has the most."""
+        return math.ceil(math.ceil(self.samples / self.world) / self.size)
+
+    def _first(self, rank: int) -> int:
+        return rank * self.samples // self.world
+
+    def step(self, number: int) -> int:
+        """A survey has no steps; micro-batches count."""
+        return number
+
+    def draw(self, number: int) -> Draw:
+        """The samples of a micro-batch."""
+        begin = self._first(self.rank) + number * self.size
+        ids = np.arange(begin, min(begin + self.size, self._first(self.rank + 1)))
+        return Draw(np.zeros_like(ids), ids)
+
+    def substitute(self, number: int, index: int, attempt: int) -> int | None:
+        """The next sample of the data set, whoever's it is, so that ranks make no difference."""
+        if attempt >= self.samples:
+            return None
+        return (int(self.draw(number).id[index]) + attempt) % self.samples
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.config.schema import Data, Image
+from pipeline.config.schema import Data
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.manifest import Joined, Manifest, load
-from pipeline.core.protocols import Batch, DataFacts
+from pipeline.core.protocols import Batch
 from pipeline.data.access import check_shard
 from pipeline.data.assemble import Assembler, Bad, Filler
 from pipeline.data.decode import ImageDecoder
@@ -26,12 +26,7 @@ from pipeline.data.together import Together
 from pipeline.data.workers import Made, Workers
 
 _CPU = torch.device("cpu")
-_FAIR_SAMPLE = 10_000
-
-
-def facts(manifest: Manifest, image: Image) -> DataFacts:
-    """What components may know of the data."""
-    return DataFacts(image_size=image.shape, classes=manifest.classes)
+FAIR_SAMPLE = 10_000
 
 
 def assemble_here(filler: Filler, first: int, receive: Receive | None = None) -> Iterator[Made]:
@@ -81,7 +76,7 @@ class TrainStream:
         self._identity = {name: value for s in sets for name, value in s.identity.items()}
         self._max_bad = max_bad
         # A fraction of a few samples says nothing, so at least a fair number is presumed to have been seen.
-        self._fair = min(sum(s.reading.order.samples for s in sets), _FAIR_SAMPLE)
+        self._fair = min(sum(s.reading.order.samples for s in sets), FAIR_SAMPLE)
         self._sets = len(sets)
         self._seen = 0
         self._bad = 0

@@ -1,10 +1,11 @@
-"""Collectives on rows, and a mean over ranks with gradient. They work on gloo and NCCL; alone, they cost nothing.
+"""Collectives on rows, and sums over the global batch with gradient. They work on gloo and NCCL; alone, they cost nothing.
 
 The convention of all gradients here: every rank calls ``backward`` on its own loss with the same upstream gradient, and
 the engine then averages parameter gradients over the ranks. So the gradient of what was sent to others is the *sum* of
 what they return; a slice or a mean of it would be wrong by a factor that no loss curve shows.
 
-Shape letters: W ranks, n rows of this rank (the same number on every rank).
+Shape letters: W ranks, n rows of this rank (the same number on every rank), N = W*n rows of the global batch, D and E
+features.
 """
 
 from __future__ import annotations
@@ -89,3 +90,48 @@ class _MeanOverRanks(torch.autograd.Function):
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of every rank's ``value``, with gradient."""
     return _MeanOverRanks.apply(value)  # pyright: ignore[reportReturnType]
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return all_gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return reduce_scatter(grads[0])
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """Every rank's rows, rank 0's first: [n,...] -> [N,...], with gradient."""
+    return _GatherWithGradient.apply(rows)  # pyright: ignore[reportReturnType]
+
+
+def global_mean(rows: Tensor) -> Tensor:
+    """Mean over the rows of the global batch, in at least fp32, with gradient: [n,...] -> [...]."""
+    return mean_over_ranks(_wide(rows).mean(0))
+
+
+def global_covariance(rows: Tensor, others: Tensor | None = None, *, correction: int = 1) -> Tensor:
+    """Covariance of features over the global batch, in at least fp32, with gradient; D x E numbers travel, no rows.
+
+    sum_i (x_i - mean x)(y_i - mean y)^T / (N - correction), as ``torch.cov`` has it; means come first, so that nothing
+    cancels where they are large.
+
+    Args:
+        rows: [n,D], this rank's x.
+        others: [n,E], the same samples' y; left out: x again.
+        correction: 1: unbiased; 0: mean over the samples.
+
+    Returns:
+        [D,E].
+    """
+    centred = _wide(rows) - global_mean(rows)
+    second = centred if others is None else _wide(others) - global_mean(others)
+    total = len(rows) * rank_and_world()[1]
+    with torch.autocast(rows.device.type, enabled=False):  # products of what was made wide stay so
+        return mean_over_ranks(centred.T @ second / len(rows)) * (total / (total - correction))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

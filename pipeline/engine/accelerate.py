@@ -22,13 +22,13 @@ from pipeline.core.protocols import Batch, Objective, StepContext
 from pipeline.dist.group import Place
 from pipeline.engine import optimizers
 from pipeline.engine.asked import Built
-from pipeline.engine.base import BaseEngine
+from pipeline.engine.base import SingleEngine
 from pipeline.engine.fragments import Slot
 
 BUCKET_ELEMENTS = 2**24
 
 
-class AccelerateEngine(BaseEngine):
+class AccelerateEngine(SingleEngine):
     """The objective under Accelerate; bf16 is autocast over fp32 parameters."""
 
     replicated = True
@@ -40,13 +40,14 @@ class AccelerateEngine(BaseEngine):
 
         self.place = place
         self.objective = objective
+        self.precision = config.precision
         self.clip = optimizer.clip
         self.accumulation = plan.accumulation
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=place.device.type == "cpu"
         )
         self.optimizer = optimizers.build(objective.to(place.device), optimizer, plan.frozen)
-        self.trained = [p for p in objective.parameters() if p.requires_grad]
+        self.names = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         for tensor in objective.state_dict().values():  # all ranks begin as rank 0 does
             dist.broadcast(tensor, src=0)
         # evaluation_mode: no DistributedDataParallel
@@ -100,7 +101,7 @@ class AccelerateEngine(BaseEngine):
     def _buckets(self) -> Iterator[list[Tensor]]:
         """The trainable parameters, in their order, in runs of about BUCKET_ELEMENTS."""
         bucket: list[Tensor] = []
-        for p in self.trained:
+        for p in self.names.values():
             bucket.append(p)
             if sum(q.numel() for q in bucket) >= BUCKET_ELEMENTS:
                 yield bucket
@@ -111,12 +112,11 @@ class AccelerateEngine(BaseEngine):
     @override
     def update(self, lr: float) -> Tensor:
         optimizers.set_lr(self.optimizer, lr)
-        norm = optimizers.clip(self.trained, self.clip)
+        norm = optimizers.clip(self.names.values(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     @override
     def slots(self) -> list[Slot]:
-        named = self.objective.named_parameters()
-        return [Slot(n, tuple(p.shape), 0, p.numel(), p, 0) for n, p in named if p.requires_grad]
+        return [Slot(n, tuple(p.shape), 0, p.numel(), p, 0) for n, p in self.names.items()]

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from pipeline.core.protocols import Batch, Embeddings, PairwiseObjective, StepContext, StepOutput
-from pipeline.engine.base import BaseEngine
+from pipeline.engine.base import SingleEngine
 from pipeline.nn.batch_norm import frozen_statistics
 
 
-def accumulate(engine: BaseEngine, batches: Sequence[Batch], ctx: StepContext) -> Iterator[tuple[StepOutput, Batch]]:
+def accumulate(engine: SingleEngine, batches: Sequence[Batch], ctx: StepContext) -> Iterator[tuple[StepOutput, Batch]]:
     """Add the gradient of a step to the engine.
 
     Args:
@@ -49,7 +49,7 @@ def accumulate(engine: BaseEngine, batches: Sequence[Batch], ctx: StepContext) -
 
 
 def _in_two_passes(
-    engine: BaseEngine, objective: PairwiseObjective, batches: list[Batch], ctx: StepContext
+    engine: SingleEngine, objective: PairwiseObjective, batches: list[Batch], ctx: StepContext
 ) -> Iterator[tuple[StepOutput, Batch]]:
     dice: list[list[Tensor]] = []
     parts: list[Embeddings] = []

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pipeline.core.protocols import Average, Batch, Clock, Objective, StepContext, StepOutput
 from pipeline.dist.group import Place
@@ -18,38 +19,37 @@ from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import Fragment, Slot, Spec
 
 
-class BaseEngine(ABC):
-    """Owns the optimizer, and knows how parameters and state are spread over the ranks.
+class Turn(NamedTuple):
+    """One update of a step."""
 
-    The gradient that ``update`` applies is the mean over ranks and accumulated micro-batches of each loss's gradient.
-    """
+    phase: str
+    """See :meth:`Objective.phases`; "" where there are none."""
+    repeat: int
+    """Updates that the phase has made in this step."""
+    engine: SingleEngine
+
+
+class BaseEngine(ABC):
+    """What the loop and checkpoints see: the updates of a step, and how parameters and state are spread over ranks."""
 
     objective: Objective
-    optimizer: torch.optim.Optimizer
-    """The torch optimizer, whose groups hold the learning rates and whose state is saved."""
     place: Place
+    precision: str
+    """"bf16" or "fp32"; see :class:`pipeline.config.schema.EngineConfig`."""
     ema: Ema | None = None
     """Moving averages of the trained parameters."""
 
     @abstractmethod
-    def built(self) -> Built:
-        """What the library has made of what was asked for, as it says itself."""
+    def turns(self) -> Iterator[Turn]:
+        """The updates of a step, in order; each is made before the next is asked for."""
 
     @abstractmethod
-    def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:
-        """The objective's forward under the engine's precision; the batch is on the device."""
-
-    def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
-        """Loss and metrics of a micro-batch; ``last``: see below."""
-        return self.call(batch, ctx)
+    def trained(self, *, writing: bool) -> Iterator[Fragment]:
+        """This rank's parts of the trainable parameters and of the optimizers' state."""
 
     @abstractmethod
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of ``loss`` over the accumulation; ``last`` is the micro-batch that ends it."""
-
-    @abstractmethod
-    def update(self, lr: float) -> Tensor:
-        """Clip, step and clear. Returns the norm of the whole gradient before clipping: a scalar on the device."""
+    def make_state(self, specs: dict[str, Spec]) -> None:
+        """Make room for the optimizers' state that a checkpoint holds."""
 
     @abstractmethod
     def slots(self) -> list[Slot]:
@@ -66,9 +66,9 @@ class BaseEngine(ABC):
         """Inside, every rank can read every parameter of ``objective`` whole."""
         return nullcontext()
 
+    @abstractmethod
     def before_step(self, clock: Clock) -> None:
         """Freeze what is not trained in the step that follows."""
-        optimizers.begin_step(self.optimizer, clock.step)
 
     def after_step(self, clock: Clock) -> None:
         """Bring what follows the trained parameters in line with them."""
@@ -78,6 +78,12 @@ class BaseEngine(ABC):
             if self.ema is not None:
                 self.ema.update(clock)
             self.objective.after_step(clock)
+
+    def look(self, survey: str, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """The objective's look at a batch, under the engine's precision."""
+        bf16 = self.precision == "bf16"
+        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=bf16):
+            return self.objective.look(survey, self.move(batch), ctx)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the parameters are their moving averages, if there are any."""
@@ -105,14 +111,14 @@ class BaseEngine(ABC):
         """State that every rank holds whole."""
         yield from fragments.untrained(self.objective)
         if self.replicated:
-            yield from fragments.trained(self.slots(), self.optimizer, writing=False)
+            yield from self.trained(writing=False)
             if self.ema is not None:
                 yield from self.ema.fragments()
 
     def exclusive(self, *, writing: bool) -> Iterator[Fragment]:
         """State of which this rank alone holds its part."""
         if not self.replicated:
-            yield from fragments.trained(self.slots(), self.optimizer, writing=writing)
+            yield from self.trained(writing=writing)
             if self.ema is not None:
                 yield from self.ema.fragments()
 
@@ -138,6 +144,48 @@ class BaseEngine(ABC):
         """Shape of a whole parameter or buffer."""
         return tuple(tensor.shape)
 
+
+class SingleEngine(BaseEngine):
+    """One optimizer over all parameters that require a gradient while it is built.
+
+    The gradient that ``update`` applies is the mean over ranks and accumulated micro-batches of each loss's gradient.
+    """
+
+    optimizer: torch.optim.Optimizer
+    """The torch optimizer, whose groups hold the learning rates and whose state is saved."""
+
+    @abstractmethod
+    def built(self) -> Built:
+        """What the library has made of what was asked for, as it says itself."""
+
+    @abstractmethod
+    def call(self, batch: Batch, ctx: StepContext, **how: Any) -> Any:
+        """The objective's forward under the engine's precision; the batch is on the device."""
+
+    def forward(self, batch: Batch, ctx: StepContext, *, last: bool) -> StepOutput:
+        """Loss and metrics of a micro-batch; ``last``: see below."""
+        return self.call(batch, ctx)
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss`` over the accumulation; ``last`` is the micro-batch that ends it."""
+
+    @abstractmethod
+    def update(self, lr: float) -> Tensor:
+        """Clip, step and clear. Returns the norm of the whole gradient before clipping: a scalar on the device."""
+
+    @override
+    def turns(self) -> Iterator[Turn]:
+        yield Turn("", 0, self)
+
+    @override
+    def before_step(self, clock: Clock) -> None:
+        optimizers.begin_step(self.optimizer, clock.step)
+
+    @override
+    def trained(self, *, writing: bool) -> Iterator[Fragment]:
+        return fragments.trained(self.slots(), self.optimizer, writing=writing)
+
+    @override
     def make_state(self, specs: dict[str, Spec]) -> None:
-        """Make room for the optimizer state that a checkpoint holds."""
         fragments.make_state(self.slots(), self.optimizer, specs)

@@ -27,8 +27,8 @@ from pipeline.core.protocols import Average, Batch, Objective, StepContext
 from pipeline.dist.group import Place
 from pipeline.engine import optimizers
 from pipeline.engine.asked import Built
-from pipeline.engine.base import BaseEngine
-from pipeline.engine.fragments import MODEL, Fragment, Slot
+from pipeline.engine.base import SingleEngine
+from pipeline.engine.fragments import MODEL, Fragment, Slot, named_tensors
 
 
 def settings(engine: EngineConfig, optimizer: OptimizerConfig, plan: Plan) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _import(timeout: timedelta) -> Any:
     return deepspeed
 
 
-class DeepSpeedEngine(BaseEngine):
+class DeepSpeedEngine(SingleEngine):
     """The objective under DeepSpeed."""
 
     def __init__(
@@ -85,12 +85,15 @@ class DeepSpeedEngine(BaseEngine):
         self.objective = objective.to(place.device)
         self.place = place
         self.stage = config.zero
+        self.precision = config.precision
         self.clip = optimizer.clip
         self.replicated = config.zero == 0
         # DeepSpeed hangs its own attributes on parameters, so to a type checker they are anything.
         self.names: dict[str, Any] = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shapes = {id(p): tuple(p.shape) for p in objective.parameters()}
-        frozen: dict[str, Any] = {f"{MODEL}/{n}": p for n, p in objective.named_parameters() if not p.requires_grad}
+        saved = named_tensors(objective)
+        untrained = ((n, p) for n, p in objective.named_parameters() if n in saved and not p.requires_grad)
+        frozen: dict[str, Any] = {f"{MODEL}/{name}": p for name, p in untrained}
         self._frozen_parts = frozen if config.zero == 3 else {}
         self.optimizer = optimizers.build(objective, optimizer, plan.frozen)
         self.engine, *_ = deepspeed.initialize(

@@ -25,6 +25,8 @@ class Sizes:
 
     trained: Sequence[int]
     frozen: Sequence[int]
+    rebuilt: int
+    """Elements of frozen parameters that checkpoints only name."""
     buffers: int
     halved: int
     """Trained elements of linear layers and convolutions, whose gradients ZeRO sends in bf16 under autocast."""
@@ -99,7 +101,7 @@ def checkpoint_bytes(sizes: Sizes, optimizer: OptimizerConfig, ema: EmaConfig | 
     """Bytes of a checkpoint, all ranks together: the same for every engine and world size."""
     averages = 0 if ema is None else 1 + len(ema.power)
     copies = 1 + moments(optimizer) + averages
-    return FP32 * (copies * sum(sizes.trained) + sum(sizes.frozen)) + sizes.buffers
+    return FP32 * (copies * sum(sizes.trained) + sum(sizes.frozen) - sizes.rebuilt) + sizes.buffers
 
 
 def sent(sizes: Sizes, engine: EngineConfig, accumulation: int, world_size: int) -> int | None:

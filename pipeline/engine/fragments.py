@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.protocols import Objective
+
 MODEL = "model"
 OPTIMIZER = "optimizer"
 EMA = "ema"
@@ -69,11 +71,16 @@ def share(fragment: Fragment, rank: int, world_size: int) -> Fragment | None:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers; what is shared under several names, under the first."""
+    """Parameters and persistent buffers that checkpoints hold: not those of parts that are rebuilt from their origin.
+
+    What is shared under several names is there under the first.
+    """
+    rebuilt = tuple(f"{part}." for part in module.frozen()) if isinstance(module, Objective) else ()
+    tensors = {n: t for n, t in module.state_dict(keep_vars=True).items() if not n.startswith(rebuilt)}
     seen: dict[int, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in tensors.items():
         seen.setdefault(id(tensor), name)
-    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if seen[id(tensor)] == name}
+    return {name: tensor for name, tensor in tensors.items() if seen[id(tensor)] == name}
 
 
 def untrained(module: nn.Module) -> Iterator[Fragment]:

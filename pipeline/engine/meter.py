@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from pipeline.dist.group import sum_over_ranks
 from pipeline.record.beats import Pulse
 
 T = TypeVar("T")
+
+
+class _Update(NamedTuple):
+    """The last update of a phase."""
+
+    names: list[str]
+    """Of the metrics."""
+    mean: Tensor
+    """Loss and metrics over this rank's micro-batches."""
+    rate: float
+    norm: Tensor
 
 
 class Meter:
@@ -33,10 +44,15 @@ class Meter:
         self.world_size = world_size
         self.pulse = pulse
         self.loss = torch.zeros((), device=device)
+        """Of the last step on this rank, added up over its updates."""
+        self.norm = torch.zeros((), device=device)
+        """Of the gradients of the last step, over its updates."""
+        self._updates: dict[str, _Update] = {}
+        self._spent: dict[str, float] = {}
+        """Seconds by what they were spent on, beside steps."""
         self._names: list[str] = []
         self._outputs: list[Tensor] = []
         self._digest = torch.zeros((), dtype=torch.int64, device=device)
-        self._norm = torch.zeros((), device=device)
         self.restart()
 
     def restart(self) -> None:
@@ -45,6 +61,11 @@ class Meter:
         self._waited = 0.0
         self._steps = 0
         self._samples = 0
+        self._spent = dict.fromkeys(self._spent, 0.0)
+
+    def spend(self, name: str, seconds: float) -> None:
+        """Count time that is spent on no step, under a name of its own in every line from now on."""
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
 
     def at(self, phase: str, step: int | None = None) -> None:
         """What the rank does now; see :class:`pipeline.record.beats.Beat`."""
@@ -66,38 +87,59 @@ class Meter:
     def begin_step(self, step: int) -> None:
         """Forget the step before; ``step`` is the one that begins."""
         self.at("step", step)
-        self._outputs.clear()
+        self._updates.clear()
         self._digest.zero_()
 
     def add(self, output: StepOutput, batch: Batch) -> None:
         """Take in one micro-batch."""
         self._names = list(output.metrics)
         self._outputs.append(torch.stack([v.detach().float() for v in (output.loss, *output.metrics.values())]))
-        self._digest += batch_digest(batch)
+        if not self._updates:  # all updates of a step see the same batches
+            self._digest += batch_digest(batch)
 
-    def end_step(self, norm: Tensor, samples: int) -> None:
-        """Close the step: the mean over the micro-batches."""
-        self._mean = torch.stack(self._outputs).mean(0)
-        self.loss = self._mean[0]
-        self._norm = norm
+    def end_update(self, phase: str, rate: float, norm: Tensor) -> None:
+        """Close an update: the mean over the micro-batches.
+
+        Args:
+            phase: "" where there are no phases.
+            rate: learning rate.
+            norm: of the gradient.
+        """
+        mean = torch.stack(self._outputs).mean(0)
+        self._outputs.clear()
+        self.loss = mean[0] + self.loss if self._updates else mean[0]
+        self.norm = torch.hypot(self.norm, norm) if self._updates else norm
+        self._updates[phase] = _Update(self._names, mean, rate, norm)
+
+    def end_step(self, samples: int) -> None:
+        """Close the step."""
         self._steps += 1
         self._samples += samples
 
-    def line(self, clock: Clock, lr: float) -> dict[str, Any]:
-        """The log line of the last step, over all ranks; begins a new stretch of time. Called on all ranks."""
-        mean = (sum_over_ranks(self._mean.double()) / self.world_size).tolist()
+    def line(self, clock: Clock) -> dict[str, Any]:
+        """The log line of the last step, over all ranks; begins a new stretch of time. Called on all ranks.
+
+        Where there are phases, what belongs to one has its name before it: "critic/loss", "critic/lr", of its last
+        update in the step; "loss" is the sum of theirs.
+        """
+        means = torch.cat([update.mean for update in self._updates.values()]).double()
+        values = iter((sum_over_ranks(means) / self.world_size).tolist())
         digest = int(sum_over_ranks(self._digest)) % 2**64
         seconds = time.perf_counter() - self._since
+        facts: dict[str, float] = {}
+        for phase, update in self._updates.items():
+            before = f"{phase}/" if phase else ""
+            facts |= {before + name: next(values) for name in ("loss", *update.names)}
+            facts |= {before + "lr": update.rate, before + "grad_norm": float(update.norm)}
         line = {
             "step": clock.step,
             "samples": clock.samples,
-            "loss": mean[0],
-            **dict(zip(self._names, mean[1:], strict=True)),
-            "lr": lr,
-            "grad_norm": float(self._norm),
+            "loss": sum(facts[f"{phase}/loss" if phase else "loss"] for phase in self._updates),
+            **facts,
             "samples_per_second": self._samples / seconds,
             "data_wait": self._waited / seconds,
-            "step_seconds": seconds / self._steps,
+            "step_seconds": (seconds - sum(self._spent.values())) / self._steps,
+            **self._spent,
             "memory_gb": self._memory(),
             "data_digest": f"{digest:016x}",
         }

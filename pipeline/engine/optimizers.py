@@ -49,13 +49,14 @@ def _holds(prefix: str, name: str) -> bool:
     return name.split(".")[: len(parts)] == parts
 
 
-def freeze(objective: Objective, groups: Sequence[Group], title: str) -> None:
+def freeze(objective: Objective, groups: Sequence[Group], title: str, table: str = "optimizer") -> None:
     """Take the gradient from the parameters of groups that are frozen for the whole run.
 
     Args:
         objective: its parameters.
         groups: of ``[[optimizer.groups]]``.
         title: what the configuration is called in a message.
+        table: where the groups are in it.
 
     Raises:
         Mistakes: a group that holds no parameter, or none that is trained; or nothing is left to train.
@@ -66,13 +67,13 @@ def freeze(objective: Objective, groups: Sequence[Group], title: str) -> None:
         held = [trained for name, trained in names.items() if _holds(group.prefix, name)]
         if not any(held):
             reason = "all that it holds is frozen by the objective" if held else _what_there_is(group.prefix, names)
-            problems.append(f"optimizer.groups[{place}].prefix: {group.prefix!r}: {reason}")
+            problems.append(f"{table}.groups[{place}].prefix: {group.prefix!r}: {reason}")
     for name, parameter in objective.named_parameters():
         group = group_of(name, groups)
         if group is not None and group.frozen:
             parameter.requires_grad_(False)
     if not problems and not any(parameter.requires_grad for parameter in objective.parameters()):
-        problems.append("optimizer.groups: everything is frozen, and nothing is left to train")
+        problems.append(f"{table}.groups: everything is frozen, and nothing is left to train")
     if problems:
         raise Mistakes(title, problems)
 

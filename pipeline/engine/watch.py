@@ -14,9 +14,11 @@ from collections import deque
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.core.errors import NonFiniteError
+from pipeline.dist.collectives import all_reduce
 from pipeline.dist.group import gather_rows
 from pipeline.engine.saving import Saver
 from pipeline.engine.stopping import StopRequest
@@ -59,6 +61,12 @@ class Watch:
             ready.record()
         self.pending.append(_Pending(step, rows, ready))
         self._look(self.lag)
+
+    def ask(self) -> bool:
+        """Whether a rank was asked to stop, in the middle of something long; all ranks ask together."""
+        asked = all_reduce(torch.tensor(float(self.stop.asked())), dist.ReduceOp.MAX)
+        self.stopping = self.stopping or bool(asked)
+        return self.stopping
 
     def settle(self) -> None:
         """Look at every step so far: nothing may be persisted before."""

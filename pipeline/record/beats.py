@@ -34,7 +34,7 @@ class Beat:
     step: int
     """The update that is being made, or was made last when ``phase`` is something done between two."""
     phase: str
-    """"start", "data" (waiting for a batch), "step", "end", or the name of an action: "log", "checkpoint" ..."""
+    """"start", "data" (waiting for a batch), "step", "end", "survey NAME", or the name of an action: "log" ..."""
     time: float
     """When the phase began; seconds since 1970, by the rank's clock."""
     step_seconds: float | None = None

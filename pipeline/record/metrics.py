@@ -3,7 +3,8 @@
 A line holds ``step``, ``attempt`` (0 for the first start of the run, 1 for the second ...) and what the engine hands
 over: ``samples``, ``epoch``, ``loss``, the objective's metrics, ``lr``, ``grad_norm``, ``samples_per_second``,
 ``data_wait`` (part of the time that was spent waiting for data), ``step_seconds``, ``memory_gb`` and ``data_digest``
-(hex). How a value that is not finite is written: :mod:`pipeline.record.files`.
+(hex). What belongs to a phase has its name before it, "critic/loss"; ``survey_seconds`` is there where the objective
+surveys its data. How a value that is not finite is written: :mod:`pipeline.record.files`.
 """
 
 from __future__ import annotations

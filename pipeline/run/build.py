@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import cast
 
 import numpy as np
 import torch
 
-from pipeline.config.resolve import Plan
+from pipeline.config.resolve import Plan, period
 from pipeline.config.schema import RunConfig
 from pipeline.core import registry
 from pipeline.core.components import OBJECTIVES, check_component
@@ -18,13 +18,17 @@ from pipeline.core.errors import CheckpointError
 from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch, DataFacts, Objective, Stream
 from pipeline.data.stream import open_stream
+from pipeline.data.survey import open_survey
 from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.dist.group import Place
-from pipeline.engine import asked, optimizers
-from pipeline.engine.base import BaseEngine
+from pipeline.engine import asked, optimizers, phases
+from pipeline.engine.actions import Action
+from pipeline.engine.base import BaseEngine, SingleEngine
 from pipeline.engine.checkpoint import Saved
 from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import MODEL, Spec
+from pipeline.engine.phases import PhasedEngine
+from pipeline.engine.surveys import Surveyor
 
 SHOWN = 8
 """Samples in a showcase."""
@@ -44,19 +48,35 @@ def build_objective(config: RunConfig, data: DataFacts, title: str) -> Objective
     np.random.seed(config.run.seed % 2**32)
     torch.manual_seed(config.run.seed)
     objective = make(settings, data)
-    optimizers.freeze(objective, config.optimizer.groups, title)
+    for table, optimizer in config.optimizers().items():
+        optimizers.freeze(objective, optimizer.groups, title, table)
     return objective
 
 
 def build_engine(config: RunConfig, objective: Objective, plan: Plan, place: Place) -> BaseEngine:
-    """The engine that the configuration names, with its moving averages."""
-    engine = _named_engine(config, objective, plan, place)
+    """The engine that the configuration names, with its moving averages.
+
+    Raises:
+        ConfigError: phases that the objective has not, or that the engine cannot train.
+    """
+    phases.check(config, objective)
+    if objective.phases():
+        updates = {name: phase.updates for name, phase in config.phases.items()}
+
+        def of_phase(name: str) -> SingleEngine:
+            own = config.phases[name].optimizer if name in config.phases else None
+            asked_for = config.model_copy(update={"optimizer": own or config.optimizer})
+            return _named_engine(asked_for, objective, plan, place)
+
+        engine: BaseEngine = PhasedEngine(objective, updates, of_phase, place)
+    else:
+        engine = _named_engine(config, objective, plan, place)
     if config.ema is not None:
         engine.ema = Ema(config.ema, engine.slots())
     return engine
 
 
-def _named_engine(config: RunConfig, objective: Objective, plan: Plan, place: Place) -> BaseEngine:
+def _named_engine(config: RunConfig, objective: Objective, plan: Plan, place: Place) -> SingleEngine:
     """Only the engine that is named is imported; what it has become is held against what was asked for."""
     if config.engine.name == "deepspeed":
         from pipeline.engine.deepspeed import DeepSpeedEngine as Engine
@@ -80,6 +100,31 @@ def build_stream(config: RunConfig, manifest: Manifest, plan: Plan, place: Place
         world=place.world_size,
         device=place.device,
     )
+
+
+def build_surveys(
+    config: RunConfig, manifest: Manifest, plan: Plan, engine: BaseEngine, surveyor: Surveyor, stack: ExitStack
+) -> list[Action]:
+    """The surveys of the objective, for the loop's list; their files are closed by ``stack``.
+
+    Raises:
+        ConfigError: of a data set that the run has not got.
+    """
+    place = engine.place
+    found: list[Action] = []
+    for name, survey in engine.objective.surveys().items():
+        samples = open_survey(
+            config.data,
+            manifest,
+            survey.data,
+            batch=config.engine.micro_batch,
+            seed=config.run.seed,
+            rank=place.rank,
+            world=place.world_size,
+        )
+        stack.enter_context(closing(samples))
+        found.append(surveyor.action(name, period(plan, survey.every), samples))
+    return found
 
 
 def sample_batch(config: RunConfig, manifest: Manifest) -> Batch:

@@ -17,7 +17,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.core import manifest as manifests
 from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch, Clock, Objective, StepContext
-from pipeline.data.stream import facts, open_stream
+from pipeline.data.facts import facts
+from pipeline.data.stream import open_stream
 from pipeline.dist.group import process_group
 from pipeline.engine.footprint import Sizes, checkpoint_bytes, gathered, held, sent
 from pipeline.engine.fragments import named_tensors
@@ -53,7 +54,8 @@ class Cost:
 
 def sizes_of(objective: nn.Module) -> Sizes:
     """Of a model."""
-    tensors = named_tensors(objective).values()
+    saved = named_tensors(objective)
+    tensors = saved.values()
     parameters = list(objective.parameters())
     known = {id(p) for p in parameters}
     layers = [m for m in objective.modules() if type(m) in _HALVED]
@@ -61,12 +63,20 @@ def sizes_of(objective: nn.Module) -> Sizes:
         trained=[p.numel() for p in parameters if p.requires_grad],
         frozen=[p.numel() for p in parameters if not p.requires_grad],
         halved=sum(p.numel() for m in layers for p in m.parameters(recurse=False) if p.requires_grad),
+        rebuilt=sum(p.numel() for n, p in objective.named_parameters(remove_duplicate=False) if n not in saved),
         buffers=sum(t.numel() * t.element_size() for t in tensors if id(t) not in known),
     )
 
 
 def kept_for_backward(objective: Objective, batch: Batch, precision: str) -> int:
-    """Bytes that autograd keeps of a forward, without parameters and buffers; each storage counts once."""
+    """Bytes that autograd keeps of a forward, without parameters and buffers: of the phase that keeps most."""
+    clock = Clock(0, 0, 1)
+    contexts = [StepContext(0, clock, phase=phase) for phase in objective.phases() or [""]]
+    return max(_kept_of(objective, batch, context, precision) for context in contexts)
+
+
+def _kept_of(objective: Objective, batch: Batch, context: StepContext, precision: str) -> int:
+    """Of one loss; each storage counts once."""
     own = {t.untyped_storage().data_ptr() for t in (*objective.parameters(), *objective.buffers(), *batch.values())}
     found: dict[int, int] = {}
     alive: list[Tensor] = []  # so that no storage's address is used a second time
@@ -78,7 +88,6 @@ def kept_for_backward(objective: Objective, batch: Batch, precision: str) -> int
             alive.append(tensor)
         return tensor
 
-    context = StepContext(0, Clock(0, 0, 1))
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), bf16:
         objective(batch, context)
@@ -113,7 +122,7 @@ def cost(path: str, overrides: Sequence[str], world_size: int) -> int:
     manifest = manifests.load(config.data.train)
     plan = resolve(config, manifest.samples, world_size, path)
     with process_group(config.engine.timeout_minutes):
-        objective = build_objective(config, facts(manifest, config.data.image), path)
+        objective = build_objective(config, facts(config.data, manifest), path)
         kept = activations(config, objective, manifest)
     sizes = sizes_of(objective)
     state = held(sizes, config.engine, config.optimizer, config.ema, world_size)

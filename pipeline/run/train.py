@@ -11,13 +11,13 @@ import torch
 
 from pipeline.config import load, provenance
 from pipeline.config.exitcodes import FINISHED, REQUEUE
-from pipeline.config.resolve import Plan, learning_rate, resolve
+from pipeline.config.resolve import Plan, phase_learning_rate, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.core import manifest as manifests
 from pipeline.core.contract import check_batch
 from pipeline.core.errors import NonFiniteError
-from pipeline.core.protocols import Batch, Clock, StepContext, Stream
-from pipeline.data.stream import facts
+from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext, Stream
+from pipeline.data.facts import facts
 from pipeline.dist.group import Place, by_all, from_first, process_group, sum_over_ranks
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
@@ -26,14 +26,24 @@ from pipeline.engine.loop import Outcome, fit
 from pipeline.engine.meter import Meter
 from pipeline.engine.saving import Saver
 from pipeline.engine.stopping import StopRequest
+from pipeline.engine.surveys import Surveyor
 from pipeline.engine.watch import Watch
 from pipeline.nn.weights import no_initial_weights
 from pipeline.record.files import Lines
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
 from pipeline.record.state import close_state
+from pipeline.run import frozen
 from pipeline.run.attempt import Attempt, attempt
-from pipeline.run.build import build_engine, build_objective, build_stream, sample_batch, text_reader, tokenizer_of
+from pipeline.run.build import (
+    build_engine,
+    build_objective,
+    build_stream,
+    build_surveys,
+    sample_batch,
+    text_reader,
+    tokenizer_of,
+)
 from pipeline.run.preflight import preflight
 from pipeline.run.resuming import Beginning, find_beginning, resume
 
@@ -48,6 +58,9 @@ class Job:
     place: Place
     plan: Plan
     manifest: manifests.Manifest
+    facts: DataFacts
+    origins: frozen.Origins
+    """Files of the objective's frozen parts."""
     engine: BaseEngine
     stream: Stream
     saver: Saver
@@ -57,19 +70,20 @@ class Job:
     """The file of what reads texts; None: there are none."""
     recorder: Recorder | None
     """On rank 0."""
+    surveys: list[Action]
 
     @property
     def folder(self) -> Path:
         """The run's."""
         return Path(self.config.run.folder)
 
-    def learning_rate(self, samples: int) -> float:
-        """Of the update that starts after ``samples`` samples."""
-        return learning_rate(self.plan, samples)
+    def learning_rate(self, samples: int, phase: str) -> float:
+        """Of a phase's update that starts after ``samples`` samples."""
+        return phase_learning_rate(self.plan, samples, phase)
 
     def log(self, clock: Clock) -> None:
         """One line of metrics, and this rank's bad samples."""
-        line = self.meter.line(clock, self.learning_rate(clock.samples - self.plan.global_batch))
+        line = self.meter.line(clock)
         line["epoch"] = clock.step / self.plan.steps_per_epoch
         events = self.stream.events()
         counts = sum_over_ranks(torch.tensor([*events.values()], device=self.place.device)).tolist()
@@ -84,13 +98,13 @@ class Job:
 
     def checkpoint(self, clock: Clock) -> None:
         """Save everything that resuming and evaluating need."""
-        data = facts(self.manifest, self.config.data.image)
         state = {
             "step": clock.step,
             "samples": clock.samples,
             "stream": self.stream.state(clock.step),
             "config": self.config.model_dump(mode="json", exclude_none=True),
-            "facts": {"image_size": data.image_size, "classes": data.classes},
+            "facts": self.facts.plain(),
+            frozen.STATE: self.origins,
             "versions": provenance.versions(),
         }
         if self.tokenizer is not None:  # it is a part of the model, and the data set may be gone when that is used
@@ -112,6 +126,7 @@ class Job:
     def actions(self) -> list[Action]:
         """In the order in which they run: a line that is in the log belongs to the checkpoint that follows it."""
         return [
+            *self.surveys,
             Action("log", self.plan.log_every, self.log),
             Action("checkpoint", self.plan.checkpoint_every, self.checkpoint),
             Action("showcase", self.plan.showcase_every, self.showcase),
@@ -150,7 +165,8 @@ def train(path: str, overrides: Sequence[str]) -> int:
         preflight(Path(config.run.folder), place)
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
         sample, tokenizer = sample_batch(config, manifest), tokenizer_of(config, manifest)
-        engine = _engine(path, config, manifest, plan, place, beginning, sample)
+        known = facts(config.data, manifest)
+        engine, origins = _engine(path, config, known, plan, place, beginning, sample)
         if beginning.saved is not None:
             notes += resume(engine, stream, beginning.saved)
         recorder = _recorder(config, plan, place, start, beginning, notes)
@@ -160,7 +176,11 @@ def train(path: str, overrides: Sequence[str]) -> int:
         start.pulse.at("start", clock.step)
         meter = Meter(place.device, place.world_size, start.pulse)
         saver = Saver(store, config.run.keep, start.saved if place.first else lambda step: None)
-        job = Job(config, place, plan, manifest, engine, stream, saver, meter, sample, tokenizer, recorder)
+        watch = Watch(place.device, stop, saver)
+        surveyor = Surveyor(engine, meter, watch, config.run.seed)
+        surveys = build_surveys(config, manifest, plan, engine, surveyor, stack)
+        parts = (engine, stream, saver, meter, sample, tokenizer, recorder, surveys)
+        job = Job(config, place, plan, manifest, known, origins, *parts)
         try:
             outcome, clock = fit(
                 engine=job.engine,
@@ -171,7 +191,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
                 learning_rate=job.learning_rate,
                 actions=job.actions(),
                 meter=job.meter,
-                watch=Watch(place.device, stop, job.saver),
+                watch=watch,
             )
         except NonFiniteError:
             job.saver.finish()  # what is being written is of an earlier step, and good
@@ -182,17 +202,23 @@ def train(path: str, overrides: Sequence[str]) -> int:
 def _engine(
     path: str,
     config: RunConfig,
-    manifest: manifests.Manifest,
+    known: DataFacts,
     plan: Plan,
     place: Place,
     beginning: Beginning,
     sample: Batch,
-) -> BaseEngine:
-    """What trains, with its first weights; where a checkpoint is there, files that these came from are not needed."""
+) -> tuple[BaseEngine, frozen.Origins]:
+    """What trains, with its first weights; where a checkpoint is there, files that these came from are not needed.
+
+    Those of frozen parts are, and are returned.
+    """
     with no_initial_weights() if beginning.saved is not None else nullcontext():
-        objective = build_objective(config, facts(manifest, config.data.image), path)
+        objective = build_objective(config, known, path)
     check_batch(objective.needs, sample, config.objective.name)
-    return build_engine(config, objective, plan, place)
+    origins = frozen.fill(objective)
+    if beginning.saved is not None:
+        frozen.check(beginning.saved, origins)
+    return build_engine(config, objective, plan, place), origins
 
 
 def _recorder(

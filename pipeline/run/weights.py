@@ -19,6 +19,7 @@ from pipeline.engine.ema import power_name
 from pipeline.engine.fragments import EMA, MODEL, Spec, named_tensors, whole
 from pipeline.nn.ema import gamma_of, posthoc
 from pipeline.nn.weights import no_initial_weights
+from pipeline.run import frozen
 from pipeline.run.build import build_objective, check_model
 from pipeline.run.train import CHECKPOINTS
 
@@ -49,10 +50,10 @@ def restore(run: Path, checkpoint: str | None, place: Place, weights: Weights = 
     """
     saved = _find(run, checkpoint, place)
     config = RunConfig.model_validate(saved.state["config"])
-    height, width = saved.state["facts"]["image_size"]
-    facts = DataFacts((height, width), tuple(saved.state["facts"]["classes"]))
+    facts = DataFacts.of(saved.state["facts"])
     with no_initial_weights():
         objective = build_objective(config, facts, str(saved.folder))
+    frozen.leave_out(objective)
     load_weights(objective, saved, place.rank, weights)
     return Restored(objective, config, facts, saved)
 

@@ -12,12 +12,14 @@ from pipeline.config import load
 from pipeline.config.schema import RunConfig, Weights
 from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import load as load_manifest
-from pipeline.core.protocols import Batch, DataFacts, Objective
+from pipeline.core.protocols import Batch, Objective
+from pipeline.data.facts import facts
 from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.dist.group import Place
 from pipeline.engine.fragments import MODEL
 from pipeline.nn.weights import no_initial_weights
 from pipeline.run.build import build_objective
+from pipeline.run.frozen import leave_out
 from pipeline.run.weights import restore
 
 RANDOM = "random init"
@@ -52,22 +54,23 @@ def of_checkpoint(run: Path, checkpoint: str | None, weights: Weights, place: Pl
         ConfigError: there is none.
         CheckpointError: the one that is named is not whole.
     """
-    objective, config, facts, saved = restore(run, checkpoint, place, weights)
+    objective, config, known, saved = restore(run, checkpoint, place, weights)
     averaged = "" if weights == MODEL else f", {weights}"
     told = saved.state.get("tokenizer")
     tokenizer = told.encode() if told is not None else _tokenizer(config, saved.state["stream"].get("tokenizer"))
     encoders = _ready(objective, place)
-    return Subject(f"step {saved.step}{averaged}", saved.step, encoders, facts.classes, config, tokenizer)
+    return Subject(f"step {saved.step}{averaged}", saved.step, encoders, known.classes, config, tokenizer)
 
 
 def untrained(run: Path, place: Place) -> Subject:
     """The model of a run with weights as they are drawn at random, also where the run began from others' weights."""
     config = load.load_run(run / "config.toml")
     manifest = load_manifest(config.data.train)
-    facts = DataFacts(config.data.image.shape, manifest.classes)
+    known = facts(config.data, manifest)
     with no_initial_weights():
-        objective = build_objective(config, facts, str(run))
-    return Subject(RANDOM, None, _ready(objective, place), facts.classes, config, _tokenizer(config, None))
+        objective = build_objective(config, known, str(run))
+    leave_out(objective)
+    return Subject(RANDOM, None, _ready(objective, place), known.classes, config, _tokenizer(config, None))
 
 
 def _ready(objective: Objective, place: Place) -> dict[str, nn.Module]:

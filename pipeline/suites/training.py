@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
-from pipeline.config.resolve import learning_rate, resolve
+from pipeline.config.resolve import phase_learning_rate, resolve
 from pipeline.config.schema import Component, Data, EngineConfig, Every, Run, RunConfig, Training
 from pipeline.core import manifest as manifests
 from pipeline.core.protocols import Clock, Objective
@@ -13,8 +14,9 @@ from pipeline.dist.group import Place
 from pipeline.engine.loop import fit
 from pipeline.engine.meter import Meter
 from pipeline.engine.stopping import StopRequest
+from pipeline.engine.surveys import Surveyor
 from pipeline.engine.watch import Watch
-from pipeline.run.build import build_engine, build_stream
+from pipeline.run.build import build_engine, build_stream, build_surveys
 
 
 def train_on(objective: Objective, data: str, training: Training, place: Place, folder: Path) -> None:
@@ -35,17 +37,20 @@ def train_on(objective: Objective, data: str, training: Training, place: Place, 
     manifest = manifests.load(data)
     plan = resolve(config, manifest.samples, place.world_size, "the training of an evaluation")
     engine = build_engine(config, objective, plan, place)
-    with closing(build_stream(config, manifest, plan, place)) as stream:
+    meter, watch = Meter(place.device, place.world_size), Watch(place.device, StopRequest(folder))
+    with ExitStack() as stack:
+        stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
+        surveyor = Surveyor(engine, meter, watch, training.seed)
         fit(
             engine=engine,
             stream=stream,
             clock=Clock(0, 0, plan.total_samples),
             global_batch=plan.global_batch,
             seed=training.seed,
-            learning_rate=lambda samples: learning_rate(plan, samples),
-            actions=[],
-            meter=Meter(place.device, place.world_size),
-            watch=Watch(place.device, StopRequest(folder)),
+            learning_rate=partial(phase_learning_rate, plan),
+            actions=build_surveys(config, manifest, plan, engine, surveyor, stack),
+            meter=meter,
+            watch=watch,
         )
     objective.eval()
 

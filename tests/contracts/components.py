@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ from pipeline.core.evaluation import Evaluation, Number
 from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, StepContext
 from pipeline.dist.group import Place
 from pipeline.suites.context import Context
+from tests import toys
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke"
+OBJECTIVES = "pipeline.objectives"
+TOYS = "tests.toys"
+"""Objectives of the tests' own, for what no method in the product uses yet."""
 CLASSES = tuple(f"class {i}" for i in range(7))
 REQUIRED = {"ood": {"unknown": ("other",)}}
 """Settings of evaluations that have no default."""
+SAMPLES = 1000
+"""Of that data set."""
 CONTEXT = StepContext(seed=3, clock=Clock(step=2, samples=16, total_samples=64))
-
 
 RESNET: dict[str, Any] = {
     "encoder": "resnet18",
@@ -40,22 +46,40 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Objectives in other settings than those of their smoke configs: objective and settings."""
 
 
+def names() -> list[str]:
+    """Every objective, the tests' own included."""
+    return [*registry.names(OBJECTIVES), *registry.names(TOYS)]
+
+
+def package_of(name: str) -> str:
+    """Where an objective is found."""
+    return TOYS if name in registry.names(TOYS) else OBJECTIVES
+
+
+def contexts(objective: Objective, seed: int = CONTEXT.seed) -> list[StepContext]:
+    """One per phase."""
+    return [replace(CONTEXT, seed=seed, phase=phase) for phase in objective.phases() or [""]]
+
+
 def smoke_config(name: str) -> RunConfig:
     """The smoke config of an objective."""
+    if name not in registry.names(OBJECTIVES):
+        return toys.smoke_config(name)
     return RunConfig.model_validate(tomllib.loads((SMOKE / f"{name}.toml").read_text()))
 
 
 def facts(config: RunConfig) -> DataFacts:
     """Of a data set that would fit the config."""
-    return DataFacts(config.data.image.shape, CLASSES)
+    return DataFacts(config.data.image.shape, CLASSES, samples=SAMPLES)
 
 
 def build_objective(name: str, **settings: Any) -> Objective:
     """The objective of a smoke config, or a variant, with weights that depend on nothing but the config."""
     name, variant = VARIANTS.get(name, (name, {}))
     config = smoke_config(name)
-    module = registry.module("pipeline.objectives", name)
-    cls = registry.component("pipeline.objectives", name, Objective)
+    package = package_of(name)
+    module = registry.module(package, name)
+    cls = registry.component(package, name, Objective)
     torch.manual_seed(0)
     return cls(module.Config(**config.objective.settings | variant | settings), facts(config))
 

@@ -21,11 +21,19 @@ from pipeline.core.protocols import Objective
 from pipeline.dist.group import Place, process_group
 from pipeline.engine import optimizers
 from pipeline.engine.accumulate import accumulate
-from pipeline.engine.base import BaseEngine
-from tests.contracts.components import CONTEXT, RESNET, VARIANTS, build_objective, make_batch, stir
+from pipeline.engine.base import SingleEngine
+from tests.contracts.components import (
+    CONTEXT,
+    RESNET,
+    VARIANTS,
+    build_objective,
+    make_batch,
+    names,
+    package_of,
+    stir,
+)
 from tests.ranks import start_ranks
 
-NAMES = registry.names("pipeline.objectives")
 ENGINES = [("accelerate", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 EVERY_WAY = {
     world: [(*engine, accumulation) for accumulation in accumulations for engine in ENGINES]
@@ -41,6 +49,8 @@ EVERY_KIND = {
 late, and of parameters that are whole only inside its forward. How an engine treats a loss does not depend on which."""
 WITH_BATCH_NORM = {1: [("accelerate", 0, 1)], 2: [("accelerate", 0, 1)], 4: [("deepspeed", 2, 1)]}
 """Without accumulation, since the statistics are those of a micro-batch over all ranks."""
+NAMES = [n for n in names() if registry.component(package_of(n), n, Objective).phases is Objective.phases]
+"""Those with phases: ``test_phases.py``."""
 REPRESENTATIVES = {"mae", "clip"}
 """One that is the mean over samples and one that compares them: for them the engines are tried in every way."""
 GLOBAL_BATCH = 8
@@ -62,7 +72,7 @@ def descent(objective: Objective, config: OptimizerConfig, frozen: object) -> to
     return torch.optim.SGD([{"params": parameters, "lr_scale": 1.0}], lr=1.0)
 
 
-def gradient_of(engine: BaseEngine, name: str, place: Place, plan: Plan) -> tuple[float, NDArray[np.float64]]:
+def gradient_of(engine: SingleEngine, name: str, place: Place, plan: Plan) -> tuple[float, NDArray[np.float64]]:
     """Norm, as the engine tells it, and gradient, as the weights have moved by it."""
     with engine.whole_parameters():
         before = [p.detach().clone() for p in engine.objective.parameters() if p.requires_grad]

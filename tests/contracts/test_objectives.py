@@ -11,23 +11,48 @@ import torch
 
 from pipeline.config.schema import Strict
 from pipeline.core import registry
-from pipeline.core.protocols import Batch, PairwiseObjective, StepContext
-from tests.contracts.components import CONTEXT, SMOKE, build_objective, make_batch, stir
+from pipeline.core.protocols import Batch, Objective, PairwiseObjective, StepOutput
+from pipeline.engine.phases import alone, members
+from tests.contracts.components import (
+    CONTEXT,
+    OBJECTIVES,
+    SMOKE,
+    build_objective,
+    contexts,
+    make_batch,
+    names,
+    package_of,
+    stir,
+)
 
-NAMES = registry.names("pipeline.objectives")
+NAMES = names()
 
 
 def part(batch: Batch, rows: slice) -> Batch:
     return {field: value[rows] for field, value in batch.items()}
 
 
+def parts_of(objective: Objective) -> list[list[torch.nn.Parameter]]:
+    """The trained parameters of each phase."""
+    if objective.phases():
+        return list(members(objective).values())
+    return [[p for p in objective.parameters() if p.requires_grad]]
+
+
+def total(objective: Objective, batch: Batch, seed: int = CONTEXT.seed) -> StepOutput:
+    """Loss and metrics, those of all phases together."""
+    outputs = [objective(batch, ctx) for ctx in contexts(objective, seed)]
+    metrics = {f"{i}/{key}": value for i, output in enumerate(outputs) for key, value in output.metrics.items()}
+    return StepOutput(torch.stack([output.loss for output in outputs]).sum(), metrics)
+
+
 def test_each_objective_has_a_smoke_config_and_no_smoke_config_is_left_over():
-    assert sorted(p.stem for p in SMOKE.glob("*.toml")) == NAMES
+    assert sorted(p.stem for p in SMOKE.glob("*.toml")) == registry.names(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_config_is_strict_and_says_who_it_follows(name):
-    module = registry.module("pipeline.objectives", name)
+    module = registry.module(package_of(name), name)
     assert issubclass(module.Config, Strict)
     assert module.__doc__ is not None and len(module.__doc__.split("\n")) > 1
 
@@ -35,11 +60,13 @@ def test_its_config_is_strict_and_says_who_it_follows(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(name):
     objective = stir(build_objective(name)).train()
-    loss, _ = objective(make_batch(objective, name), CONTEXT)
-    assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
-    loss.backward()
     trainable = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     assert trainable
+    for ctx, mine in zip(contexts(objective), parts_of(objective), strict=True):
+        with alone(mine, trainable.values()):
+            loss, _ = objective(make_batch(objective, name), ctx)
+            assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
+            loss.backward()
     assert [n for n, p in trainable.items() if p.grad is None or not p.grad.isfinite().all()] == []
     assert [n for n, p in trainable.items() if not p.grad.any()] == []
 
@@ -50,9 +77,9 @@ def test_the_same_context_gives_the_same_loss_and_another_seed_or_step_does_not_
     batch = make_batch(objective, name)
     before = copy.deepcopy(batch)
     torch.manual_seed(1)
-    first = objective(batch, CONTEXT).loss
+    first = total(objective, batch).loss
     torch.manual_seed(2)
-    assert torch.equal(first, objective(batch, CONTEXT).loss)
+    assert torch.equal(first, total(objective, batch).loss)
     assert all(torch.equal(batch[field], before[field]) for field in before)
 
 
@@ -62,8 +89,8 @@ def test_the_mean_over_parts_of_a_batch_is_the_loss_of_the_batch(name):
     if isinstance(objective, PairwiseObjective):
         pytest.skip("compares samples of different parts with each other; see the test of two passes")
     batch = make_batch(objective, name)
-    whole = objective(batch, CONTEXT)
-    parts = [objective(part(batch, rows), CONTEXT) for rows in (slice(0, 4), slice(4, 8))]
+    whole = total(objective, batch)
+    parts = [total(objective, part(batch, rows)) for rows in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close((parts[0].loss + parts[1].loss) / 2, whole.loss, rtol=1e-5, atol=1e-6)
     for key, value in whole.metrics.items():
         torch.testing.assert_close((parts[0].metrics[key] + parts[1].metrics[key]) / 2, value, rtol=1e-5, atol=1e-6)
@@ -73,8 +100,8 @@ def test_the_mean_over_parts_of_a_batch_is_the_loss_of_the_batch(name):
 def test_metrics_are_detached_scalars_under_the_same_keys(name):
     objective = build_objective(name).train()
     batch = make_batch(objective, name)
-    first = objective(batch, CONTEXT).metrics
-    later = objective(part(batch, slice(0, 2)), StepContext(9, CONTEXT.clock)).metrics
+    first = total(objective, batch).metrics
+    later = total(objective, part(batch, slice(0, 2)), seed=9).metrics
     assert list(first) == list(later)
     for value in first.values():
         assert value.shape == () and not value.requires_grad
@@ -116,14 +143,14 @@ def test_showcase_gives_pictures_and_leaves_the_objective_as_it_was(name):
 def test_state_round_trip(name):
     objective = build_objective(name).train()
     batch = make_batch(objective, name)
-    expected = objective(batch, CONTEXT).loss
+    expected = total(objective, batch).loss
     state = copy.deepcopy(objective.state_dict())
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(torch.randn_like(parameter))
-    assert not torch.equal(expected, objective(batch, CONTEXT).loss)
+    assert not torch.equal(expected, total(objective, batch).loss)
     objective.load_state_dict(state)
-    assert torch.equal(expected, objective(batch, CONTEXT).loss)
+    assert torch.equal(expected, total(objective, batch).loss)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,9 +158,9 @@ def test_state_round_trip(name):
 def test_bf16_is_finite_and_close(name, weights):
     objective = build_objective(name).train()
     batch = make_batch(objective, name)
-    exact = objective(batch, CONTEXT).loss
+    exact = total(objective, batch).loss
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
-        loss = objective.to(weights)(batch, CONTEXT).loss
+        loss = total(objective.to(weights), batch).loss
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.03)
     loss.backward()
@@ -155,3 +182,16 @@ def test_what_it_offers_other_libraries_says_how_it_is_loaded_and_stays_in_the_f
         assert offered.note and not Path(path).is_absolute() and ".." not in Path(path).parts
         if not isinstance(offered.content, str) and offered.content is not None:
             assert path.endswith(".safetensors") and all(isinstance(v, torch.Tensor) for v in offered.content.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parts_are_not_trained_stay_in_eval_mode_and_serve_no_encoder(name):
+    objective = build_objective(name).train()
+    for part in objective.frozen():
+        module = objective.get_submodule(part)
+        tensors = {id(t) for t in (*module.parameters(), *module.buffers())}
+        assert tensors and not any(p.requires_grad for p in module.parameters())
+        assert not any(m.training for m in module.modules())
+        for encoder in objective.encoders().values():
+            assert not tensors & {id(t) for t in (*encoder.parameters(), *encoder.buffers())}
+        assert not tensors & {id(average.target) for average in objective.averages(CONTEXT.clock)}

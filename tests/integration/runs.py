@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pipeline.config import load
 from pipeline.core.protocols import Clock
 from pipeline.run import train as training
+from tests import toys
 from tests.ranks import Ended, start_ranks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke"
-TIMING = {"samples_per_second", "data_wait", "step_seconds", "memory_gb", "attempt"}
+TIMING = {"survey_seconds", "samples_per_second", "data_wait", "step_seconds", "memory_gb", "attempt"}
 """What may differ between two runs of the same thing."""
 
 
@@ -39,10 +43,19 @@ def run(world: int, objective: str, settings: list[str], hurt: Callable[[], None
     return start_ranks(world, rank_body, config=str(SMOKE / f"{objective}.toml"), settings=settings, hurt=hurt)
 
 
+def run_toy(world: int, toy: str, settings: list[str], hurt: Callable[[], None] | None = None) -> list[Ended]:
+    """The same, of one of the tests' own objectives; ``settings`` begin with the run's folder."""
+    folder = Path(settings[0].removeprefix("run.folder='").removesuffix("'"))
+    config = folder.with_name(f"{folder.name}.toml")
+    config.write_text(load.dump(toys.smoke_config(toy)))
+    return start_ranks(world, rank_body, config=str(config), settings=settings, hurt=hurt)
+
+
 def rank_body(config: str, settings: list[str], hurt: Callable[[], None] | None) -> int:
     """One rank, through the program's own entry."""
     from pipeline.run.__main__ import main
 
+    toys.admit()
     if hurt is not None:
         hurt()
     command = ["train", "--config", config]
@@ -74,6 +87,20 @@ def metrics(folder: Path) -> dict[int, dict[str, Any]]:
     """Last line of each step, without what depends on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: {k: v for k, v in line.items() if k not in TIMING} for line in lines}
+
+
+def same_course(found: Path, expected: Path, prefixes: tuple[str, ...] = ("",), slack: float = 1.0) -> None:
+    """The batches are the same, and losses and gradients but for the order of sums: ``slack`` times the tolerance.
+
+    ``prefixes`` are those of the phases' metrics.
+    """
+    lines = metrics(found)
+    for number, line in metrics(expected).items():
+        assert lines[number]["data_digest"] == line["data_digest"], number
+        for prefix in prefixes:
+            for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+                value = pytest.approx(line[prefix + name], rel=tolerance * slack)
+                assert lines[number][prefix + name] == value, (number, prefix + name)
 
 
 def steps_of(folder: Path) -> list[int]:

@@ -9,22 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import codes, die_at, metrics, notes, overrides, run, steps_of
+from tests.integration.runs import codes, die_at, metrics, notes, overrides, run, same_course, steps_of
 
 ENGINES = {
     "accelerate": ["engine.name=accelerate"],
     **{f"zero{stage}": ["engine.name=deepspeed", f"engine.zero={stage}"] for stage in range(4)},
 }
 LENGTH, EVERY = 12, 3
-
-
-def same_course(found: Path, expected: Path, slack: float = 1.0) -> None:
-    """The batches are the same, and losses and gradients but for the order of sums: ``slack`` times the tolerance."""
-    lines = metrics(found)
-    for number, line in metrics(expected).items():
-        assert lines[number]["data_digest"] == line["data_digest"], number
-        assert lines[number]["loss"] == pytest.approx(line["loss"], rel=1e-5 * slack), number
-        assert lines[number]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-4 * slack), number
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from torch import Tensor
 from data_prep.tokenizer import train_tokenizer
 from pipeline.engine.checkpoint import read_manifest
 from pipeline.engine.fragments import MODEL, Spec, whole
-from tests.integration.runs import codes, die_at, metrics, overrides, run, steps_of
-from tests.integration.test_resume import same_course
+from tests.integration.runs import codes, die_at, metrics, overrides, run, same_course, steps_of
 
 RUNS = {
     "clip": ("clip", ["engine.zero=2"], 4),

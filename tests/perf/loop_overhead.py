@@ -23,7 +23,7 @@ from pipeline.config.resolve import Plan, learning_rate, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.core.manifest import load
 from pipeline.core.protocols import Batch, Clock, Objective, StepContext
-from pipeline.data.stream import facts
+from pipeline.data.facts import facts
 from pipeline.dist.group import process_group
 from pipeline.engine.actions import Action
 from pipeline.engine.loop import fit
@@ -72,7 +72,7 @@ class Alternation:
 
     def after_step(self, clock: Clock) -> None:
         """An action of every step: metrics as in a run, then the turn of the other loop when it has come."""
-        self.meter.line(clock, 0.0)
+        self.meter.line(clock)
         turn = clock.step % (SKIPPED + self.steps)
         if turn == SKIPPED:
             self.began = time.perf_counter()
@@ -94,7 +94,7 @@ def measure(rounds: int, steps: int, folder: Path) -> Alternation:
         total = (rounds + 1) * (SKIPPED + steps) * BATCH
         meter = Meter(place.device, 1)
         with closing(build_stream(config, manifest, plan, place)) as stream:
-            known = facts(manifest, config.data.image)
+            known = facts(config.data, manifest)
             engine = build_engine(config, build_objective(config, known, ""), plan, place)
             other = build_objective(config, known, "").train()
             batch = next(stream.batches(0))[0]
@@ -105,7 +105,7 @@ def measure(rounds: int, steps: int, folder: Path) -> Alternation:
                 clock=Clock(0, 0, total),
                 global_batch=BATCH,
                 seed=0,
-                learning_rate=lambda samples: learning_rate(plan, samples),
+                learning_rate=lambda samples, phase: learning_rate(plan, samples),
                 actions=[Action("measure", 1, turns.after_step)],
                 meter=meter,
                 watch=Watch(place.device, StopRequest(folder)),

@@ -58,7 +58,7 @@ def fresh(config: Config) -> MAE:
 def ours(mae: Config, precision: Literal["bf16", "fp32"], batch: Batch, place: Place) -> Callable[[int], float]:
     """Seconds of so many steps of the loop."""
     n = len(batch["id"])
-    plan = Plan(n, n, 1, n, 1, 1.0, 10**6, 10**6 * n, 0, 0, constant.Config(), LR, 0, 0, 0, {})
+    plan = Plan(n, n, 1, n, 1, 1.0, 10**6, 10**6 * n, 0, 0, constant.Config(), LR, {}, 0, 0, 0, {})
     config = EngineConfig(name="accelerate", precision=precision, micro_batch=n)
     engine = AccelerateEngine(fresh(mae).train(), config, Optimizer(lr=LR), plan, place)
     meter = Meter(place.device, 1)
@@ -71,7 +71,7 @@ def ours(mae: Config, precision: Literal["bf16", "fp32"], batch: Batch, place: P
             clock=Clock(0, 0, steps * n),
             global_batch=n,
             seed=0,
-            learning_rate=lambda samples: LR,
+            learning_rate=lambda samples, phase: LR,
             actions=(),
             meter=meter,
             watch=Watch(place.device, StopRequest(Path("/nonexistent"))),

@@ -11,7 +11,7 @@ from pipeline.config.schema import Data, Image
 from pipeline.core.digest import data_digest
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.data.order import Order
-from pipeline.data.stream import facts, open_stream
+from pipeline.data.stream import open_stream
 from tests.unit.data.shards import members, write_data
 
 SIZES = [5, 0, 9, 1, 20, 13]
@@ -63,8 +63,6 @@ def test_batch(data):
         }
         assert torch.equal(batch["label"], batch["id"] % 7)
         assert not torch.equal(batch["image"], batch["image2"])
-    assert facts(data, Image(size=(8, 6))).image_size == (8, 6)
-    assert facts(data, IMAGE).classes == data.classes
 
 
 @pytest.mark.parametrize("tail", ["drop", "endless"])

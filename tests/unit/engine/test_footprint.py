@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.schema import EmaConfig, EngineConfig, Optimizer
 from pipeline.engine.footprint import Sizes, checkpoint_bytes, gathered, held, sent
 
-SIZES = Sizes(trained=[300_000, 600], frozen=[200_000, 90], buffers=40, halved=300_000)
+SIZES = Sizes(trained=[300_000, 600], frozen=[200_000, 90], rebuilt=0, buffers=40, halved=300_000)
 TRAINED = 1_202_400
 """Bytes of 300,600 elements; a quarter is 300,600."""
 FROZEN = 800_360
@@ -46,7 +46,7 @@ def test_what_does_not_divide_is_rounded_up():
 def test_what_is_gathered_is_all_that_is_not_whole_but_never_more_than_a_thousand_million():
     assert [gathered(SIZES, engine(kind)) for kind in ("accelerate", 0, 1, 2)] == [0, 0, 0, 0]
     assert gathered(SIZES, engine(3)) == 4 * 500_000
-    assert gathered(Sizes([3 * 10**9], [], 0, 0), engine(3)) == 4 * 10**9
+    assert gathered(Sizes([3 * 10**9], [], 0, 0, 0), engine(3)) == 4 * 10**9
 
 
 @pytest.mark.parametrize(

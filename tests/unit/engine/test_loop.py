@@ -25,6 +25,10 @@ class Quiet:
     """Measures nothing."""
 
     loss = torch.tensor(1.0)
+    norm = torch.tensor(0.0)
+
+    def end_update(self, phase: str, rate: float, norm: torch.Tensor) -> None:
+        self.norm = norm
 
     def timed(self, source: Iterator[Any]) -> Iterator[Any]:
         return source
@@ -45,6 +49,7 @@ def fit(tmp_path, lone_group, monkeypatch):
         nothing = {"before_step": lambda clock: None, "after_step": lambda clock: None}
         update = {"update": lambda rate: left.pop(0), **nothing}
         engine = SimpleNamespace(objective=nn.Identity(), place=place, **update)
+        engine.turns = lambda: [("", 0, engine)]
         request = StopRequest(tmp_path)
         request.reason = "SIGTERM" if stop else None
         watch = Watch(CPU, request)
@@ -55,7 +60,7 @@ def fit(tmp_path, lone_group, monkeypatch):
             clock=Clock(0, 0, 4 * len(norms)),
             global_batch=4,
             seed=0,
-            learning_rate=lambda samples: 0.1,
+            learning_rate=lambda samples, phase: 0.1,
             actions=[Action("checkpoint", 2, lambda clock: done.append(clock.step))],
             meter=cast(Any, Quiet()),
             watch=watch,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.run import cost
 from pipeline.run.cost import activations, kept_for_backward, sizes_of
+from tests.contracts.components import build_objective, make_batch
 
 
 class Toy(nn.Module):
@@ -18,6 +19,9 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 8)
+
+    def phases(self) -> dict[str, list[str]]:
+        return {}
 
     def forward(self, batch: dict[str, Tensor], ctx: object) -> Tensor:
         return nn.functional.gelu(self.layer(batch["x"])).pow(2).sum()
@@ -51,3 +55,12 @@ def test_sizes_of_a_model():
     assert sorted(found.frozen) == [5, 25]
     assert found.halved == 32 + 8 + 6 + 3
     assert found.buffers == 8 * 4 + 8 * 4 + 8  # mean, variance, and a counter of 64 bits
+
+
+def test_of_phases_the_one_that_keeps_most_counts(monkeypatch):
+    objective = build_objective("toy_gan")
+    batch = make_batch(objective, "toy_gan")
+    # An activation of each layer, and images: the critic's loss sees both kinds and so keeps more.
+    everything = cost.kept_for_backward(objective, batch, "fp32")
+    monkeypatch.setattr(objective, "phases", lambda: {"generator": ["generator."]})
+    assert 0 < cost.kept_for_backward(objective, batch, "fp32") < everything

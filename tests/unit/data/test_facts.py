@@ -1,0 +1,44 @@
+"""What components may know of the data, and that it survives a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config.schema import Beside, Data, Image, Source
+from pipeline.core.manifest import load, save
+from pipeline.core.protocols import DataFacts, SetFacts
+from pipeline.data.facts import facts
+from tests.unit.data.shards import FIELDS, members, write_data
+
+
+def test_it_knows_samples_classes_and_first_id_of_every_data_set(tmp_path):
+    for name, shards in {"a": [3, 4], "b": [5], "c": [2]}.items():
+        (tmp_path / name).mkdir()
+        write_data(tmp_path / name, shards, members, FIELDS)
+        if name == "c":
+            save(replace(load(tmp_path / name), classes=("left", "right")), tmp_path / name)
+    first = (Source(path=str(tmp_path / "a")), Source(path=str(tmp_path / "b")))
+    beside = {"near": Beside(path=str(tmp_path / "b")), "far": Beside(path=str(tmp_path / "c"))}
+    data = Data(train=first, image=Image(size=(8, 6)), beside=beside)
+    known = facts(data, load(first))
+    classes = load(tmp_path / "a").classes
+    assert classes and known == DataFacts(
+        (8, 6),
+        classes,
+        samples=12,
+        beside={"near": SetFacts(5, classes, first=12), "far": SetFacts(2, ("left", "right"), first=17)},
+    )
+    assert DataFacts.of(json.loads(json.dumps(known.plain()))) == known
+
+
+def test_facts_in_checkpoints_of_earlier_versions_are_read():
+    assert DataFacts.of({"image_size": [8, 6], "classes": ["a", "b"]}) == DataFacts((8, 6), ("a", "b"))
+
+
+def test_a_data_set_beside_the_first_has_not_the_name_of_a_field():
+    with pytest.raises(ValidationError, match=r"beside\.text has the name of a field"):
+        Data(train="x", fields=("image", "text"), beside={"text": Beside(path="y")})
