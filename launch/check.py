@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def check(path: Path, overrides: Sequence[str], procs: int) -> None:
     """Print the plan of a run, or say that a suite is sound.
 
     First, without torch: keys, types and values; then the data set and the plan; then, importing them, the settings
-    of the components.
+    of the components, and whether the model can be built and the data give what it needs.
 
     Raises:
         ConfigError: with every mistake that was found.
@@ -29,6 +30,7 @@ def check(path: Path, overrides: Sequence[str], procs: int) -> None:
     for line in dropped(path, overrides):
         print(line)
     problems: list[str] = []
+    data = None
     if isinstance(config, RunConfig):
         try:
             data = manifest.load(config.data.train)
@@ -40,6 +42,9 @@ def check(path: Path, overrides: Sequence[str], procs: int) -> None:
     try:
         if isinstance(config, RunConfig):
             components.check_run(config, title)
+            if data is not None:
+                # By name, since it imports torch; and only with settings that are sound.
+                problems += importlib.import_module("pipeline.run.soundness").problems(config, title)
         else:
             components.check_suite(config, title)
     except Mistakes as mistakes:

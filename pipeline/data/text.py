@@ -131,6 +131,11 @@ class TextDecoder:
         row[: len(tokens)] = tokens
         return Tokens(row, len(tokens), len(words) > room)
 
+    @property
+    def words_known(self) -> int:
+        """Number of token ids."""
+        return self._library().get_vocab_size()
+
     def tokens(self, texts: Sequence[str]) -> Batch:
         """Any texts as fields: "text", int64[N,L], and "text_length", int64[N].
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,8 +121,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= _APART else text[: _APART - 3] + "..."
 
 
-def table(results: Sequence[Row], stream: TextIO) -> None:
-    """Print the comparison: metrics as rows, models as columns, the best of each row in bold on a terminal."""
+def table_text(results: Sequence[Row]) -> str:
+    """The comparison as standard output shows it."""
+    text = io.StringIO()
+    table(results, text, like=sys.stdout)
+    return text.getvalue().rstrip("\n")
+
+
+def table(results: Sequence[Row], stream: TextIO, like: TextIO | None = None) -> None:
+    """Print the comparison: metrics as rows, models as columns, the best of each row in bold on a terminal.
+
+    Args:
+        results: what is compared.
+        stream: where it goes.
+        like: how wide and bold it is, is as for this stream; left out: ``stream``.
+    """
+    terminal = (like or stream).isatty()
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("metric")
     shown.add_column("split")
@@ -133,4 +149,5 @@ def table(results: Sequence[Row], stream: TextIO) -> None:
             for row, text in zip(line.cells, line.texts(), strict=True)
         ]
         shown.add_row(Text(line.name), Text(line.split), *cells)
-    Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH).print(shown)
+    width = None if terminal else _PLAIN_WIDTH
+    Console(file=stream, width=width, force_terminal=terminal or None).print(shown)

@@ -49,15 +49,16 @@ def main(argv: Sequence[str]) -> int:
 
         return guarded(lambda: cost(args.config, args.overrides, args.ranks))
 
-    from pipeline.record.lines import table
+    from pipeline.record.console import say
+    from pipeline.record.lines import table_text
     from pipeline.record.report import write_report
     from pipeline.record.results import read_together
 
     def report() -> int:
         if len(args.runs) == 1:
-            print(write_report(args.runs[0]))
+            say(str(write_report(args.runs[0])))
         else:
-            table(read_together(args.runs), sys.stdout)
+            say(table_text(read_together(args.runs)))
         return FINISHED
 
     return guarded(report)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import cast
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.config.resolve import Plan, period
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, Source
 from pipeline.core import registry
 from pipeline.core.components import OBJECTIVES, check_component
 from pipeline.core.errors import CheckpointError
@@ -127,13 +128,25 @@ def build_surveys(
     return found
 
 
-def sample_batch(config: RunConfig, manifest: Manifest) -> Batch:
+def sample_batch(config: RunConfig, manifest: Manifest, count: int = SHOWN) -> Batch:
     """A few samples, the same on every rank and in every attempt: for showcases, and to check what comes."""
-    count = min(SHOWN, manifest.samples)
+    count = min(count, manifest.samples)
+    # Of mixed data sets each must have its part in a batch; of a larger one, samples are taken evenly.
+    drawn = min(_least_batch(config.data.train, count), max(count, config.run.global_batch))
     data = config.data.model_copy(update={"workers": 0, "lanes": None, "decode": "loader"})
-    few = open_stream(data, manifest, seed=config.run.seed, global_batch=count, micro_batch=count, rank=0, world=1)
+    few = open_stream(data, manifest, seed=config.run.seed, global_batch=drawn, micro_batch=drawn, rank=0, world=1)
     with closing(few):
-        return next(few.batches(0))[0]
+        batch = next(few.batches(0))[0]
+    rows = torch.linspace(0, drawn - 1, count).round().long()
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def _least_batch(train: str | Sequence[Source], count: int) -> int:
+    """The smallest batch of at least ``count`` samples that has one of every source."""
+    if isinstance(train, str):
+        return count
+    weights = [source.weight for source in train]
+    return max(count, math.ceil(sum(weights) / min(weights)))
 
 
 def tokenizer_of(config: RunConfig, manifest: Manifest) -> bytes | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,11 +17,10 @@ from pipeline.core import manifest as manifests
 from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch, Clock, Objective, StepContext
 from pipeline.data.facts import facts
-from pipeline.data.stream import open_stream
 from pipeline.dist.group import process_group
 from pipeline.engine.footprint import Sizes, checkpoint_bytes, gathered, held, sent
 from pipeline.engine.fragments import named_tensors
-from pipeline.run.build import build_objective
+from pipeline.run.build import build_objective, sample_batch
 
 _HALVED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Of these alone, not of classes made from them, does DeepSpeed's autocast send gradients in bf16."""
@@ -96,20 +94,10 @@ def _kept_of(objective: Objective, batch: Batch, context: StepContext, precision
 
 def activations(config: RunConfig, objective: Objective, manifest: Manifest) -> int:
     """Of one micro-batch: what two small forwards keep, continued in a straight line."""
-    few, more = (
-        kept_for_backward(objective, _batch(config, manifest, samples), config.engine.precision) for samples in PROBED
-    )
+    precision, batches = config.engine.precision, [sample_batch(config, manifest, samples) for samples in PROBED]
+    few, more = (kept_for_backward(objective, batch, precision) for batch in batches)
     per_sample = (more - few) / (PROBED[1] - PROBED[0])
     return round(few + per_sample * (config.engine.micro_batch - PROBED[0]))
-
-
-def _batch(config: RunConfig, manifest: Manifest, samples: int) -> Batch:
-    data = config.data.model_copy(update={"workers": 0, "lanes": None})
-    stream = open_stream(
-        data, manifest, seed=config.run.seed, global_batch=samples, micro_batch=samples, rank=0, world=1
-    )
-    with closing(stream):
-        return next(stream.batches(0))[0]
 
 
 def cost(path: str, overrides: Sequence[str], world_size: int) -> int:

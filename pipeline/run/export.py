@@ -13,6 +13,7 @@ from pipeline.dist.group import process_group
 from pipeline.engine.fragments import MODEL
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder
 from pipeline.nn.weights import IMAGE_SIZE, export_encoder, save
+from pipeline.record.console import say
 from pipeline.run.weights import Restored, parse_weights, restore
 
 ENCODER = "encoder.safetensors"
@@ -52,7 +53,7 @@ def export(
     objective, config, facts, saved = trained
     made = {"step": str(saved.step), "config": config.model_dump_json(), IMAGE_SIZE: json.dumps(facts.image_size)}
     save(folder / WHOLE, objective.state_dict(), made)
-    print(f"{folder / WHOLE}: all weights of objective {config.objective.name!r}")
+    say(f"{folder / WHOLE}: all weights of objective {config.objective.name!r}")
     for name, offered in objective.exports().items():
         write(folder / name, offered)
     return FINISHED
@@ -77,8 +78,8 @@ def _write_encoder(
         new_patch_size=patch_size,
     )
     shown = "".join(f", {name}={value!r}" for name, value in args.items())
-    print(f"timm.create_model({settings.encoder!r}, checkpoint_path={str(folder / ENCODER)!r}{shown})")
-    print(f"input: RGB / 255, mean {settings.mean}, std {settings.std}")
+    say(f"timm.create_model({settings.encoder!r}, checkpoint_path={str(folder / ENCODER)!r}{shown})")
+    say(f"input: RGB / 255, mean {settings.mean}, std {settings.std}")
 
 
 def write(path: Path, offered: Export) -> None:
@@ -89,4 +90,4 @@ def write(path: Path, offered: Export) -> None:
             replace_file(path, offered.content.encode())
         else:
             save(path, offered.content, offered.metadata)
-    print(f"{path}: {offered.note}")
+    say(f"{path}: {offered.note}")

@@ -24,7 +24,8 @@ from pipeline.core.evaluation import Evaluation, Number
 from pipeline.data.evaluation import OrderedStream, open_eval
 from pipeline.dist.group import Place, by_first, process_group
 from pipeline.engine.fragments import MODEL
-from pipeline.record.lines import table
+from pipeline.record.console import say
+from pipeline.record.lines import table_text
 from pipeline.record.report import write_report
 from pipeline.record.results import Row, add_results, read_results, ready, rows
 from pipeline.suites.context import Context
@@ -76,8 +77,8 @@ def evaluate(
                 _keep(target, rows([o for o in outputs if isinstance(o, Number)], origin))
         if place.first:
             progress.close()
-            table(read_results(target), sys.stdout)
             write_report(target)
+            say(table_text(read_results(target)))
     return FINISHED
 
 
@@ -90,7 +91,7 @@ def _keep(folder: Path, new: list[Row]) -> None:
     try:
         add_results(folder, new)
     except OSError as error:
-        table(new, sys.stdout)
+        say(table_text(new))
         raise DataError(f"cannot write the results into {folder} ({error.strerror}); they are printed above") from error
 
 

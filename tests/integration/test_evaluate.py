@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +164,14 @@ def test_results_that_the_disk_does_not_take_are_printed(trained, tmp_path, caps
     assert main(command) == 2
     said = capsys.readouterr()
     assert "knn/top1_k5" in said.out and "No space left on device" in said.err
+
+
+def test_whoever_stops_listening_ends_no_export(trained, tmp_path):
+    """``sluice export ... | head -1``: all files are written, and nothing is said of it."""
+    listen, talk = os.pipe()
+    os.close(listen)
+    command = [sys.executable, "-m", "pipeline.run", "export", "--run", str(trained), "--out", str(tmp_path)]
+    done = subprocess.run(command, stdout=talk, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(talk)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} >= {"encoder.safetensors", "objective.safetensors"}

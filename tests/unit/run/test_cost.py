@@ -36,7 +36,7 @@ def test_parameters_and_the_batch_itself_are_not_counted_among_what_a_forward_ke
 
 
 def test_activations_grow_with_the_micro_batch(monkeypatch):
-    monkeypatch.setattr(cost, "_batch", lambda config, manifest, samples: batch_of(samples))
+    monkeypatch.setattr(cost, "sample_batch", lambda config, manifest, samples: batch_of(samples))
     for samples in (1, 2, 64):
         config = SimpleNamespace(engine=SimpleNamespace(micro_batch=samples, precision="fp32"))
         assert activations(cast(Any, config), cast(Any, Toy()), cast(Any, None)) == 2 * samples * 8 * 4
