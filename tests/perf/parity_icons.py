@@ -5,7 +5,7 @@ and is asked for those of the held-out ones; SimCLR and MAE see no labels, and t
 off their nearest neighbours in training. Each side starts its own model from its own initial weights; batches, crops,
 colours, learning rates and what AdamW decays are the same. CPU seconds are those of the process, without the reading.
 
-Run: ``python -m tests.perf.parity_icons [--methods clip simclr mae] [--steps 200] [--seeds 3]``; needs open_clip_torch
+Run: ``python -m tests.perf.parity_icons [--methods clip simclr mae] [--steps 300] [--seeds 3]``; needs open_clip_torch
 and lightly beside what :mod:`tests.perf.icons` names.
 """
 
@@ -153,14 +153,14 @@ def small(modules: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def zero_shot(task: Task, image: Callable[[Tensor], Tensor], text: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Part of the held-out icons whose name, known in training, comes first among all such names."""
+    """Part of the held-out icons whose name, known in training, is among the ten nearest of all such names."""
     known = sorted(set(task.train.names) & set(task.held.names))
     rows = [i for i, name in enumerate(task.held.names) if name in set(known)]
     tokens = [task.tokens[name] for name in known]
     names = text(torch.stack([t for t, _ in tokens]), torch.tensor([length for _, length in tokens]))
     features = functional.normalize(image(task.held.image[rows]), dim=1) @ functional.normalize(names, dim=1).T
     wanted = torch.tensor([known.index(task.held.names[i]) for i in rows])
-    return float((features.argmax(dim=1) == wanted).float().mean())
+    return float((features.topk(10, dim=1).indices == wanted[:, None]).any(dim=1).float().mean())
 
 
 @torch.no_grad()
@@ -291,7 +291,7 @@ def main() -> None:
     """Train all pairs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path("/tmp/sluice-icons"))
     args = parser.parse_args()
