@@ -93,10 +93,13 @@ def test_the_configuration_is_what_is_trained_and_changes_have_their_step(starte
     assert not (folder / "config.toml").exists(), "nothing is trained yet"
     provenance.train_on(folder, config, 0, [])
     assert load_run(folder / "config.toml") == config
-    for step, now in ((10, 2.0), (20, 3.0), (20, 4.0), (15, 5.0)):  # the third replaces the second, the last one both
+    kept = []
+    for step, now in ((10, 2.0), (20, 3.0), (20, 4.0), (15, 5.0)):
         other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": now})})
         provenance.write(folder, plan)
         provenance.train_on(folder, other, step, [Change("optimizer.lr", 1.0, now, "course")])
+        kept.append([change["step"] for change in provenance.read(folder)["changes"]])
+    assert kept == [[10], [10, 20], [10, 20], [10, 15]], "what was given up is no longer told"
     facts = provenance.read(folder)
     assert [(c["step"], c["settings"]) for c in facts["changes"]] == [
         (10, {"optimizer.lr": {"before": 1.0, "now": 2.0}}),
