@@ -48,6 +48,9 @@ class Config(EncoderConfig):
     dim: Annotated[int, Field(ge=1)] = 128
     """E."""
     temperature: Annotated[float, Field(gt=0)] = 0.1
+    loss: Literal["mean", "sum"] = "mean"
+    """Mean over both views, as the paper writes it, or the sum of both directions, twice as large, as the authors' code
+    has it: AdamW does not see it, and LARS only where it does not adapt (norms and biases)."""
     colour: Colour = Colour()
     share: Literal["gathered", "blocks"] = "gathered"
     """Features of all ranks at once, or (slower, for the largest batches) one rank's after the other's."""
@@ -86,6 +89,8 @@ class SimCLR(PairwiseObjective):
         first, second = embeddings.rows["first"], embeddings.rows["second"]
         scale = first.new_full((1,), 1 / self.config.temperature)
         loss = nt_xent(first, second, scale, share=self.config.share)
+        if self.config.loss == "sum":
+            loss = 2 * loss
         return StepOutput(loss, {"agreement": (first * second).detach().sum(dim=1).mean()})
 
     def encoders(self) -> dict[str, nn.Module]:

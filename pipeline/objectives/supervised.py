@@ -36,6 +36,8 @@ class Config(EncoderConfig):
     """RandAugment, for images of three channels; left out: none."""
     mixing: Mixing = Mixing()
     """Mixup, CutMix and random erasing."""
+    head_std: Annotated[float, Field(gt=0)] = 0.01
+    """Of the classifier's initial weights, a truncated normal distribution."""
     freeze: bool = False
     """Train the classifier alone, behind a batch norm without scale and shift: a linear probe."""
 
@@ -69,7 +71,7 @@ class Supervised(Objective):
             self.encoder.requires_grad_(False)
             self.norm = GlobalBatchNorm(nn.BatchNorm1d(self.encoder.dim, affine=False, eps=1e-6))
         self.head = nn.Linear(self.encoder.dim, len(facts.classes))
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.trunc_normal_(self.head.weight, std=config.head_std)
         nn.init.zeros_(self.head.bias)
         self._labels_checked = False
 

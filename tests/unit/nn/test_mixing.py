@@ -23,6 +23,26 @@ def test_beta_has_the_distribution_of_scipy(alpha):
     assert found.min() >= 0 and found.max() <= 1
 
 
+@pytest.mark.parametrize("alpha", [0.3, 0.99, 1.0, 1.5, 2.0])
+def test_no_part_is_likelier_than_the_density_has_it(alpha):
+    """That all tries are rejected, which gives a half, is as good as never: of 40,000 none."""
+    found = beta(numbers(torch.arange(40_000)), alpha)
+    assert int((found == 0.5).sum()) == 0
+    assert found.double().var() == pytest.approx(scipy.stats.beta(alpha, alpha).var(), rel=0.03)
+
+
+def test_what_is_erased_is_mixed_like_the_rest():
+    """As timm and MAE have it: half of the noise in a blended image is the neighbour's."""
+    ones, ids = torch.ones(2000, 1, 16, 16), torch.arange(2000)
+    x, _, part = mix(ones, numbers(ids), Mixing(mixup=1.0, erase=1.0))
+    noise = (x - 1).flatten(1)
+    touched = (noise != 0).any(1)
+    assert touched.float().mean() > 0.95
+    alone = (noise != 0).float().mean(1)
+    assert alone.mean() > 0.25  # the union of two rectangles; one covers 0.17 on average
+    assert part.std() > 0.2
+
+
 def test_mixup_blends_neighbours_by_the_part_that_labels_are_given():
     x, partner, part = mix(PICTURES, numbers(IDS), Mixing(mixup=0.8))
     assert torch.equal(partner, IDS.view(-1, 2).flip(1).flatten())

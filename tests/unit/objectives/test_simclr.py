@@ -46,6 +46,17 @@ def test_the_loss_is_the_mean_over_all_views_of_both_directions(lone_group):
     assert float(out.metrics["agreement"]) == pytest.approx(agreement, abs=1e-5)
 
 
+def test_the_sum_is_that_of_the_authors_code(lone_group):
+    """mean(loss_a + loss_b): cross-entropies of first views against all others, and of second ones (objective.py)."""
+    model, data = build(temperature=0.5, loss="sum"), batch()
+    with torch.no_grad():
+        first, second = functional.normalize(model.head(model.encoder(model.views(data, CTX))), dim=1).chunk(2)
+    masked, here = torch.eye(4) * 1e9, torch.arange(4)
+    loss_a = functional.cross_entropy(torch.cat([first @ second.T, first @ first.T - masked], 1) / 0.5, here)
+    loss_b = functional.cross_entropy(torch.cat([second @ first.T, second @ second.T - masked], 1) / 0.5, here)
+    torch.testing.assert_close(model(data, CTX).loss, loss_a + loss_b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layers", [2, 3])
 def test_the_head_ends_in_a_norm_without_centre_and_every_norm_is_over_all_ranks(layers):
     model = build(layers=layers, hidden=7)

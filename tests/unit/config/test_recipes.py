@@ -1,0 +1,223 @@
+"""Every recipe against the settings of its paper: optimizer, schedule, length, batch, averages and crops, all by name.
+
+Each table holds every field of ``[optimizer]`` and ``[schedule]``, so that a default cannot slip into what is called
+published. Settings of objectives are those that papers vary, defaults included.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.load import load_run
+from pipeline.core import registry
+from pipeline.core.components import OBJECTIVES
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+ADAMW = {"name": "adamw", "lr_scaling": "none", "eps": 1e-8, "layer_decay": 1.0, "clip": None, "decay": "matrices"}
+LARS = {
+    "name": "lars",
+    "decay": "matrices",
+    "momentum": 0.9,
+    "lr_scaling": "linear",
+    "lr_batch": 256,
+    "layer_decay": 1.0,
+    "clip": None,
+}
+
+# He et al. 2022, appendix A.1, tables 8 to 10, and the authors' PRETRAIN.md and FINETUNE.md (facebookresearch/mae).
+MAE = {
+    "run.global_batch": 4096,
+    "optimizer": ADAMW
+    | {"lr": 1.5e-4, "lr_scaling": "linear", "lr_batch": 256, "betas": [0.9, 0.95], "weight_decay": 0.05},
+    "schedule": {"name": "cosine", "warmup": "40ep", "final": 0.0},
+    "data.image.scale": [0.2, 1.0],
+    "data.image.flip": True,
+    "objective.mask_ratio": 0.75,
+    "objective.norm_pix": True,
+}
+
+
+def mae_finetuning(lr: float, layer_decay: float, length: str, drop_path: float) -> dict[str, Any]:
+    optimizer = {"lr_scaling": "linear", "lr_batch": 256, "betas": [0.9, 0.999], "weight_decay": 0.05}
+    return {
+        "run.global_batch": 1024,
+        "run.length": length,
+        "optimizer": ADAMW | optimizer | {"lr": lr, "layer_decay": layer_decay},
+        "schedule": {"name": "cosine", "warmup": "5ep", "final": pytest.approx(1e-6 / (lr * 4), rel=0.01)},
+        "data.image.scale": [0.08, 1.0],
+        "objective.label_smoothing": 0.1,
+        "objective.head_std": 2e-5,
+        "objective.mixing": {"mixup": 0.8, "cutmix": 1.0, "erase": 0.25},
+        "objective.encoder_args.drop_path_rate": drop_path,
+    }
+
+
+def mae_probe(length: str) -> dict[str, Any]:
+    return {
+        "run.global_batch": 16384,
+        "run.length": length,
+        "optimizer": LARS | {"lr": 0.1, "weight_decay": 0.0},
+        "schedule": {"name": "cosine", "warmup": "10ep", "final": 0.0},
+        "data.image.scale": [0.08, 1.0],
+        "objective.freeze": True,
+    }
+
+
+# Chen et al. 2020, section 2.2 and appendix B.9, and google-research/simclr, whose loss is the sum of both directions.
+SIMCLR = {
+    "run.global_batch": 4096,
+    "optimizer": LARS | {"lr": 0.3, "weight_decay": 1e-6},
+    "schedule": {"name": "cosine", "warmup": "10ep", "final": 0.0},
+    "data.image.scale": [0.08, 1.0],
+    "objective.temperature": 0.1,
+    "objective.loss": "sum",
+}
+# Gadre et al. 2023 (DataComp), table 6 and the repository's scale_configs.py.
+CLIP = {
+    "optimizer": ADAMW | {"lr": 5e-4, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.2},
+    "schedule": {"name": "cosine", "warmup": "500ba", "final": 0.0},
+    "data.image.scale": [0.9, 1.0],
+    "data.image.flip": False,
+}
+DIFFUSION = {"betas": [0.9, 0.999], "weight_decay": 0.0}
+CONSTANT = {"name": "constant", "warmup": "0%", "cooldown": "0%"}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    **{
+        f"pretrain/mae_vit_{size}_{epochs}": MAE | {"run.length": f"{epochs}ep"}
+        for size in "blh"
+        for epochs in (800, 1600)
+    },
+    # The rates are ours, by the same rule, for a smaller set.
+    "pretrain/mae_vit_s_imagenette": MAE
+    | {"run.global_batch": 256, "run.length": "200ep", "schedule": MAE["schedule"] | {"warmup": "20ep"}},
+    "finetune/mae_vit_b": mae_finetuning(5e-4, 0.65, "100ep", 0.1),
+    "finetune/mae_vit_l": mae_finetuning(1e-3, 0.75, "50ep", 0.2),
+    "finetune/mae_vit_h": mae_finetuning(1e-3, 0.75, "50ep", 0.3),
+    "finetune/mae_vit_b_linear": mae_probe("90ep"),
+    "finetune/mae_vit_l_linear": mae_probe("50ep"),
+    "finetune/mae_vit_h_linear": mae_probe("50ep"),
+    "pretrain/simclr_rn50_100": SIMCLR | {"run.length": "100ep"},
+    "pretrain/simclr_rn50_1000": SIMCLR | {"run.length": "1000ep"},
+    "pretrain/simclr_rn18_cifar10": SIMCLR
+    | {
+        "run.length": "1000ep",
+        "run.global_batch": 512,
+        "optimizer": LARS | {"lr": 1.0, "lr_scaling": "none", "weight_decay": 1e-4},
+        "objective.temperature": 0.5,
+    },
+    # Chen et al. 2020 (arXiv 2003.04297) and facebookresearch/moco, README.
+    "pretrain/moco_v2_rn50": {
+        "run.length": "200ep",
+        "run.global_batch": 256,
+        "optimizer": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-4}
+        | {"layer_decay": 1.0, "clip": None, "decay": "all"},
+        "schedule": {"name": "cosine", "warmup": "0ep", "final": 0.0},
+        "data.image.scale": [0.2, 1.0],
+        "objective.temperature": 0.2,
+    },
+    # Chen, Xie and He 2021, section 5, and facebookresearch/moco-v3, CONFIG.md.
+    "pretrain/moco_v3_vit_b": {
+        "run.length": "300ep",
+        "run.global_batch": 4096,
+        "optimizer": ADAMW
+        | {
+            "lr": 1.5e-4,
+            "lr_scaling": "linear",
+            "lr_batch": 256,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.1,
+            "decay": "all",
+        },
+        "schedule": {"name": "cosine", "warmup": "40ep", "final": 0.0},
+        "data.image.scale": [0.08, 1.0],
+        "objective.temperature": 0.2,
+        "objective.momentum": 0.99,
+        "objective.freeze_patches": True,
+    },
+    "pretrain/clip_b32_datacomp_small": CLIP | {"run.length": "12.8Msa", "run.global_batch": 4096},
+    "pretrain/clip_b32_datacomp_medium": CLIP | {"run.length": "128Msa", "run.global_batch": 4096},
+    "pretrain/clip_b16_datacomp_large": CLIP | {"run.length": "1.28Gsa", "run.global_batch": 8192},
+    # Zhai et al. 2023, section 4: Adam, 1e-3, beta2 0.95, decay 1e-4 (a step's, not times the rate: 0.1 here), norm 1;
+    # warm-up and eps of google-research/big_vision, siglip_lit_coco.py and optax.
+    "pretrain/siglip_b16": {
+        "run.length": "12.8Gsa",
+        "run.global_batch": 32768,
+        "optimizer": ADAMW | {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 1e-4 / 1e-3, "clip": 1.0},
+        "schedule": {"name": "cosine", "warmup": "3%", "final": 0.0},
+        "objective.loss": "sigmoid",
+        "objective.length": 64,
+    },
+    # Ho et al. 2020, appendix B, and hojonathanho/diffusion, run_cifar.py: 5000 steps of warm-up.
+    "pretrain/ddpm_cifar10": {
+        "run.length": "800000ba",
+        "run.global_batch": 128,
+        "optimizer": ADAMW | DIFFUSION | {"lr": 2e-4, "clip": 1.0},
+        "schedule": CONSTANT | {"warmup": "5000ba"},
+        "ema.decay": 0.9999,
+    },
+    # Nichol and Dhariwal 2021, and openai/improved-diffusion, README; no warm-up in train_util.py.
+    "pretrain/iddpm_imagenet64": {
+        "run.length": "250000ba",
+        "run.global_batch": 2048,
+        "optimizer": ADAMW | DIFFUSION | {"lr": 3e-4},
+        "schedule": CONSTANT,
+        "ema.decay": 0.9999,
+        "objective.steps": 4000,
+    },
+    # Dhariwal and Nichol 2021, table 11, and openai/guided-diffusion, train_util.py: no warm-up.
+    "pretrain/adm_imagenet64": {
+        "run.length": "540000ba",
+        "run.global_batch": 2048,
+        "optimizer": ADAMW | DIFFUSION | {"lr": 3e-4},
+        "schedule": CONSTANT,
+        "ema.decay": 0.9999,
+        "objective.network.dropout": 0.1,
+    },
+    # Peebles and Xie 2023, section 4: constant rate of 1e-4, no decay, no warm-up, batch of 256.
+    "pretrain/dit_imagenet64": {
+        "run.length": "400000ba",
+        "run.global_batch": 256,
+        "optimizer": ADAMW | DIFFUSION | {"lr": 1e-4},
+        "schedule": CONSTANT,
+        "ema.decay": 0.9999,
+        "objective.drop_condition": 0.1,
+    },
+    # Karras et al. 2022, table 7, and NVlabs/edm, train.py: 10 Mimg of warm-up, half-life of 0.5 Mimg.
+    "pretrain/edm_cifar10": {
+        "run.length": "200Msa",
+        "run.global_batch": 512,
+        "optimizer": ADAMW | DIFFUSION | {"lr": 1e-3},
+        "schedule": CONSTANT | {"warmup": "10Msa"},
+        "ema.decay": pytest.approx(0.5 ** (512 / 500_000), abs=1e-5),
+    },
+}
+
+
+def test_every_recipe_has_a_table():
+    recipes = {
+        f"{p.parent.name}/{p.stem}" for kind in ("pretrain", "finetune") for p in (CONFIGS / kind).glob("*.toml")
+    }
+    assert recipes == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_recipe_is_what_its_paper_says(recipe):
+    config = load_run(CONFIGS / f"{recipe}.toml")
+    settings = registry.module(OBJECTIVES, config.objective.name).Config(**config.objective.settings)
+    values = config.model_dump(mode="json") | {"objective": settings.model_dump(mode="json")}
+    wanted = dict(PUBLISHED[recipe])
+    for table in ("optimizer", "schedule"):
+        own, table_of_paper = dict(values[table]), dict(wanted.pop(table))
+        if own.get("lr_scaling") == "none":  # then it means nothing
+            del own["lr_batch"]
+            table_of_paper.pop("lr_batch", None)
+        assert own.pop("groups", []) == []
+        assert own == table_of_paper, table
+    for key, value in wanted.items():
+        found: Any = values
+        for part in key.split("."):
+            found = found[part]
+        assert found == value, key
