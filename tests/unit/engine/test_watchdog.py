@@ -120,14 +120,14 @@ def test_a_main_thread_that_keeps_the_interpreter_is_ended_all_the_same(tmp_path
 def test_a_job_that_was_suspended_goes_on(tmp_path):
     """All its processes are stopped for longer than a step may last, and than its guard waits: `scontrol suspend`."""
     write_state(tmp_path, State("running", None, 20, 2))
-    body = HANGS.replace("0.3", "2.0").replace("time.sleep(60)", "[time.sleep(0.05) for _ in range(20)]")
+    body = HANGS.replace("0.3", "4.0").replace("time.sleep(60)", "[time.sleep(0.05) for _ in range(60)]")
     command = [sys.executable, "-c", body.format(name="waits_for_ever"), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not any(beat.step == 29 for beat in read_beats(tmp_path)):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGSTOP)
-    time.sleep(5.0)
+    time.sleep(6.5)
     os.killpg(process.pid, signal.SIGCONT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 0, said
