@@ -10,8 +10,9 @@ from pipeline.config.load import dropped, load
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.resolve import Plan, resolve
 from pipeline.config.schema import Group, RunConfig
-from pipeline.core import manifest
-from pipeline.core.errors import DataError
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.manifest import Manifest
+from pipeline.data.dataset import open_data
 
 
 def check(path: Path, overrides: Sequence[str], procs: int) -> None:
@@ -30,15 +31,17 @@ def check(path: Path, overrides: Sequence[str], procs: int) -> None:
     for line in dropped(path, overrides):
         print(line)
     problems: list[str] = []
-    data = None
+    data: Manifest | None = None
     if isinstance(config, RunConfig):
         try:
-            data = manifest.load(config.data.train)
+            data = open_data(config.data)
             print(plan_table(config, resolve(config, data.samples, procs, title)), flush=True)
         except DataError as error:
             problems.append(f"data.train: {error}")
         except Mistakes as mistakes:
             problems += mistakes.problems
+        except ConfigError as error:
+            problems.append(str(error))
     try:
         if isinstance(config, RunConfig):
             components.check_run(config, title)

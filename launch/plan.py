@@ -18,6 +18,7 @@ from pipeline.config.resolve import Plan, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import Manifest, load
+from pipeline.data.dataset import open_data
 from pipeline.data.forecast import Forecast, forecast
 from pipeline.data.order import Order, default_lanes
 from pipeline.record.formats import duration
@@ -50,7 +51,7 @@ def plan_run(path: Path, overrides: Sequence[str], *, nodes: int, procs: int, im
         typer.Exit: the model cannot be built; its message is on stderr.
     """
     config, world = load_run(path, overrides), nodes * procs
-    manifest = load(config.data.train)
+    manifest = open_data(config.data)
     plan = resolve(config, manifest.samples, world, str(path))
     arguments = ["plan", "--config", str(path), "--ranks", str(world)]
     for override in overrides:

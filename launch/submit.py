@@ -29,6 +29,7 @@ from pipeline.config.schema import RunConfig, Strict, SuiteConfig, Text
 from pipeline.core import manifest as manifests
 from pipeline.core.errors import ConfigError, LaunchError, SluiceError
 from pipeline.core.location import is_url
+from pipeline.data.dataset import open_data
 
 SCRIPTS = HOME / "slurm"
 PROGRAM = "pipeline.run"
@@ -147,7 +148,7 @@ def _pretrain(request: Request, profile: Profile, config: RunConfig) -> Draft:
         arguments = ["-m", "launch", "train", _CONFIG, *place, "--master", MASTER]
 
     def shards() -> str:
-        data = manifests.load(config.data.train)
+        data = open_data(config.data)
         root = "" if isinstance(data, manifests.Joined) else f"{data.root.rstrip('/')}/"
         missing = [at for s in data.shards if not is_url(at := root + s.name) and not Path(at).is_file()]
         if missing:

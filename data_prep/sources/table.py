@@ -29,10 +29,10 @@ from data_prep.labels import NONE_KNOWN, Classes, Known, Label, cell_label, list
 from data_prep.places import UrlFile
 from data_prep.record import Inline, Payload, Record, Rejected
 from data_prep.sources.named import inside_folder
-from data_prep.sources.where import Where
 from data_prep.text import decoded
 from pipeline.core.classes import union
 from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.where import Where
 
 LONGEST_NAME = 4096
 """Of a path or an address."""
@@ -67,7 +67,7 @@ class TableSource:
     """Folder that paths are relative to, and must stay inside; left out: the folder of each table."""
     known: Known = NONE_KNOWN
     where: str = ""
-    """Which rows are taken (see ``data_prep/sources/where.py``); empty: all."""
+    """Which rows are taken (see ``pipeline/core/where.py``); empty: all."""
     classes: tuple[str, ...] = field(default=(), init=False)
     total: int | None = field(default=None, init=False)
     left_out: int = field(default=0, init=False)

@@ -25,6 +25,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("run.seed", "never"),  # the order of samples, and what is drawn for each
     ("run.global_batch", "never"),
     ("data.train", "how"),  # that it is the same data, the stream knows
+    ("data.keep", "how"),  # and which samples, too
+    ("data.where", "how"),
+    ("data.sidecar", "how"),
     ("data.lanes", "how"),  # left out, it means what the stream has chosen; that knows
     ("data.window", "never"),
     ("data.tail", "never"),

@@ -97,6 +97,9 @@ class Source(Strict):
     path: Text
     weight: PositiveFloat = 1.0
     """Its part of every global batch, in proportion to the others' weights."""
+    keep: Text | None = None
+    """As ``data.keep``, of this source."""
+    where: Text | None = None
 
     def __fspath__(self) -> str:
         """The path."""
@@ -129,6 +132,19 @@ class Cache(Strict):
     """The longest unused shards are removed above it; each data set has a limit of its own."""
 
 
+class Sidecar(Strict):
+    """A data set of fields that is joined by key: captions v2, scores, a teacher's outputs. No shard is rewritten.
+
+    Its fields are called "NAME:field" wherever members of shards are named: "teacher:npy", "captions2:caption".
+    """
+
+    path: Text
+    """Folder or URL of its shards and manifest."""
+    missing: Literal["refuse", "drop", "allow"] = "refuse"
+    """Samples that it does not know: an error that names them; left out of the data set; or kept, without its fields
+    (and replaced like bad ones where a field of the batch needs them)."""
+
+
 class Beside(Strict):
     """A data set whose samples stand in every batch beside those of ``data.train``, as many of them.
 
@@ -141,6 +157,24 @@ class Beside(Strict):
     fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
     image: Image | None = None
     """Left out: as ``data.image``."""
+    keep: Text | None = None
+    where: Text | None = None
+    sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])
+
+    @model_validator(mode="after")
+    def _parts_of_one(self) -> Beside:
+        _check_parts(self.path, self.keep, self.where, self.sidecar)
+        return self
+
+
+def _check_parts(path: object, keep: str | None, where: str | None, sidecar: dict[str, Sidecar]) -> None:
+    """What is kept of several sources stands beside each path; sidecars know one data set."""
+    if isinstance(path, str):
+        return
+    if keep or where:
+        raise ValueError(f"{'keep' if keep else 'where'} is of one data set; write it beside each path")
+    if sidecar:
+        raise ValueError("sidecar joins one data set by its keys, and there are several; name one")
 
 
 class Data(Strict):
@@ -149,6 +183,13 @@ class Data(Strict):
     train: Text | Annotated[tuple[Source, ...], Field(min_length=1)]
     """Where the shards and their manifest.json are: a folder or URL, or some of its shards, "x/y-{000..099}.tar"; or
     several such, mixed: [{path = "a", weight = 3}, {path = "b"}]."""
+    keep: Text | None = None
+    """A file that lists the samples to train on, one a line: their keys, or their numbers in the data set."""
+    where: Text | None = None
+    """A condition on their metadata that samples must meet: 'score > 0.3 and lang in ("en", "de")'; a sidecar's number
+    stands in backticks: '`scores:score` > 0.3'."""
+    sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])
+    """Data sets that are joined by key."""
     fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
     """What a batch holds: "image", "label", "text", "labels", "texts", "mask", "vector", "metadata", or names that
     ``field`` gives."""
@@ -180,6 +221,11 @@ class Data(Strict):
     def _names_stay_apart(self) -> Data:
         if both := sorted(set(self.beside) & set(self.fields)):
             raise ValueError(f"beside.{both[0]} has the name of a field, and its columns would; choose another name")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_of_one(self) -> Data:
+        _check_parts(self.train, self.keep, self.where, self.sidecar)
         return self
 
     @model_validator(mode="after")

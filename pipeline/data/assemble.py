@@ -13,12 +13,13 @@ import torch
 
 from pipeline.config.schema import Data
 from pipeline.core.errors import DataError
-from pipeline.core.manifest import Joined, Manifest
-from pipeline.data.access import open_storage
+from pipeline.core.manifest import Manifest
 from pipeline.data.field import Arrays, Column, Sample, Unusable, make_fields
 from pipeline.data.order import Ints
 from pipeline.data.reader import Members, Reader, SampleError
 from pipeline.data.reading import ReadingPlan
+from pipeline.data.selected import SelectedReader, open_reader
+from pipeline.data.selection import sources
 from pipeline.data.text import read_tokenizer
 
 _SUBSTITUTES = 32
@@ -99,10 +100,10 @@ class Assembler:
             self.columns |= field.columns
         needed = list(dict.fromkeys(member for field in fields for member in field.needs))
         optional = list(dict.fromkeys(m for field in fields for m in field.takes if m not in needed))
-        parts = manifest.parts if isinstance(manifest, Joined) else (manifest,)
+        parts = sources(manifest)
         budget = data.read_mb * 10**6 // len(parts)
         self._cached = data.cache is not None
-        self._readers = [Reader(p, needed, optional, open_storage(p, data.cache), budget) for p in parts]
+        self._readers = [open_reader(p, needed, optional, data.cache, budget) for p in parts]
         self._bases = np.cumsum([0, *(p.samples for p in parts)])
 
     def expect(self, number: int) -> None:
@@ -163,7 +164,7 @@ class Assembler:
             for reader, ids in self._shares(self.reading.draw(number).id):
                 reader.prefetch(ids)
 
-    def _shares(self, ids: Ints) -> Iterator[tuple[Reader, Ints]]:
+    def _shares(self, ids: Ints) -> Iterator[tuple[Reader | SelectedReader, Ints]]:
         """The readers that have some of these samples, and their own numbers for them."""
         for reader, first, last in zip(self._readers, self._bases[:-1], self._bases[1:], strict=True):
             own = ids[(ids >= first) & (ids < last)] - first

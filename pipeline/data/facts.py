@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import accumulate
 
 from pipeline.config.schema import Data
-from pipeline.core.manifest import Manifest, load
+from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import DataFacts, SetFacts
+from pipeline.data.dataset import open_beside
 
 
 def facts(data: Data, manifest: Manifest) -> DataFacts:
@@ -19,7 +20,7 @@ def facts(data: Data, manifest: Manifest) -> DataFacts:
     Raises:
         DataError: a data set beside the first has no manifest, or a damaged one.
     """
-    manifests = [manifest, *(load(beside.path) for beside in data.beside.values())]
+    manifests = [manifest, *(open_beside(name, beside) for name, beside in data.beside.items())]
     starts = accumulate((m.samples for m in manifests), initial=0)
     # A manifest need not name domains.
     known = [

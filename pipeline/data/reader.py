@@ -47,10 +47,17 @@ class Reader:
         optional: fields that are read where a sample has them.
         storage: where the shards are.
         budget: bytes of samples that are held at a time; one sample may exceed it.
+        may_be_bare: a sample without any of the fields is no error where none is needed.
     """
 
     def __init__(
-        self, manifest: Manifest, fields: Sequence[str], optional: Sequence[str], storage: Storage, budget: int
+        self,
+        manifest: Manifest,
+        fields: Sequence[str],
+        optional: Sequence[str],
+        storage: Storage,
+        budget: int,
+        may_be_bare: bool = False,
     ) -> None:
         self._manifest = manifest
         self._fields = [*fields, *optional]
@@ -59,6 +66,7 @@ class Reader:
         self._storage = storage
         self._budget = max(1, budget // storage.copies)
         self._buffer = np.empty(0, np.uint8)
+        self._may_be_bare = may_be_bare
 
     def read(self, ids: Ints) -> Iterator[Read]:
         """The members of samples, a few at a time; all are delivered, in any order.
@@ -105,6 +113,8 @@ class Reader:
         found: dict[int, Members | SampleError] = {}
         if len(usable):
             found = dict(zip(usable.tolist(), self._take_apart(part.take(usable)), strict=True))
+        if self._may_be_bare:
+            return [found.get(row, {}) for row in range(len(part.id))]
         return [found.get(row) or self._absent(sample) for row, sample in enumerate(part.id.tolist())]
 
     def _take_apart(self, part: Located) -> list[Members | SampleError]:

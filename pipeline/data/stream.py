@@ -13,15 +13,17 @@ import torch
 
 from pipeline.config.schema import Data
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
-from pipeline.core.manifest import Joined, Manifest, load
+from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch
 from pipeline.data.access import check_shard
 from pipeline.data.assemble import Assembler, Bad, Filler
+from pipeline.data.dataset import open_beside
 from pipeline.data.decode import ImageDecoder
 from pipeline.data.device import DeviceImages, Encoded, Receive, copied, pinned
 from pipeline.data.mixture import Mixture, shares
 from pipeline.data.order import Order, default_lanes
 from pipeline.data.reading import TrainReading
+from pipeline.data.selection import identity, read_sets, sources
 from pipeline.data.together import Together
 from pipeline.data.workers import Made, Workers
 
@@ -49,14 +51,14 @@ class _Set(NamedTuple):
     """Of its columns."""
     assembler: Assembler
     reading: TrainReading
-    fingerprint: str
+    manifest: Manifest
     decoder: ImageDecoder | None
     """Of its images."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that fixes its samples and their order."""
-        facts = {"manifest": self.fingerprint} | self.reading.order.identity
+        facts = identity(self.manifest) | self.reading.order.identity
         if self.assembler.text:
             facts["tokenizer"] = self.assembler.text.sha256
         return {self.prefix + name: value for name, value in facts.items()}
@@ -187,7 +189,7 @@ def open_stream(
     for name, beside in data.beside.items():
         settings = {"train": beside.path, "fields": beside.fields, "image": beside.image or data.image}
         # With the same seed, data sets of the same sizes would meet in the same pairs in every epoch.
-        wanted.append((f"{name}_", own.model_copy(update=settings), load(beside.path), _seed_of(seed, name)))
+        wanted.append((f"{name}_", own.model_copy(update=settings), open_beside(name, beside), _seed_of(seed, name)))
     sets = [
         _open_set(*each, TrainReading(_order(each[1], each[2], each[3], global_batch), micro_batch, rank, world))
         for each in wanted
@@ -199,11 +201,11 @@ def open_stream(
 
 def _open_set(prefix: str, data: Data, manifest: Manifest, seed: int, reading: TrainReading) -> _Set:
     """One data set, after a look at the sizes of its shards."""
-    for part in _parts(manifest):
+    for part in read_sets(manifest):
         for shard in part.shards[reading.rank :: reading.world]:
             check_shard(part, shard)
     decoder = ImageDecoder(data.image, seed) if "image" in data.fields else None
-    return _Set(prefix, Assembler(manifest, data, seed, reading), reading, manifest.fingerprint, decoder)
+    return _Set(prefix, Assembler(manifest, data, seed, reading), reading, manifest, decoder)
 
 
 def _receive(data: Data, sets: Sequence[_Set], device: torch.device) -> Receive | None:
@@ -221,17 +223,12 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _parts(manifest: Manifest) -> Sequence[Manifest]:
-    """The sources of a data set that is mixed of several."""
-    return manifest.parts if isinstance(manifest, Joined) else (manifest,)
-
-
 def _order(data: Data, manifest: Manifest, seed: int, global_batch: int) -> Order | Mixture:
     """The order of one source, or of several."""
-    sources = () if isinstance(data.train, str) else data.train
+    mixed = () if isinstance(data.train, str) else data.train
     orders: list[Order] = []
-    parts = _parts(manifest)
-    for part, share in zip(parts, shares(global_batch, [s.weight for s in sources] or [1.0]), strict=True):
+    parts = sources(manifest)
+    for part, share in zip(parts, shares(global_batch, [s.weight for s in mixed] or [1.0]), strict=True):
         if share > part.samples:
             raise ConfigError(
                 f"run.global_batch = {global_batch} takes {share} samples of {part.root}, which has {part.samples}"

@@ -13,9 +13,9 @@ from pipeline.config import load
 from pipeline.config.exitcodes import FINISHED
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import RunConfig
-from pipeline.core import manifest as manifests
 from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch, Clock, Objective, StepContext
+from pipeline.data.dataset import open_data
 from pipeline.data.facts import facts
 from pipeline.dist.group import process_group
 from pipeline.engine.footprint import Sizes, checkpoint_bytes, gathered, held, sent
@@ -107,7 +107,7 @@ def cost(path: str, overrides: Sequence[str], world_size: int) -> int:
         ConfigError, DataError: the run could not begin.
     """
     config = load.load_run(path, overrides)
-    manifest = manifests.load(config.data.train)
+    manifest = open_data(config.data)
     plan = resolve(config, manifest.samples, world_size, path)
     with process_group(config.engine.timeout_minutes):
         objective = build_objective(config, facts(config.data, manifest), path)

@@ -11,12 +11,12 @@ from pydantic import BaseModel
 
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.schema import Data, RunConfig
-from pipeline.core import manifest as manifests
 from pipeline.core.components import OBJECTIVES, check_component
 from pipeline.core.contract import check_batch
 from pipeline.core.errors import SluiceError
 from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch, Objective
+from pipeline.data.dataset import open_beside, open_data
 from pipeline.data.facts import facts
 from pipeline.data.field import make_fields
 from pipeline.data.text import read_tokenizer
@@ -34,13 +34,13 @@ def problems(config: RunConfig, title: str) -> list[str]:
         title: what the configuration is called in a message.
     """
     found: list[str] = []
-    manifest = _try(lambda: manifests.load(config.data.train), found)
+    manifest = _try(lambda: open_data(config.data), found)
     if manifest is None:
         return found
     limit = _vocabulary(check_component(OBJECTIVES, config.objective, title, ("objective",)))
     sound = _fields(config.data, manifest, "", limit, found)
     for name, beside in config.data.beside.items():
-        if (other := _try(partial(manifests.load, beside.path), found)) is not None:
+        if (other := _try(partial(open_beside, name, beside), found)) is not None:
             own = config.data.model_copy(update={"fields": beside.fields, "image": beside.image or config.data.image})
             sound |= _fields(own, other, f"{name}_", limit, found)
     objective = _try(lambda: _build(config, manifest, title), found)

@@ -17,8 +17,9 @@ from pipeline.core import manifest as manifests
 from pipeline.core.contract import check_batch
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext, Stream
+from pipeline.data.dataset import open_data
 from pipeline.data.facts import facts
-from pipeline.dist.group import Place, by_all, from_first, process_group, sum_over_ranks
+from pipeline.dist.group import Place, by_first, from_first, process_group, sum_over_ranks
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CheckpointStore
@@ -155,7 +156,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
     stop.listen()
     with ExitStack() as stack:
         place = stack.enter_context(process_group(config.engine.timeout_minutes))
-        manifest = by_all(lambda: manifests.load(config.data.train))
+        manifest = by_first(lambda: open_data(config.data))  # one reads what decides the samples
         plan = resolve(config, manifest.samples, place.world_size, path)
         start = stack.enter_context(attempt(config, place))
         notes = load.dropped(path, overrides)

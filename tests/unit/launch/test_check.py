@@ -117,3 +117,26 @@ def test_help_imports_next_to_nothing():
         "import sys; sys.argv = ['sluice', '--help']\nfrom launch.cli import main\ntry: main()\nexcept SystemExit: pass"
     )
     assert not shown & {"torch", "numpy", "pydantic", "rich", "data_prep"}
+
+
+def test_fields_that_cannot_be_read_are_found_before_the_start(monkeypatch, capsys):
+    """All at once: a member that the data lacks, a tokenizer, settings, an unknown kind; and a list of keys."""
+    data = """
+data.train = "shards"
+data.fields = ["image", "label", "text", "teacher", "odd"]
+data.field.teacher = {name = "vector", sise = 4}
+data.field.odd = {name = "odd"}
+"""
+    Path("run.toml").write_text(RUN.replace('data = {train = "shards"}', data))
+    assert sluice(monkeypatch, "check", "run.toml") == 2
+    found = capsys.readouterr().err
+    for problem in (
+        "data.fields: shards has no field 'label', only image",
+        "data.captions.fields: shards has no field 'caption', only image",
+        "data.field.teacher.sise: unknown key",
+        "data.field.odd: unknown kind of field 'odd'",
+    ):
+        assert problem in " ".join(found.split())
+    Path("run.toml").write_text(RUN.replace('{train = "shards"}', '{train = "shards", keep = "nowhere.txt"}'))
+    assert sluice(monkeypatch, "check", "run.toml") == 2
+    assert "nowhere.txt" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.sources.where import Where
 from pipeline.core.errors import ConfigError
+from pipeline.core.where import Where
 
 ROWS = [
     {"vendor": "a", "score": "0.7", "n": 1, "name": "Foo Bar", "ok": True},

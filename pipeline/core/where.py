@@ -1,4 +1,4 @@
-"""Which rows of a table are taken: ``vendor in ("a", "b") and score > 0.5``.
+"""Which rows of a table, or samples of a data set, are taken: ``vendor in ("a", "b") and score > 0.5``.
 
 Columns stand by their names (in backticks where these are no plain words), texts in quotes. There are ``== != < <= > >=
 in`` and ``not in`` (among several values, or of a part in a text), ``and``, ``or``, ``not``, and ``None`` for an empty
@@ -12,7 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core.errors import ConfigError
 
@@ -35,18 +35,23 @@ class _Unfit(Exception):
 class Where:
     """A condition on rows.
 
+    Args:
+        text: as it is written.
+        title: what it is called in messages.
+
     Raises:
         ConfigError: it cannot be read.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, title: str = "--where") -> None:
+        self._title = title
         self._names: dict[str, str] = {}
         try:
             self._tree = ast.parse(_QUOTED.sub(self._plain, text).strip(), mode="eval").body
             self._check(self._tree)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ConfigError(
-                f"--where {text}: {error.msg if isinstance(error, SyntaxError) else error}; it is written like "
+                f"{title} {text}: {error.msg if isinstance(error, SyntaxError) else error}; it is written like "
                 'vendor in ("a", "b") and score > 0.5'
             ) from error
         self.columns: tuple[str, ...] = tuple(
@@ -54,7 +59,7 @@ class Where:
         )
         """Those that are looked at."""
         if not self.columns:
-            raise ConfigError(f"--where {text} looks at no column: texts stand in quotes, columns do not")
+            raise ConfigError(f"{title} {text} looks at no column: texts stand in quotes, columns do not")
 
     def _plain(self, match: re.Match[str]) -> str:
         """Quoted texts as they are, a column in backticks as a word that Python can read."""
@@ -90,7 +95,7 @@ class Where:
         try:
             return self._holds(self._tree, row)
         except _Unfit as error:
-            return f"--where: {error}"
+            return f"{self._title}: {error}"
 
     def _holds(self, node: ast.expr, row: Mapping[str, Any]) -> bool:
         if isinstance(node, ast.BoolOp):
@@ -133,7 +138,7 @@ def _among(left: Any, right: Any) -> bool:
         return str(left) in right
     if not isinstance(right, (list, tuple, set)):
         raise _Unfit(f"{right!r:.80} does not hold several values")
-    return any(_compare(ast.Eq(), left, value) for value in right)
+    return any(_compare(ast.Eq(), left, value) for value in cast("list[Any]", right))
 
 
 def _alike(value: Any, other: Any) -> Any:

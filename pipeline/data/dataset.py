@@ -1,0 +1,178 @@
+"""The data sets that a configuration names: of each the samples that are kept, and what is joined to them by key.
+
+A part of a data set is a data set: its samples are numbered anew, in their order, and it has a fingerprint of its own.
+Nothing is rewritten. Keys are compared as they are; while they are, a process holds them all. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.data import Beside, Data, Sidecar, Source
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.location import reason
+from pipeline.core.manifest import Manifest, join, load, load_index
+from pipeline.core.where import Where
+from pipeline.data.order import Ints
+from pipeline.data.selected import look
+from pipeline.data.selection import Selection, Side
+
+_THREADS = 8
+"""Indexes that are read at a time."""
+_NAMED = 3
+"""Keys in a message."""
+
+
+def open_data(data: Data) -> Manifest:
+    """The data set ``data.train``.
+
+    Raises:
+        DataError: no manifest there; keys that are not there, or not joined.
+        ConfigError: a list or a condition that cannot be read.
+    """
+    return _opened(data.train, data, "data")
+
+
+def open_beside(name: str, beside: Beside) -> Manifest:
+    """A data set beside the first; see :func:`open_data`."""
+    return _opened(beside.path, beside, f"data.beside.{name}")
+
+
+def _opened(path: str | tuple[Source, ...], own: Data | Beside, where: str) -> Manifest:
+    if isinstance(path, str):
+        return _select(load(path), own.keep, own.where, own.sidecar, where)
+    parts = [
+        _select(load(source), source.keep, source.where, {}, f"{where}.train[{i}]") for i, source in enumerate(path)
+    ]
+    return join(parts)
+
+
+def _select(
+    whole: Manifest, keep: str | None, condition: str | None, sidecars: Mapping[str, Sidecar], where: str
+) -> Manifest:
+    """The samples that are kept, with their sidecars."""
+    if not (keep or condition or sidecars):
+        return whole
+    kept = np.arange(whole.samples)
+    chosen: dict[str, Any] = {}
+    keys = keys_of(whole) if keep or sidecars else np.empty(0, "S1")
+    if keep:
+        kept = _listed(keep, keys, whole, f"{where}.keep")
+        chosen["keep"] = f"{len(kept)} of {whole.samples} samples"
+    sides: dict[str, Side] = {}
+    for name, sidecar in sidecars.items():
+        sides[name], chosen[f"sidecar.{name}"] = _joined(name, sidecar, keys, whole, kept, where)
+        if sidecar.missing == "drop":
+            kept = kept[sides[name].rows[kept] >= 0]
+    selection = _selection(whole, kept, sides, chosen)
+    if condition:
+        kept = kept[_holds(selection, condition, f"{where}.where")]
+        selection = _selection(whole, kept, sides, chosen | {"where": condition})
+    if not len(kept):
+        raise DataError(f"{where}: of {whole.samples} samples of {whole.root} none is kept")
+    return selection
+
+
+def _selection(whole: Manifest, kept: Ints, sides: Mapping[str, Side], chosen: Mapping[str, Any]) -> Selection:
+    """``sides`` have rows for all samples of the whole, those of the result only for the ones that are kept."""
+    counts = np.diff(np.searchsorted(kept, whole.starts))
+    shards = tuple(replace(s, samples=n) for s, n in zip(whole.shards, counts.tolist(), strict=True) if n)
+    fields = whole.fields | {f"{n}:{f}": e for n, side in sides.items() for f, e in side.manifest.fields.items()}
+    own = {name: Side(side.manifest, side.rows[kept]) for name, side in sides.items()}
+    return Selection(
+        whole.root, shards, fields, whole.classes, whole.statistics, whole.made, whole.tokenizer,
+        whole=whole, kept=kept, sides=own, chosen=dict(chosen) | {"samples": len(kept)},
+    )  # fmt: skip
+
+
+def keys_of(manifest: Manifest) -> np.ndarray:
+    """bytes[N], the keys of all samples.
+
+    Raises:
+        DataError: the index of a shard is missing or damaged.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        indexes = pool.map(lambda shard: load_index(manifest, shard), manifest.shards)
+        return np.array([key.encode() for index in indexes for key in index.keys] or [b""], bytes)[: manifest.samples]
+
+
+def numbers_of(wanted: np.ndarray, keys: np.ndarray, where: str) -> Ints:
+    """int64[W], at which number each of W keys stands among N; -1: nowhere.
+
+    Raises:
+        DataError: a key stands twice among the N, so that it names no sample.
+    """
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(twice):
+        key = bytes(ordered[twice[0]]).decode()
+        raise DataError(f"{where}: the key {key!r} stands for several samples, so it joins none")
+    if not len(keys):
+        return np.full(len(wanted), -1)
+    at = np.searchsorted(ordered, wanted).clip(max=len(keys) - 1)
+    return np.where(ordered[at] == wanted, order[at], -1)
+
+
+def _listed(keep: str, keys: np.ndarray, whole: Manifest, where: str) -> Ints:
+    """The samples in a list of keys, or of numbers, one a line."""
+    try:
+        text = Path(keep).read_text("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot read {keep} ({reason(error)})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: {keep} is not UTF-8") from error
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ConfigError(f"{where}: {keep} names no sample")
+    numbers = numbers_of(np.array([line.encode() for line in lines], bytes), keys, whole.root)
+    if (numbers < 0).all() and all(line.isascii() and line.isdigit() and len(line) < 19 for line in lines):
+        numbers = np.array([int(line) for line in lines], np.int64)
+        numbers[numbers >= whole.samples] = -1
+    absent = np.flatnonzero(numbers < 0)
+    if len(absent):
+        named = ", ".join(repr(lines[i][:80]) for i in absent[:_NAMED].tolist())
+        raise DataError(
+            f"{where}: {len(absent)} of {len(lines)} lines of {keep} are no keys of {whole.root}, first {named}; "
+            f"write its keys, or numbers of samples from 0 to {whole.samples - 1}, and nothing else"
+        )
+    return np.unique(numbers)
+
+
+def _joined(name: str, sidecar: Sidecar, keys: np.ndarray, whole: Manifest, kept: Ints, where: str) -> tuple[Side, str]:
+    """A sidecar's rows for all samples of the whole, and its fingerprint."""
+    where = f"{where}.sidecar.{name}"
+    side = load(sidecar.path)
+    numbers_of(keys[:0], keys, whole.root)  # a key that stands twice here would get the same row twice
+    rows = numbers_of(keys, keys_of(side), f"{where}: {side.root}")
+    absent = kept[rows[kept] < 0]
+    if len(absent) and sidecar.missing == "refuse":
+        named = ", ".join(repr(bytes(keys[i]).decode()) for i in absent[:_NAMED].tolist())
+        raise DataError(
+            f"{where}: {len(absent)} of {len(kept)} samples of {whole.root} are not in {side.root}, first {named}; "
+            'add them, or set missing = "drop" to leave such samples out, or "allow" to keep them'
+        )
+    return Side(side, rows), side.fingerprint
+
+
+def _holds(selection: Selection, condition: str, where: str) -> np.ndarray:
+    """bool[N], for which samples a condition on their metadata holds."""
+    wanted = Where(condition, where)
+    members = {_member(column) for column in wanted.columns}
+    unknown = sorted(members - set(selection.fields))
+    if unknown:
+        known = ", ".join(selection.fields) or "none"
+        raise ConfigError(f"{where}: {selection.root} has no {unknown[0]!r} to look at, only {known}")
+    return look(selection, {column: _member(column) for column in wanted.columns}, wanted.keeps)
+
+
+def _member(column: str) -> str:
+    """The member that a column is looked up in: "score" in the metadata, "NAME:score" in that of a sidecar."""
+    name, colon, _ = column.rpartition(":")
+    return f"{name}{colon}metadata"
