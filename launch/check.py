@@ -12,7 +12,6 @@ from pipeline.config.resolve import Plan, resolve
 from pipeline.config.schema import Group, RunConfig
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import Manifest
-from pipeline.data.dataset import open_data
 
 
 def check(path: Path, overrides: Sequence[str], procs: int) -> None:
@@ -25,6 +24,7 @@ def check(path: Path, overrides: Sequence[str], procs: int) -> None:
         ConfigError: with every mistake that was found.
     """
     from pipeline.core import components
+    from pipeline.data.dataset import open_data
 
     title = str(path)
     config = load(path, overrides)

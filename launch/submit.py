@@ -29,7 +29,6 @@ from pipeline.config.schema import RunConfig, Strict, SuiteConfig, Text
 from pipeline.core import manifest as manifests
 from pipeline.core.errors import ConfigError, LaunchError, SluiceError
 from pipeline.core.location import is_url
-from pipeline.data.dataset import open_data
 
 SCRIPTS = HOME / "slurm"
 PROGRAM = "pipeline.run"
@@ -148,6 +147,8 @@ def _pretrain(request: Request, profile: Profile, config: RunConfig) -> Draft:
         arguments = ["-m", "launch", "train", _CONFIG, *place, "--master", MASTER]
 
     def shards() -> str:
+        from pipeline.data.dataset import open_data  # numpy is not for every command
+
         data = open_data(config.data)
         root = "" if isinstance(data, manifests.Joined) else f"{data.root.rstrip('/')}/"
         missing = [at for s in data.shards if not is_url(at := root + s.name) and not Path(at).is_file()]
