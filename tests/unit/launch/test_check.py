@@ -137,6 +137,6 @@ data.field.odd = {name = "odd"}
         "data.field.odd: unknown kind of field 'odd'",
     ):
         assert problem in " ".join(found.split())
-    Path("run.toml").write_text(RUN.replace('{train = "shards"}', '{train = "shards", keep = "nowhere.txt"}'))
+    Path("run.toml").write_text(RUN.replace('{train = "shards"}', '{train = "shards", where = "score >"}'))
     assert sluice(monkeypatch, "check", "run.toml") == 2
-    assert "nowhere.txt" in capsys.readouterr().err
+    assert "data.where score >: " in capsys.readouterr().err
