@@ -27,7 +27,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 def gathered(mine: Tensor, rank: int) -> Tensor:
     """Each rank compares its rows with all, and weighs what others sent: a loss of its own."""
-    return ((rank + 1) * (mine @ gather_with_gradient(mine).T).tanh()).mean()
+    return ((rank + 1) * (mine @ gather_with_gradient(mine).T / 100).sin()).mean()
 
 
 def means(mine: Tensor, rank: int) -> Tensor:
@@ -50,7 +50,7 @@ def written_out(name: str, rows: Tensor, rank: int, world: int) -> Tensor:
     mine = rows.chunk(world)[rank]
     factor = rank + 1
     if name == "gathered":
-        return (factor * (mine @ rows.T).tanh()).mean()
+        return (factor * (mine @ rows.T / 100).sin()).mean()
     if name == "means":
         return factor * rows.mean(0).pow(3).sum() + (mine - rows.mean(0)).pow(4).mean()
     if name == "covariances":
