@@ -56,7 +56,7 @@ def init(
     recipe: Annotated[str, typer.Option(metavar="NAME", help="Which run: pretrain/clip_b16_datacomp_large.")] = (
         "demo/mae_glyphs"
     ),
-    suite: Annotated[str, typer.Option(metavar="NAME", help="Which suite of evaluations.")] = "eval/glyphs",
+    suite: Annotated[str, typer.Option(metavar="NAME", help="Which suite of evaluations.")] = "eval/glyphs50",
 ) -> None:
     """Copy a recipe, a suite and a cluster's profile to start from."""
     from launch.init import copy_start

@@ -14,11 +14,11 @@ from pathlib import Path
 from pipeline.core.errors import LaunchError, SluiceError
 
 SLUICE = str(Path(sys.executable).with_name("sluice"))
-SHARDS = Path("shards/glyphs")
+SHARDS = Path("shards/glyphs50")
 RUN = Path("runs/demo/mae_glyphs")
 CONFIG = "configs/demo/mae_glyphs.toml"
-SUITE = "configs/eval/glyphs.toml"
-PREP = ("prep", "build", "glyphs", str(SHARDS), "--characters", "100", "--variation", "0.4")
+SUITE = "configs/eval/glyphs50.toml"
+PREP = ("prep", "build", "glyphs", str(SHARDS), "--characters", "50", "--samples", "6", "--variation", "0.4")
 RANKS = 2
 
 

@@ -59,7 +59,7 @@ def sluice(place: Path) -> Sluice:
 
 def test_what_is_copied_is_what_the_project_has(place, sluice):
     files = sorted(str(p.relative_to(place / "work")) for p in (place / "work").rglob("*") if p.is_file())
-    assert files == ["configs/demo/mae_glyphs.toml", "configs/eval/glyphs.toml", "slurm/profiles/example.toml"]
+    assert files == ["configs/demo/mae_glyphs.toml", "configs/eval/glyphs50.toml", "slurm/profiles/example.toml"]
     assert all((place / "work" / file).read_bytes() == (ROOT / file).read_bytes() for file in files)
 
 
@@ -68,7 +68,7 @@ def test_a_recipe_comes_with_what_it_builds_on(place, sluice):
     assert {"mae_pretrain.toml"} == {p.name for p in (place / "work/more/configs/base").iterdir()}
     again = sluice("init", "more", "--recipe", "pretrain/mae_vit_b_1600")
     assert again.returncode == 2 and "is there already; nothing was copied" in again.stderr
-    assert not (place / "work/more/configs/eval/glyphs.toml").exists()
+    assert not (place / "work/more/configs/eval/glyphs50.toml").exists()
     wrong = sluice("init", "other", "--recipe", "pretrain/mae_vit_b")
     assert wrong.returncode == 2 and "did you mean" in wrong.stderr and "Traceback" not in wrong.stderr
 
@@ -87,7 +87,7 @@ def test_it_submits_trains_and_evaluates(place, sluice, glyphs):
     assert trained.returncode == 0, trained.stderr
     suite = ["--set", f"streams={{train='{glyphs}/train',val='{glyphs}/val'}}", "--set", "workers=0"]
     one = ["--set", "evals=[{name='knn',k=[5]}]"]
-    evaluated = sluice("eval", "run", "configs/eval/glyphs.toml", *suite, *one)
+    evaluated = sluice("eval", "run", "configs/eval/glyphs50.toml", *suite, *one)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads((place / "work/run/results.json").read_text())["results"][0]["step"] == 2
     assert (place / "work/run/report.html").stat().st_size > 10_000
