@@ -84,7 +84,7 @@ class TextDecoder:
         self._tokenizer: Any = None
         self.sha256 = hashlib.sha256(content).hexdigest()
         start = [self._special("start", captions.start)] if captions.start else []
-        self._start, self._end = start, self._special("end", captions.end)
+        self._start, self.end = start, self._special("end", captions.end)
         self.pad = self._special("pad", captions.pad)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,15 +126,15 @@ class TextDecoder:
             raise EmptyText("an empty text")
         room = self._captions.length - len(self._start) - 1
         words = self._library().encode(text, add_special_tokens=False).ids
-        tokens = [*self._start, *words[:room], self._end]
+        tokens = [*self._start, *words[:room], self.end]
         row = np.full(self._captions.length, self.pad, np.int64)
         row[: len(tokens)] = tokens
         return Tokens(row, len(tokens), len(words) > room)
 
     @property
     def words_known(self) -> int:
-        """Number of token ids."""
-        return self._library().get_vocab_size()
+        """Number of token ids, counting from zero to the largest: special tokens may stand beyond a gap."""
+        return 1 + max(self._library().get_vocab().values())
 
     def tokens(self, texts: Sequence[str]) -> Batch:
         """Any texts as fields: "text", int64[N,L], and "text_length", int64[N].

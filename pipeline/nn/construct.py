@@ -58,5 +58,5 @@ def construct_encoder(
     if norm_over_ranks:
         synchronise(backbone)
     if config.weights:
-        load_encoder(backbone, config.weights)
+        load_encoder(backbone, config.weights, antialias=config.antialias)
     return ImageEncoder(Normalize(config.mean, config.std), backbone, pool)

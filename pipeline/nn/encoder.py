@@ -36,6 +36,9 @@ class EncoderConfig(Strict):
     std: Annotated[tuple[float, ...], Field(min_length=1)] = IMAGENET_STD
     weights: str | None = None
     """Checkpoint that the encoder starts from: safetensors, or a file of tensors alone, in timm's or MAE's layout."""
+    antialias: bool = True
+    """Positions of ``weights`` for another size of image are resampled with antialiasing; false: without, as in the
+    published code of MAE's fine-tuning."""
     checkpointing: bool = False
     """Compute activations of the blocks anew in the backward pass: far less memory, about a third more time."""
     compile: bool = False

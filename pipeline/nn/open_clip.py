@@ -1,8 +1,9 @@
 """CLIP as open_clip reads it: names, shapes and a configuration that ``open_clip.create_model`` loads strictly.
 
-open_clip has two kinds of image tower. A timm model goes there as it is, where its name alone builds it. A vision
-transformer of other sizes goes there as open_clip's own, into which timm's can be written exactly: the bias of the
-patch embedding, which open_clip has not, is added to the positions of the patches.
+open_clip has two kinds of image tower. A plain vision transformer goes there as open_clip's own, into which timm's can
+be written exactly: the bias of the patch embedding, which open_clip has not, is added to the positions of the patches.
+So CLIP's published towers keep the names of their published weights. Any other timm model goes there as it is, where
+its name alone builds it.
 """
 
 from __future__ import annotations
@@ -56,18 +57,19 @@ def image_tower(config: EncoderConfig, backbone: Backbone, projection: nn.Linear
     if len(config.mean) != 3:
         raise ConfigError(f"open_clip reads images of 3 channels, this model {len(config.mean)}")
     sized = {"image_size": list(image_size) if image_size[0] != image_size[1] else image_size[0]}
+    reason = _not_native(backbone)
+    if reason is None:
+        settings, weights = _native(backbone)
+        return sized | settings, {f"visual.{n}": v for n, v in weights.items()} | {"visual.proj": projection.weight.T}
     if _named(config, backbone, image_size):
         settings = {"timm_model_name": config.encoder, "timm_pool": "", "timm_proj": "linear"}
         weights = {f"visual.trunk.{name}": value for name, value in backbone.state_dict().items()}
         return sized | settings, weights | {"visual.head.proj.weight": projection.weight}
-    if reason := _not_native(backbone):
-        raise ConfigError(
-            f"open_clip cannot hold the encoder {config.encoder!r}: it builds timm models from their names alone, here "
-            f"there are encoder_args {config.encoder_args} and images of {image_size[0]}x{image_size[1]}, and its own "
-            f"transformer cannot stand in, since {reason}"
-        )
-    settings, weights = _native(backbone)
-    return sized | settings, {f"visual.{n}": v for n, v in weights.items()} | {"visual.proj": projection.weight.T}
+    raise ConfigError(
+        f"open_clip cannot hold the encoder {config.encoder!r}: it builds timm models from their names alone, here "
+        f"there are encoder_args {config.encoder_args} and images of {image_size[0]}x{image_size[1]}, and its own "
+        f"transformer cannot stand in, since {reason}"
+    )
 
 
 def _named(config: EncoderConfig, backbone: Backbone, image_size: tuple[int, int]) -> bool:

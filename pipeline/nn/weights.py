@@ -143,11 +143,17 @@ def no_initial_weights() -> Iterator[None]:
         _wanted.reset(token)
 
 
-def load_encoder(backbone: Backbone, path: str | os.PathLike[str]) -> None:
+def load_encoder(backbone: Backbone, path: str | os.PathLike[str], *, antialias: bool = True) -> None:
     """Fill a timm backbone from a checkpoint, in place; all of its weights but a norm after pooling must be there.
 
     Reads encoders in timm's layout (which is also that of the MAE repository, decoder and classifier left out) and
     whole autoencoders of this project. Position tables and patch embeddings are resampled to the backbone's size.
+
+    Args:
+        backbone: a timm model without classifier.
+        path: of the checkpoint.
+        antialias: position tables are resampled bicubically with antialiasing, or without (facebookresearch/mae,
+            ``interpolate_pos_embed``). The two differ on larger grids, too: their cubics have a = -0.5 and -0.75.
 
     Raises:
         CheckpointError: unreadable, or of another model.
@@ -167,7 +173,7 @@ def load_encoder(backbone: Backbone, path: str | os.PathLike[str]) -> None:
             f"{_list('not expected', surplus)}; set encoder and encoder_args as it was trained"
         )
     if "pos_embed" in state:
-        state["pos_embed"] = _resample_positions(state, metadata, backbone, path)
+        state["pos_embed"] = _resample_positions(state, metadata, backbone, path, antialias)
     if "patch_embed.proj.weight" in state:
         size = wanted["patch_embed.proj.weight"].shape[2:]
         state["patch_embed.proj.weight"] = resample_patch_embed(state["patch_embed.proj.weight"], list(size))
@@ -195,7 +201,11 @@ def _encoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _resample_positions(
-    state: dict[str, Tensor], metadata: dict[str, str], backbone: Backbone, path: str | os.PathLike[str]
+    state: dict[str, Tensor],
+    metadata: dict[str, str],
+    backbone: Backbone,
+    path: str | os.PathLike[str],
+    antialias: bool,
 ) -> Tensor:
     """The file's position table on the backbone's grid of patches; without metadata the file's grid was square."""
     table, new = state["pos_embed"], tuple(backbone.patch_embed.grid_size)
@@ -210,4 +220,5 @@ def _resample_positions(
         raise CheckpointError(f"{path}: the position table holds {patches} patches, which are not {old[0]}x{old[1]}")
     if old == new:
         return table
-    return resample_abs_pos_embed(table, new_size=list(new), old_size=list(old), num_prefix_tokens=prefix)
+    size = {"new_size": list(new), "old_size": list(old)}
+    return resample_abs_pos_embed(table, **size, num_prefix_tokens=prefix, antialias=antialias)

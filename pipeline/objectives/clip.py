@@ -50,7 +50,7 @@ Count = Annotated[int, Field(ge=1)]
 class Config(EncoderConfig):
     """Settings of CLIP; the defaults are ViT-B/32's."""
 
-    encoder: str = "vit_base_patch32_224"
+    encoder: str = "vit_base_patch32_clip_224"
     mean: Annotated[tuple[float, ...], Field(min_length=1)] = CLIP_MEAN
     std: Annotated[tuple[float, ...], Field(min_length=1)] = CLIP_STD
     loss: Literal["softmax", "sigmoid"] = "softmax"

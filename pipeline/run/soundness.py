@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -19,11 +19,22 @@ from pipeline.core.protocols import Batch, Objective
 from pipeline.data.dataset import open_beside, open_data
 from pipeline.data.facts import facts
 from pipeline.data.field import make_fields
-from pipeline.data.text import read_tokenizer
+from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.nn.weights import no_initial_weights
 from pipeline.run.build import build_objective
 
 T = TypeVar("T")
+
+
+class Reader(NamedTuple):
+    """What an objective says of the texts that its encoder reads."""
+
+    table: str
+    """Where in the configuration it says so."""
+    vocab: int
+    """Token ids that it knows."""
+    end: int | None
+    """The token at which it takes a text's features; None: it takes them elsewhere."""
 
 
 def problems(config: RunConfig, title: str) -> list[str]:
@@ -37,12 +48,12 @@ def problems(config: RunConfig, title: str) -> list[str]:
     manifest = _try(lambda: open_data(config.data), found)
     if manifest is None:
         return found
-    limit = _vocabulary(check_component(OBJECTIVES, config.objective, title, ("objective",)))
-    sound = _fields(config.data, manifest, "", limit, found)
+    reader = _reader(check_component(OBJECTIVES, config.objective, title, ("objective",)), "objective")
+    sound = _fields(config.data, manifest, "", reader, found)
     for name, beside in config.data.beside.items():
         if (other := _try(partial(open_beside, name, beside), found)) is not None:
             own = config.data.model_copy(update={"fields": beside.fields, "image": beside.image or config.data.image})
-            sound |= _fields(own, other, f"{name}_", limit, found)
+            sound |= _fields(own, other, f"{name}_", reader, found)
     objective = _try(lambda: _build(config, manifest, title), found)
     if objective is not None and not found:
         _try(lambda: check_batch(objective.needs, sound, config.objective.name), found)
@@ -66,14 +77,14 @@ def _build(config: RunConfig, manifest: Manifest, title: str) -> Objective:
         return build_objective(config, facts(config.data, manifest), title)
 
 
-def _fields(data: Data, manifest: Manifest, prefix: str, limit: tuple[str, int] | None, found: list[str]) -> Batch:
+def _fields(data: Data, manifest: Manifest, prefix: str, reader: Reader | None, found: list[str]) -> Batch:
     """A batch of one sample as the stream would give it, of the fields that it can give.
 
     Args:
         data: fields and their settings.
         manifest: what has them.
         prefix: of the names, of a data set beside the first.
-        limit: see :func:`_vocabulary`.
+        reader: of texts, where the objective has one.
         found: takes what is wrong.
     """
     batch = {name: torch.zeros(1, dtype=torch.int64) for name in ("id", "epoch")}
@@ -83,20 +94,29 @@ def _fields(data: Data, manifest: Manifest, prefix: str, limit: tuple[str, int] 
         for field in (made or {}).values():
             for column, (dtype, shape) in field.columns.items():
                 batch[column] = torch.zeros(1, *shape, dtype=getattr(torch, dtype))
-            known = field.text.words_known if field.text is not None else 0
-            if limit is not None and known > limit[1]:
-                found.append(
-                    f"objective.{limit[0]}: {limit[1]} words, fewer than the {known} of the tokenizer; "
-                    "set it to that, or train a smaller tokenizer"
-                )
+            if field.text is not None and reader is not None:
+                found += _misread(field.text, data.captions.end, reader)
     return {prefix + name: value for name, value in batch.items()}
 
 
-def _vocabulary(settings: BaseModel) -> tuple[str, int] | None:
-    """Where an objective says how many words it knows, and how many; None: it reads no texts."""
-    for name, value in settings:
-        if name == "vocab" and isinstance(value, int):
-            return name, value
-        if isinstance(value, BaseModel) and (inside := _vocabulary(value)) is not None:
-            return f"{name}.{inside[0]}", inside[1]
-    return None
+def _misread(text: TextDecoder, end: str, reader: Reader) -> Iterator[str]:
+    """What an objective's encoder would not know of the tokens that it is given; ``end`` is the last one's name."""
+    if text.words_known > reader.vocab:
+        yield (
+            f"{reader.table}.vocab: {reader.vocab} words, fewer than the {text.words_known} of the tokenizer; "
+            "set it to that, or train a smaller tokenizer"
+        )
+    if reader.end not in (None, text.end):
+        yield (
+            f"{reader.table}.end: token {reader.end}, but the tokenizer ends texts with {end!r}, which is token "
+            f"{text.end}; set it to that, or data.captions.end to the token that is meant"
+        )
+
+
+def _reader(settings: BaseModel, table: str) -> Reader | None:
+    """The first table of settings with a vocabulary; None: the objective reads no texts."""
+    values = dict(settings)
+    if isinstance(vocab := values.get("vocab"), int):
+        return Reader(table, vocab, values.get("end") if values.get("text_pool") == "end" else None)
+    inside = (_reader(value, f"{table}.{name}") for name, value in values.items() if isinstance(value, BaseModel))
+    return next((reader for reader in inside if reader is not None), None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.config.load import load_run
 from pipeline.config.schema import Captions, Optimizer
 from pipeline.core.protocols import DataFacts
 from pipeline.data.clip_vocabulary import clip_tokenizer
@@ -24,6 +25,7 @@ from pipeline.run.export import write
 from tests.ranks import start_ranks
 
 pytest.importorskip("open_clip", reason="needs the extra 'parity'")
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {"dim": 12, "vocab": 40, "length": 9, "text_width": 16, "text_depth": 2, "text_heads": 4}
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 TOWERS = {
@@ -31,7 +33,8 @@ TOWERS = {
     "mean and sigmoid": {"encoder_args": VIT | {"global_pool": "avg", "drop_path_rate": 0.1}, "loss": "sigmoid"},
     "norm before": {"encoder": "vit_base_patch32_clip_224", "encoder_args": VIT | {"mlp_ratio": 2.0}},
     "timm by name": {"encoder": "resnet10t", "encoder_args": {"drop_rate": 0.1}},
-    "timm at its size": {"encoder": "test_vit", "size": 160},
+    "by name, at its size": {"encoder": "test_vit", "size": 160},
+    "timm at its size": {"encoder": "test_vit2", "size": 160},
 }
 
 
@@ -73,6 +76,29 @@ def test_an_exported_model_is_loaded_strictly_and_gives_the_same_features(tower,
             pairs.append((theirs.logit_bias, model.bias[0]))
     for found, expected in pairs:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # open_clip's imports
+@pytest.mark.parametrize(
+    ("recipe", "name"), [("clip_b32_datacomp_small", "ViT-B-32"), ("clip_b16_datacomp_large", "ViT-B-16")]
+)
+def test_recipes_train_the_published_towers(recipe, name):
+    """Names and shapes of open_clip's model, in its own layout; so are epsilons, pooling and the norm before."""
+    from open_clip import get_model_config
+    from open_clip.model import CLIP as Theirs
+
+    settings = load_run(CONFIGS / "pretrain" / f"{recipe}.toml").objective.settings
+    with torch.device("meta"):
+        model = CLIP(Config(**settings), DataFacts((224, 224), ()))
+        theirs = Theirs(**get_model_config(name))
+        written = {Path(path).suffix: file.content for path, file in model.exports().items()}
+        rebuilt = Theirs(**json.loads(written[".json"])["model_cfg"])
+    shapes = {n: p.shape for n, p in theirs.named_parameters()}
+    assert {n: p.shape for n, p in written[".safetensors"].items()} == shapes
+
+    for made in (rebuilt, theirs):
+        assert made.visual.pool_type == "tok" and not made.visual.final_ln_after_pool
+    assert str(rebuilt.visual) == str(theirs.visual)
 
 
 @pytest.mark.filterwarnings("ignore")  # open_clip's imports

@@ -50,6 +50,7 @@ def mae_finetuning(lr: float, layer_decay: float, length: str, drop_path: float)
         "data.image.scale": [0.08, 1.0],
         "objective.label_smoothing": 0.1,
         "objective.head_std": 2e-5,
+        "objective.antialias": False,  # util/pos_embed.py
         "objective.mixing": {"mixup": 0.8, "cutmix": 1.0, "erase": 0.25},
         "objective.encoder_args.drop_path_rate": drop_path,
     }
@@ -63,6 +64,7 @@ def mae_probe(length: str) -> dict[str, Any]:
         "schedule": {"name": "cosine", "warmup": "10ep", "final": 0.0},
         "data.image.scale": [0.08, 1.0],
         "objective.freeze": True,
+        "objective.antialias": False,
     }
 
 
@@ -81,7 +83,9 @@ CLIP = {
     "schedule": {"name": "cosine", "warmup": "500ba", "final": 0.0},
     "data.image.scale": [0.9, 1.0],
     "data.image.flip": False,
+    "objective.encoder_args": {},
 }
+B32 = {"objective.encoder": "vit_base_patch32_clip_224"}
 DIFFUSION = {"betas": [0.9, 0.999], "weight_decay": 0.0}
 CONSTANT = {"name": "constant", "warmup": "0%", "cooldown": "0%"}
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -137,9 +141,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "objective.momentum": 0.99,
         "objective.freeze_patches": True,
     },
-    "pretrain/clip_b32_datacomp_small": CLIP | {"run.length": "12.8Msa", "run.global_batch": 4096},
-    "pretrain/clip_b32_datacomp_medium": CLIP | {"run.length": "128Msa", "run.global_batch": 4096},
-    "pretrain/clip_b16_datacomp_large": CLIP | {"run.length": "1.28Gsa", "run.global_batch": 8192},
+    "pretrain/clip_b32_datacomp_small": CLIP | B32 | {"run.length": "12.8Msa", "run.global_batch": 4096},
+    "pretrain/clip_b32_datacomp_medium": CLIP | B32 | {"run.length": "128Msa", "run.global_batch": 4096},
+    "pretrain/clip_b16_datacomp_large": CLIP
+    | {"run.length": "1.28Gsa", "run.global_batch": 8192, "objective.encoder": "vit_base_patch16_clip_224"},
     # Zhai et al. 2023, section 4: Adam, 1e-3, beta2 0.95, decay 1e-4 (a step's, not times the rate: 0.1 here), norm 1;
     # warm-up and eps of google-research/big_vision, siglip_lit_coco.py and optax.
     "pretrain/siglip_b16": {
@@ -149,6 +154,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "schedule": {"name": "cosine", "warmup": "3%", "final": 0.0},
         "objective.loss": "sigmoid",
         "objective.length": 64,
+        "objective.encoder": "vit_base_patch16_siglip_224",
+        "objective.encoder_args": {},
     },
     # Ho et al. 2020, appendix B, and hojonathanho/diffusion, run_cifar.py: 5000 steps of warm-up.
     "pretrain/ddpm_cifar10": {

@@ -67,6 +67,8 @@ CLIP = NORMS | {
     "mlp.fc2.weight": torchs(4 * D),
     "mlp.fc2.bias": torchs(4 * D),
 }
+CLIP_TOWER = {name: law for name, law in CLIP.items() if name != "patch_embed.proj.bias"}
+CLIP_TOWER |= {"norm_pre.weight": ONE, "norm_pre.bias": ZERO}
 CLIP_TEXT = NORMS | {
     "token_embedding.weight": ("normal", 0.02),
     "positions": ("normal", 0.01),
@@ -141,6 +143,7 @@ def build(module: Any, name: str, **settings: Any) -> Any:
 
 CASES = {
     "clip": (clip, SMALL, CLIP),
+    "clip, its tower": (clip, SMALL | {"encoder": "vit_base_patch32_clip_224"}, CLIP_TOWER),
     "siglip": (clip, SMALL | {"loss": "sigmoid"}, BIG_VISION),
     "supervised": (supervised, {}, BIG_VISION),
     "simclr": (simclr, {}, MOCO),

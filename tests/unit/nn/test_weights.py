@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from pipeline.core.errors import CheckpointError, ConfigError
+from pipeline.nn.construct import construct_encoder
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
 from pipeline.nn.images import Normalize
 from pipeline.nn.weights import export_encoder, load_encoder, read, save
@@ -132,6 +133,22 @@ def test_a_rectangular_table_finds_its_way_to_another_rectangle(tmp_path):
         if size == (32, 48):
             expected = mine.backbone.pos_embed[:, 1:]
         torch.testing.assert_close(other.backbone.pos_embed[:, 1:], expected)
+
+
+@pytest.mark.parametrize("patches", [2, 6])
+def test_positions_are_resampled_without_antialiasing_where_it_is_asked_for(tmp_path, patches):
+    """As ``interpolate_pos_embed`` of the MAE repository, for smaller grids and larger ones."""
+    config, mine = encoder((32, 32))
+    export_encoder(tmp_path / "e.safetensors", config, mine, (32, 32))
+    size, old = (8 * patches, 8 * patches), mine.backbone.pos_embed.detach()
+    table = old[:, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
+    for smooth in (False, True):
+        chosen = config.model_copy(update={"weights": str(tmp_path / "e.safetensors"), "antialias": smooth})
+        found = construct_encoder(chosen, size, "test", start=None).backbone.pos_embed.detach()
+        expected = functional.interpolate(
+            table, size=(patches, patches), mode="bicubic", align_corners=False, antialias=smooth
+        )
+        torch.testing.assert_close(found, torch.cat([old[:, :1], expected.flatten(2).transpose(1, 2)], dim=1))
 
 
 @pytest.mark.parametrize("args", [{"no_embed_class": True}, {"class_token": False}, {"reg_tokens": 2}])

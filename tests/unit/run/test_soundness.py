@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from data_prep.tokenizer import train_tokenizer
 from pipeline.config.load import load_run
@@ -75,6 +77,36 @@ def test_a_field_that_the_objective_needs_and_nobody_asks_for(glyphs):
 def test_a_vocabulary_that_is_too_small(words):
     (found,) = problems(run_of("clip", str(words), "objective.vocab=16"), "x")
     assert found.startswith("objective.vocab: 16 words, fewer than the ")
+
+
+def test_a_token_at_which_no_text_ends(words):
+    (found,) = problems(run_of("clip", str(words), "objective.end=7"), "x")
+    assert found.startswith(
+        "objective.end: token 7, but the tokenizer ends texts with '<end_of_text>', which is token 2"
+    )
+    assert problems(run_of("clip", str(words), "objective.end=7", "objective.text_pool=mean"), "x") == []
+    (found,) = problems(run_of("clip", str(words), "data.captions.end=<pad>"), "x")
+    assert "objective.end: token 2, but the tokenizer ends texts with '<pad>', which is token 0" in found
+
+
+def test_special_tokens_beyond_the_vocabulary(glyphs, tmp_path):
+    """A tokenizer's ids may have gaps: it has five, and the last is 600."""
+    ids = {"<pad>": 0, "<start_of_text>": 1, "<end_of_text>": 600, "[UNK]": 3, "a": 4}
+    made = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
+    made.save(str(tmp_path / "gaps.json"))
+    settings = [f"data.captions.tokenizer={tmp_path}/gaps.json", "objective.end=600"]
+    (found,) = problems(run_of("clip", f"{glyphs}/train", *settings), "x")
+    assert found.startswith("objective.vocab: 512 words, fewer than the 601 of the tokenizer")
+    assert problems(run_of("clip", f"{glyphs}/train", *settings, "objective.vocab=601"), "x") == []
+
+
+def test_groups_that_hold_no_parameter(glyphs):
+    """All of them, with what there is below the part of the prefix that there is."""
+    groups = "optimizer.groups=[{prefix='encoder.backbone.blocks.9'}, {prefix='head'}, {prefix='encodr', frozen=true}]"
+    found = problems(run_of("supervised", f"{glyphs}/train", groups), "x")
+    assert [text.partition(" ")[0] for text in found] == ["optimizer.groups[0].prefix:", "optimizer.groups[2].prefix:"]
+    assert "no parameter has this name" in found[0] and "encoder.backbone.blocks.0" in found[0]
+    assert found[1].endswith("there are: encoder, head")
 
 
 def test_mixed_sets_of_other_classes(glyphs, tmp_path):
