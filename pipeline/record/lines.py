@@ -9,7 +9,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -17,7 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.record.formats import decimals, with_error
-from pipeline.record.results import Row
+from pipeline.record.results import FILE, Found, KeptTable, Results, Row
+
+F = TypeVar("F", bound=Found)
 
 _PLAIN_WIDTH = 240
 """Columns a table may take where no terminal sets them: in a log, a wrapped cell is harder to read than a long line."""
@@ -62,7 +65,7 @@ class Line:
         return ["" if c is None else with_error(c.value, c.stderr, places) for c in self.cells]
 
 
-def _columns(results: Sequence[Row]) -> dict[tuple[str, str], str]:
+def _columns(results: Sequence[Found]) -> dict[tuple[str, str], str]:
     """Model and weights to the name of their column: models that are not checkpoints first, then by step."""
     first = {(row.model, row.weights): (row.step is not None, row.step or 0) for row in results}
     times = Counter(model for model, _ in first)
@@ -73,30 +76,42 @@ def _columns(results: Sequence[Row]) -> dict[tuple[str, str], str]:
     }
 
 
-def models(results: Sequence[Row]) -> list[str]:
+def models(results: Sequence[Found]) -> list[str]:
     """Columns of the table; of one name with several weights, each with the beginning of its hash."""
     return list(_columns(results).values())
 
 
 def lines(results: Sequence[Row]) -> list[Line]:
     """Lines of the table, in the order in which the metrics first came."""
+    found = []
+    for apart, cells in aligned(results):
+        row = next(c for c in cells if c is not None)
+        found.append(Line(row.evaluation, row.metric, row.split, apart, cells))
+    return found
+
+
+def aligned(results: Sequence[F]) -> list[tuple[str, tuple[F | None, ...]]]:
+    """Results of one kind, those that only the model tells apart together, in the order in which they first came.
+
+    Returns:
+        Of each group what tells it from others of its name, and its results in the order of :func:`models`.
+    """
     columns = _columns(results)
-    found: dict[tuple[object, ...], dict[tuple[str, str], Row]] = {}
+    found: dict[tuple[object, ...], dict[tuple[str, str], F]] = {}
     for row in results:
         found.setdefault(row.what, {})[row.model, row.weights] = row
-    alike: dict[tuple[str, str, str], list[Row]] = {}
+    alike: dict[tuple[str, str, str], list[F]] = {}
     for cells in found.values():
         row = next(iter(cells.values()))
         alike.setdefault((row.evaluation, row.metric, row.split), []).append(row)
-    lines = []
-    for names, group in alike.items():
+    together: list[tuple[str, tuple[F | None, ...]]] = []
+    for group in alike.values():
         for row, apart in zip(group, _apart(group), strict=True):
-            cells = found[row.what]
-            lines.append(Line(*names, apart, tuple(cells.get(column) for column in columns)))
-    return lines
+            together.append((apart, tuple(found[row.what].get(column) for column in columns)))
+    return together
 
 
-def _apart(group: Sequence[Row]) -> list[str]:
+def _apart(group: Sequence[Found]) -> list[str]:
     """What tells rows of one metric from each other, for each of them."""
     facts = [_flat(row.settings, "") for row in group]
     for fact, row in zip(facts, group, strict=True):
@@ -136,7 +151,6 @@ def table(results: Sequence[Row], stream: TextIO, like: TextIO | None = None) ->
         stream: where it goes.
         like: how wide and bold it is, is as for this stream; left out: ``stream``.
     """
-    terminal = (like or stream).isatty()
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("metric")
     shown.add_column("split")
@@ -149,5 +163,27 @@ def table(results: Sequence[Row], stream: TextIO, like: TextIO | None = None) ->
             for row, text in zip(line.cells, line.texts(), strict=True)
         ]
         shown.add_row(Text(line.name), Text(line.split), *cells)
+    _print(shown, stream, (like or stream).isatty())
+
+
+def _print(shown: Table, stream: TextIO, terminal: bool) -> None:
     width = None if terminal else _PLAIN_WIDTH
     Console(file=stream, width=width, force_terminal=terminal or None).print(shown)
+
+
+def found_text(folder: Path, new: Results) -> str:
+    """A word of each table and figure, which are too big for a terminal; empty where there is none."""
+    said = [f"table {t.metric} on {t.split}, {len(t.rows):,} rows: {folder / FILE}" for t in new.tables]
+    return "\n".join(said + [f"figure {f.metric} on {f.split}: {folder / f.file}" for f in new.figures])
+
+
+def whole_text(found: KeptTable) -> str:
+    """A table of an evaluation with all its rows."""
+    text = io.StringIO()
+    shown = Table(title=Text(f"{found.metric} on {found.split}, {found.model}"), box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in found.columns:
+        shown.add_column(Text(column))
+    for row in found.rows:
+        shown.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    _print(shown, text, sys.stdout.isatty())
+    return text.getvalue().rstrip("\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import os
 import shlex
@@ -13,32 +11,29 @@ from datetime import UTC, datetime
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from PIL import Image
+from typing import Any
 
 from pipeline.config import provenance
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.files import replace_file
 from pipeline.record.curves import Curves, chart, curves
+from pipeline.record.exhibits import exhibits
 from pipeline.record.files import dumps, read_lines
 from pipeline.record.formats import duration, short
 from pipeline.record.lines import Line, lines, models
 from pipeline.record.metrics import FILE as METRICS
 from pipeline.record.metrics import History, read_history
+from pipeline.record.pictures import Shown, encode, shot
 from pipeline.record.recorder import NOTES
 from pipeline.record.results import FILE as RESULTS
 from pipeline.record.results import Row, read_results
-from pipeline.record.showcase import Shown, read_pictures
+from pipeline.record.showcase import read_pictures
 from pipeline.record.state import State, read_state
 
 FILE = "report.html"
 PICTURE_BYTES = 1_200_000
 """Most bytes of pictures in a page, before base64; steps are left out, evenly, until they fit."""
-_PICTURE_SIDE = 1200
 _PICTURE_STEPS = 8
-_ENLARGED = 640
-"""Pixels of the longer side to which small pictures are enlarged, by whole factors up to four."""
 _STATES = {"finished": "finished", "running": "running", "failed": "failed", "requeue": "stopped, to be resumed"}
 _PLACED = {"samples", "epoch", "attempt", "step", "data_digest", "step_seconds"}
 """Quantities of a metrics line that have no curve of their own."""
@@ -72,10 +67,12 @@ def _page(folder: Path) -> str:
     history = read_history(folder)
     state, starts = read_state(folder), _starts(folder)
     data = curves(history.rows) if history.rows else None
+    results = read_results(folder)
     body = [
         _header(folder.name, state, starts),
         _tiles(history.rows, state, starts),
-        _results(read_results(folder)),
+        _results(results.rows),
+        exhibits(folder, results),
         _curves(data, history) if data else "<h2>Curves</h2><p class=soft>No metrics were logged yet.</p>",
         _showcase(read_pictures(folder)),
         _origin(folder, starts),
@@ -266,11 +263,11 @@ def _showcase(pictures: dict[int, list[Shown]]) -> str:
     if not pictures:
         return ""
     chosen = _spread(list(pictures), _PICTURE_STEPS)
-    encoded = {step: [_encode(shown) for shown in pictures[step]] for step in chosen}
+    encoded = {step: [encode(shown) for shown in pictures[step]] for step in chosen}
     while len(chosen) > 1 and sum(len(shot.data) for step in chosen for shot in encoded[step]) > PICTURE_BYTES:
         chosen = _spread(chosen, len(chosen) - 1)
     sections = [
-        f'<section><h3>Step {step:,}</h3><div class="shots">{"".join(map(_shot, encoded[step]))}</div></section>'
+        f'<section><h3>Step {step:,}</h3><div class="shots">{"".join(map(shot, encoded[step]))}</div></section>'
         for step in chosen
     ]
     more = f" <small>{len(chosen)} of {len(pictures)} steps</small>" if len(chosen) < len(pictures) else ""
@@ -282,35 +279,6 @@ def _spread(steps: list[int], count: int) -> list[int]:
     if count >= len(steps):
         return steps
     return [steps[-1 - i * (len(steps) - 1) // max(count - 1, 1)] for i in range(count)][::-1]
-
-
-class _Shot(NamedTuple):
-    shown: Shown
-    data: bytes
-    width: int
-    height: int
-
-
-def _encode(shown: Shown) -> _Shot:
-    """A picture for the page: WebP, of limited width and height."""
-    with Image.open(shown.path) as file:
-        image = file.convert("RGB")
-    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-    data = io.BytesIO()
-    image.save(data, "WEBP", quality=82, lossless=2 * max(image.size) <= _ENLARGED)
-    return _Shot(shown, data.getvalue(), image.width, image.height)
-
-
-def _shot(shot: _Shot) -> str:
-    shown, data, width, height = shot
-    scale = max(1, min(4, _ENLARGED // max(width, height)))
-    kind = ' class="small"' if scale > 1 else ""
-    source = f"data:image/webp;base64,{base64.b64encode(data).decode()}"
-    return (
-        f'<figure style="width:{width * scale}px"><img{kind} src="{source}" alt="{escape(shown.name)}" '
-        f'width="{width * scale}" height="{height * scale}">'
-        f"<figcaption><b>{escape(shown.name)}</b> {escape(shown.caption)}</figcaption></figure>"
-    )
 
 
 def _origin(folder: Path, starts: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,7 @@
-"""``results.json``: the numbers of all evaluations of a run's checkpoints, each with what it means."""
+"""``results.json``: all that evaluations found out about a run's checkpoints, each with what it means.
+
+Numbers and tables stand in the file; pictures are files of ``figures/`` beside it, by the names that it gives.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,28 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.files import replace_file
 from pipeline.record.files import dumps, number
 
-if TYPE_CHECKING:
-    from pipeline.core.evaluation import Number
-
 FILE = "results.json"
+FIGURES = "figures"
 PROBE = ".results.probe"
-_VERSION = 2
-_READ = (1, _VERSION)
+_VERSION = 3
+_READ = (1, 2, _VERSION)
+Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What decides a number: numbers of equal origin are the same number, and those of unlike ones are not compared."""
+    """What decides a result: those of equal origin are the same, and those of unlike ones are not compared."""
 
     model: str
     """What was measured, as a person calls it: "step 400", "random init"."""
@@ -44,20 +46,17 @@ class Origin:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class Row:
-    """One number, and all that is needed to know what it means."""
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One result, and all that is needed to know what it means."""
 
     model: str
     """See :class:`Origin`."""
     step: int | None
     evaluation: str
     metric: str
-    value: float
-    n: int
+    """Name of the number, the table or the figure."""
     split: str
-    stderr: float | None
-    better: Literal["higher", "lower"] | None
     config: str
     """Fingerprint of the settings."""
     manifests: dict[str, str]
@@ -70,13 +69,23 @@ class Row:
 
     @property
     def what(self) -> tuple[object, ...]:
-        """All that decides the number but the model: rows of a line have it in common."""
+        """All that decides the result but the model: rows of a line have it in common."""
         return (self.evaluation, self.metric, self.split, self.config, tuple(sorted(self.manifests.items())), self.seed)
 
     @property
     def key(self) -> tuple[object, ...]:
-        """A newer row replaces an older one of the same key."""
+        """A newer result replaces an older one of the same key and kind."""
         return (self.weights or self.model, *self.what)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Found):
+    """One number."""
+
+    value: float
+    n: int
+    stderr: float | None
+    better: Literal["higher", "lower"] | None
 
     def replaces(self, other: Row) -> bool:
         """Whether ``other`` is an older form of this number: one of the first version, known by names alone."""
@@ -84,24 +93,42 @@ class Row:
         return not other.weights and bool(self.weights) and names[0] == names[1]
 
 
-def rows(results: Iterable[Number], origin: Origin) -> list[Row]:
-    """What an evaluation yielded, with its origin and the present time."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    o, settings = origin, dict(origin.settings)
-    config = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    more: dict[str, Any] = {"weights": o.weights, "settings": settings, "seed": o.seed}
-    return [
-        Row(
-            *(o.model, o.step, o.evaluation, r.name, r.value, r.n, r.split, r.stderr, r.better),
-            *(config, dict(o.data), now),
-            **more,
-        )
-        for r in results
-    ]
+@dataclass(frozen=True, kw_only=True)
+class KeptTable(Found):
+    """One table."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    """What is not finite is a text in the file, and stays one when it is read."""
 
 
-def read_results(folder: str | os.PathLike[str]) -> list[Row]:
-    """The rows in the order in which they first came; none if nothing was evaluated yet.
+@dataclass(frozen=True, kw_only=True)
+class KeptFigure(Found):
+    """One picture."""
+
+    caption: str
+
+    @property
+    def file(self) -> str:
+        """Where it lies in the folder of the results; that of another identity has another name."""
+        mark = hashlib.sha256(json.dumps(self.key).encode()).hexdigest()[:16]
+        return f"{FIGURES}/{re.sub(r'[^A-Za-z0-9_.-]+', '-', self.metric).lstrip('.')[:80]}-{mark}.png"
+
+
+class Results(NamedTuple):
+    """All of a folder, each kind in the order in which they first came."""
+
+    rows: list[Row]
+    tables: list[KeptTable]
+    figures: list[KeptFigure]
+
+    def and_of(self, more: Results) -> Results:
+        """Both."""
+        return Results(self.rows + more.rows, self.tables + more.tables, self.figures + more.figures)
+
+
+def read_results(folder: str | os.PathLike[str]) -> Results:
+    """All results of a folder; none if nothing was evaluated yet.
 
     Raises:
         DataError: the file is damaged.
@@ -110,12 +137,16 @@ def read_results(folder: str | os.PathLike[str]) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return []
+        return Results([], [], [])
     try:
         body = json.loads(text)
         if body["version"] not in _READ:
             raise DataError(f"{path} has version {body['version']}, this program reads {_VERSION}; evaluate again")
-        return [Row(**r | {"value": number(r["value"]), "stderr": number(r["stderr"])}) for r in body["results"]]
+        return Results(
+            [Row(**r | {"value": number(r["value"]), "stderr": number(r["stderr"])}) for r in body["results"]],
+            [KeptTable(**table) for table in body.get("tables", [])],
+            [KeptFigure(**figure) for figure in body.get("figures", [])],
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}); remove it and evaluate again") from error
 
@@ -129,7 +160,7 @@ def read_together(folders: Sequence[str]) -> list[Row]:
     """
     together = []
     for folder, name in run_names(folders).items():
-        found = read_results(folder)
+        found = read_results(folder).rows
         if not found:
             raise ConfigError(f"{folder} has no results; evaluate it first: sluice eval {folder} SUITE")
         together += [replace(row, model=f"{name}: {row.model}") for row in found]
@@ -166,15 +197,22 @@ def ready(folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def add_results(folder: str | os.PathLike[str], new: Iterable[Row]) -> list[Row]:
-    """Merge ``new`` into the folder's results and return all of them. Safe among processes that evaluate at once."""
-    new = list(new)
+def add_results(folder: str | os.PathLike[str], new: Results) -> None:
+    """Merge ``new`` into the folder's results. Safe among processes that evaluate at once."""
     with _lock(Path(folder)):
-        before = [row for row in read_results(folder) if not any(r.replaces(row) for r in new)]
-        merged = {row.key: row for row in [*before, *new]}
-        body = {"version": _VERSION, "results": [asdict(row) for row in merged.values()]}
+        before = read_results(folder)
+        body = {
+            "version": _VERSION,
+            "results": _merged([row for row in before.rows if not any(r.replaces(row) for r in new.rows)], new.rows),
+            "tables": _merged(before.tables, new.tables),
+            "figures": _merged(before.figures, new.figures),
+        }
         replace_file(Path(folder) / FILE, dumps(body, indent=1).encode() + b"\n")
-    return list(merged.values())
+
+
+def _merged(before: Sequence[Found], new: Sequence[Found]) -> list[dict[str, Any]]:
+    """Each key once, where it first came, as it last came."""
+    return [asdict(found) for found in {found.key: found for found in [*before, *new]}.values()]
 
 
 @contextmanager

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from pipeline.core.files import replace_file
 from pipeline.record.files import dumps
+from pipeline.record.pictures import Shown, png
 
 if TYPE_CHECKING:
     from pipeline.core.protocols import Picture
@@ -22,23 +20,13 @@ FOLDER = "showcase"
 _INDEX = "index.json"
 
 
-class Shown(NamedTuple):
-    """A saved picture."""
-
-    name: str
-    path: Path
-    caption: str
-
-
 def save_pictures(folder: str | os.PathLike[str], step: int, pictures: Mapping[str, Picture]) -> None:
     """Save the pictures of one step. Saving the same step again, after a resume, replaces them."""
     here = Path(folder) / FOLDER / f"step-{step:08d}"
     here.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         assert re.fullmatch(r"\w[\w.-]*", name), f"{name!r} cannot be a file's name"
-        png = io.BytesIO()
-        Image.fromarray(picture.image).save(png, "PNG")
-        replace_file(here / f"{name}.png", png.getvalue())
+        replace_file(here / f"{name}.png", png(picture.image))
     captions = {name: picture.caption for name, picture in pictures.items()}
     replace_file(here / _INDEX, dumps(captions, indent=1).encode())
 

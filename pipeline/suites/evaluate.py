@@ -20,16 +20,17 @@ from pipeline.config.schema import Component, Image, RunConfig, SuiteConfig
 from pipeline.core import registry
 from pipeline.core.components import EVALS, check_suite
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.evaluation import Evaluation, Number
+from pipeline.core.evaluation import Evaluation, Output
 from pipeline.data.evaluation import OrderedStream, open_eval
 from pipeline.dist.group import Place, by_first, process_group
 from pipeline.engine.fragments import MODEL
 from pipeline.record.console import say
-from pipeline.record.lines import table_text
+from pipeline.record.lines import found_text, table_text, whole_text
+from pipeline.record.outputs import found, keep
 from pipeline.record.report import write_report
-from pipeline.record.results import Row, add_results, read_results, ready, rows
+from pipeline.record.results import Origin, Results, read_results, ready
 from pipeline.suites.context import Context
-from pipeline.suites.identity import origin_of
+from pipeline.suites.identity import folder_names, origin_of
 from pipeline.suites.progress import Progress, Shown
 from pipeline.suites.subject import Subject, of_checkpoint, untrained
 
@@ -65,34 +66,39 @@ def evaluate(
             subject = replace(subject, name=f"{folder.resolve().name}: {subject.name}")
         progress = stack.enter_context(closing(Progress(sys.stderr, quiet=not place.first)))
         context = _context(plan, subject, target, place, stack, progress)
-        _check(evaluations, plan, context, suite)
-        for number, (component, own) in enumerate(zip(plan.evals, settings, strict=True)):
-            progress.begin(component.name, number, len(plan.evals))
+        prepared = _prepare(evaluations, plan, settings, subject, context, suite)
+        new = Results([], [], [])
+        for number, (origin, own) in enumerate(prepared):
+            progress.begin(origin.evaluation, number, len(prepared))
             with torch.no_grad():
-                outputs = list(evaluations[number].run(context))
-            origin = origin_of(
-                subject, component.name, evaluations[number], own, _geometry(plan, subject.config), context
-            )
+                outputs = list(evaluations[number].run(own))
             if place.first:  # what is measured is kept, whatever comes after
-                _keep(target, rows([o for o in outputs if isinstance(o, Number)], origin))
+                new = new.and_of(_keep(target, outputs, origin))
         if place.first:
             progress.close()
-            write_report(target)
-            say(table_text(read_results(target)))
+            page = write_report(target)
+            say(table_text(read_results(target).rows))
+            if more := found_text(target, new):
+                say(f"{more}\nshown in {page}")
     return FINISHED
 
 
-def _keep(folder: Path, new: list[Row]) -> None:
+def _keep(folder: Path, outputs: Sequence[Output], origin: Origin) -> Results:
     """Add to the results; on a disk that takes no more, they are at least printed.
 
     Raises:
         DataError: they could not be written.
     """
+    new = found(outputs, origin)
     try:
-        add_results(folder, new)
+        keep(folder, outputs, new)
     except OSError as error:
-        say(table_text(new))
-        raise DataError(f"cannot write the results into {folder} ({error.strerror}); they are printed above") from error
+        say("\n".join([table_text(new.rows), *map(whole_text, new.tables)]))
+        lost = f"; lost: {', '.join(figure.metric for figure in new.figures)}" if new.figures else ""
+        raise DataError(
+            f"cannot write the results into {folder} ({error.strerror}); they are printed above{lost}"
+        ) from error
+    return new
 
 
 def _evaluation(component: Component, settings: BaseModel) -> Evaluation:
@@ -117,23 +123,38 @@ def _context(
     return Context(encoders, classes, streams, place, kept, suite.streams, tokenize, progress.show)
 
 
-def _check(evaluations: Sequence[Evaluation], suite: SuiteConfig, context: Context, title: str) -> None:
-    """Refuse what cannot be done before anything is computed.
+def _prepare(
+    evaluations: Sequence[Evaluation],
+    suite: SuiteConfig,
+    settings: Sequence[BaseModel],
+    subject: Subject,
+    context: Context,
+    title: str,
+) -> list[tuple[Origin, Context]]:
+    """Origin and context of each evaluation, with a folder of its own; what cannot be done is refused.
 
     Raises:
         Mistakes: with those of all evaluations.
     """
-    problems: list[str] = []
+    problems: dict[int, str] = {}
+    origins: dict[int, Origin] = {}
     for number, (component, evaluation) in enumerate(zip(suite.evals, evaluations, strict=True)):
-        missing = [name for name in evaluation.uses().encoders if name not in context.encoders]
+        if missing := [name for name in evaluation.uses().encoders if name not in context.encoders]:
+            problems[number] = _lacks(component.name, missing[0], context.encoders)
+        else:
+            geometry = _geometry(suite, subject.config)
+            origins[number] = origin_of(subject, component.name, evaluation, settings[number], geometry, context)
+    prepared: list[tuple[Origin, Context]] = []
+    for (number, origin), name in zip(origins.items(), folder_names(origins.values()), strict=True):
+        own = replace(context, folder=context.folder / name)
+        prepared.append((origin, own))
         try:
-            if missing:
-                raise ConfigError(_lacks(component.name, missing[0], context.encoders))
-            evaluation.check(context)
+            evaluations[number].check(own)
         except ConfigError as error:
-            problems.append(f"evals[{number}]: {error}")
+            problems[number] = str(error)
     if problems:
-        raise Mistakes(title, problems)
+        raise Mistakes(title, [f"evals[{number}]: {problems[number]}" for number in sorted(problems)])
+    return prepared
 
 
 def _lacks(name: str, encoder: str, encoders: Mapping[str, nn.Module]) -> str:

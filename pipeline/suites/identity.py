@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -55,3 +58,18 @@ def origin_of(
     data = {key: context.streams[value].fingerprint for key, value in streams.items()}
     weights = context.once("weights", lambda: weights_hash(subject.encoders))
     return Origin(subject.name, subject.step, weights, name, settled, data, seed)
+
+
+def folder_names(origins: Iterable[Origin]) -> list[str]:
+    """A folder for each evaluation of a suite, "knn-0f3a...", by what it measures: the same when it runs again.
+
+    Those that measure the same in streams of other names are numbered.
+    """
+    names, times = [], Counter[str]()
+    for origin in origins:
+        identity = {key: value for key, value in asdict(origin).items() if key not in ("model", "step")}
+        mark = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        name = f"{origin.evaluation}-{mark}"
+        times[name] += 1
+        names.append(name if times[name] == 1 else f"{name}-{times[name]}")
+    return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
 from pipeline.core import registry
-from pipeline.core.evaluation import Evaluation, Number
+from pipeline.core.evaluation import Evaluation, Figure, Number, Table
 from pipeline.core.protocols import Batch
 from pipeline.dist.group import process_group
 from tests.contracts.components import ListStream, build_evaluation, context, numbers
@@ -84,8 +85,11 @@ def streams(noise: float, seed: int = 0, rank: int = 0, world: int = 1) -> dict[
 
 
 def run(name: str, streams: dict[str, ListStream], seed: int = 0) -> dict[str, Number]:
-    encoders = {"image": Flat().eval(), "logits": Nearest(seed).eval(), "text": Named(seed).eval()}
-    return numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(encoders, streams))
+    return numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(encoders(seed), streams))
+
+
+def encoders(seed: int = 0) -> dict[str, nn.Module]:
+    return {"image": Flat().eval(), "logits": Nearest(seed).eval(), "text": Named(seed).eval()}
 
 
 def scores(name: str) -> Mapping[str, tuple[float, float]]:
@@ -130,9 +134,8 @@ def test_nothing_but_what_it_says_is_used(name, lone_group):
     """An evaluation that looks at a stream or an encoder beside those of ``uses`` fails here."""
     evaluation = build_evaluation(name, **SETTINGS.get(name, {}))
     uses, whole = evaluation.uses(), streams(0.6)
-    encoders = {"image": Flat(), "logits": Nearest(), "text": Named(0)}
     few = {n: Only(whole[n], ("id", *fields)) for n, fields in uses.streams.items()}
-    ctx = context({n: encoders[n].eval() for n in uses.encoders}, few)
+    ctx = context({n: encoders()[n] for n in uses.encoders}, few)
     assert numbers(evaluation, ctx) == run(name, whole)
 
 
@@ -152,6 +155,22 @@ def test_names_are_prefixed_and_values_are_plain_numbers(name, lone_group):
     results = run(name, streams(0.6))
     assert all(key.startswith(f"{name}/") for key in results)
     assert json.dumps(list(results.values()), allow_nan=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_and_figures_are_of_the_promised_form(name, lone_group):
+    evaluation = build_evaluation(name, **SETTINGS.get(name, {}))
+    ctx = context(encoders(), streams(0.6))
+    with torch.no_grad():
+        evaluation.check(ctx)
+        outputs = list(evaluation.run(ctx))
+    for output in outputs:
+        assert output.name.startswith(f"{name}/") and output.split in evaluation.uses().streams
+        if isinstance(output, Table):
+            assert output.columns and all(len(row) == len(output.columns) for row in output.rows)
+            assert all(cell is None or type(cell) in (str, int, float) for row in output.rows for cell in row)
+        elif isinstance(output, Figure):
+            assert output.image.dtype == np.uint8 and output.image.ndim == 3 and output.image.shape[2] == 3
 
 
 def evaluate_on_ranks(folder, noise):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.evals.knn import KNN
 from pipeline.run.__main__ import main
 from tests.integration.runs import codes, overrides, run
 
@@ -147,6 +148,24 @@ def test_identity_is_what_was_measured_and_not_what_it_is_called(trained, glyphs
     assert ((trained / "results.json").read_bytes() if before else b"") == before
 
 
+def test_each_evaluation_has_a_folder_of_its_own(trained, glyphs, tmp_path, monkeypatch):
+    """Two of one name, of which each keeps a file: the second does not find the first one's."""
+    whole = KNN.run
+
+    def keeping(self, ctx):
+        ctx.folder.mkdir(parents=True)
+        (ctx.folder / "bank").write_text(str(self.config.temperature))
+        return whole(self, ctx)
+
+    monkeypatch.setattr(KNN, "run", keeping)
+    (tmp_path / "suite.toml").write_text(TWO.format(shards=glyphs))
+    out = tmp_path / "out"
+    evaluate = ["eval", "--run", str(trained), "--suite", str(tmp_path / "suite.toml"), "--out", str(out)]
+    assert main(evaluate) == 0
+    kept = list(out.glob("evaluations/knn-*/bank"))
+    assert sorted(path.read_text() for path in kept) == ["0.07", "1.0"]
+
+
 def test_a_folder_that_takes_no_results_is_refused_before_anything_is_computed(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("pipeline.suites.evaluate.of_checkpoint", None)
@@ -156,10 +175,10 @@ def test_a_folder_that_takes_no_results_is_refused_before_anything_is_computed(t
 
 
 def test_results_that_the_disk_does_not_take_are_printed(trained, tmp_path, capsys, monkeypatch):
-    def full(folder, new):
+    def full(folder, outputs, new):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pipeline.suites.evaluate.add_results", full)
+    monkeypatch.setattr("pipeline.suites.evaluate.keep", full)
     command = ["eval", "--run", str(trained), "--suite", str(trained / "suite.toml"), "--out", str(tmp_path / "out")]
     assert main(command) == 2
     said = capsys.readouterr()

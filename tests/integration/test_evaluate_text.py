@@ -45,6 +45,14 @@ def test_zero_shot_on_data_without_words_after_the_training_data_has_gone(clip, 
     (tmp_path / "suite.toml").write_text(SUITE.format(val=tmp_path / "val"))
     evaluate = ["eval", "--run", str(clip / "run"), "--suite", str(tmp_path / "suite.toml")]
     assert main(evaluate) == 0
+    body = json.loads((clip / "run" / "results.json").read_text())
+    (table,) = body["tables"]
+    classes = manifests.load(tmp_path / "val").classes
+    assert table["columns"] == ["class", "images", "recall"] and {row[0] for row in table["rows"]} <= set(classes)
+    (mean,) = [r["value"] for r in body["results"] if r["metric"] == "zero_shot/mean_class_recall"]
+    assert sum(row[2] for row in table["rows"]) / len(table["rows"]) == pytest.approx(mean)
+    assert f"table zero_shot/classes on val, {len(table['rows'])} rows: " in capsys.readouterr().out
+    assert "<h2>Tables</h2>" in (clip / "run" / "report.html").read_text()
     before = json.loads((clip / "run" / "results.json").read_text())["results"]
     without_words(tmp_path / "val")
     shutil.rmtree(clip / "train")

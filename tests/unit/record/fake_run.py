@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.evaluation import Number
+from pipeline.core.evaluation import Figure, Number, Output, Table
 from pipeline.core.protocols import Picture
 from pipeline.record.files import Lines
 from pipeline.record.metrics import MetricsLog
+from pipeline.record.outputs import found, keep
 from pipeline.record.recorder import NOTES
-from pipeline.record.results import Origin, add_results, rows
+from pipeline.record.results import Origin
 from pipeline.record.showcase import save_pictures
 from pipeline.record.state import State, write_state
 
@@ -84,9 +85,13 @@ def write_run(folder: Path, every: int = 10) -> Path:
             Number("linear_probe/top1", top1, 5000, "val", 0.006),
             Number("frechet", frechet, 5000, "val", 0.3, "lower"),
         ]
-        for name, results in (("knn", knn), ("linear_probe", probe)):
-            new = rows(results, Origin(model, at, f"{at}" * 16, name, {"k": 20}, manifests))
-            add_results(folder, new)
+        classes = [(f"class {i} {EVIL}" if i == 3 else f"class {i}", 50, top1 - i / 500) for i in range(100)]
+        shown: list[Output] = [
+            Table(f"zero_shot/classes {EVIL}", ("class", "images", f"recall {EVIL}"), classes, "val"),
+            Figure("embedding_map/classes", picture(at or 0, (96, 144)).image, f"by class {EVIL}", "val"),
+        ]
+        for name, results in (("knn", knn), ("linear_probe", probe), ("shown", shown)):
+            keep(folder, results, found(results, Origin(model, at, f"{at}" * 16, name, {"k": 20}, manifests)))
     write_state(folder, State("finished", 0, 3000, 1))
     start = {
         "time": "2026-01-05T09:41:00+00:00",

@@ -7,9 +7,13 @@ from html.parser import HTMLParser
 import pytest
 
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.record import report
+from pipeline.core.evaluation import Figure, Output, Table
+from pipeline.record import exhibits, report
 from pipeline.record.metrics import MetricsLog
+from pipeline.record.outputs import found, keep
+from pipeline.record.pictures import Shown, encode
 from pipeline.record.report import write_report
+from pipeline.record.results import Origin
 from pipeline.record.showcase import save_pictures
 from pipeline.record.state import State, write_state
 from tests.unit.record.fake_run import EVIL, picture, write_run
@@ -68,7 +72,7 @@ def test_the_page_of_a_whole_run(run):
     html = write_report(run).read_text(encoding="utf-8")
     shown = Page(html)
     assert len(html) < 2_000_000
-    assert all(str(link).startswith("data:image/webp;base64,") for link in shown.links) and len(shown.links) == 8
+    assert all(str(link).startswith("data:image/webp;base64,") for link in shown.links) and len(shown.links) == 12
     assert "://" not in html and "url(" not in html and "@import" not in html
     for text in ("mae <glyphs>", "finished", "node-018", "0123456789", "uncommitted", "run.name=<b>x</b>", EVIL):
         assert text in shown.words, text
@@ -81,7 +85,8 @@ def test_the_page_of_a_whole_run(run):
 def test_nothing_that_a_user_wrote_becomes_markup(run):
     shown = page(run)
     assert shown.tags.count("script") == 2
-    assert shown.words.count("alert('x')") == 10  # 8 captions, the note and the configuration
+    # 8 captions, the note, the configuration; a name, and of 4 models a column, a class and a figure's caption
+    assert shown.words.count("alert('x')") == 10 + 1 + 4 * 3
 
 
 def test_names_of_metrics_cannot_end_the_script(tmp_path):
@@ -96,6 +101,48 @@ def test_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "config.toml").write_text("[run]\n")
     words = page(tmp_path).words
     assert "No metrics were logged yet" in words and "No evaluation was run yet" in words and "Showcase" not in words
+
+
+def show(folder, step: int, *outputs: Output) -> None:
+    keep(folder, outputs, found(outputs, Origin(f"step {step}", step, f"w{step}", "shown", {}, {"test": "m" * 32})))
+
+
+def test_a_table_of_an_evaluation_is_bounded_and_says_so(tmp_path):
+    rows = [(f"<class {i}>", 1000 + i, i / 1000, None) for i in range(53)]
+    for step in range(1, 7):
+        show(tmp_path, step, Table("zero_shot/classes", ("class", "images", "recall", "more"), rows, "val"))
+    shown = page(tmp_path)
+    tables = shown.words.split(" Tables ")[1]
+    assert tables.startswith("zero_shot/classes shown on val step 6 class images recall more <class 0> 1,000 0.00000 ")
+    assert "<class 49> 1,049 0.04900 and 3 more rows in results.json" in tables and "<class 50>" not in tables
+    assert [f"step {n} class" in tables for n in range(1, 7)] == [False, False, True, True, True, True]
+    assert "and 2 more models in results.json" in tables and shown.tags.count("details") == 4
+    show(tmp_path, 7, Table("few/classes", ("class", "recall"), [("a", 0.5)], "val"))
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert html.count("<details open>") == 1 and "<details open><summary>step 7</summary>" in html  # long ones fold
+
+
+def test_figures_of_evaluations_are_in_the_page_as_many_as_fit(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        show(tmp_path, step, Figure("map/classes", picture(step * 900, (64, 64)).image, f"{step} <b>", "val"))
+    show(tmp_path, 3, Figure("map/severe", picture(2700, (64, 64)).image, "severe", "val"))
+    assert len(page(tmp_path).links) == 4 and "3 <b> step 2 2 <b> step 1 1 <b>" in page(tmp_path).words
+    monkeypatch.setattr(exhibits, "FIGURE_BYTES", 0)
+    shown = page(tmp_path)
+    assert shown.links == [] and "and 3 more models in figures/" in shown.words
+    sizes = [len(encode(Shown("", p, "")).data) for p in (tmp_path / "figures").iterdir()]
+    monkeypatch.setattr(exhibits, "FIGURE_BYTES", 2 * max(sizes))
+    shown = page(tmp_path)  # the newest of both come first
+    assert "step 3 3 <b>" in shown.words and "step 3 severe" in shown.words and "step 1 1" not in shown.words
+
+
+def test_a_figure_whose_file_is_gone_is_told(tmp_path):
+    show(tmp_path, 1, Figure("map/classes", picture(1, (64, 64)).image, "", "val"))
+    (file,) = (tmp_path / "figures").iterdir()
+    file.write_bytes(b"no picture")
+    assert f"step 1: figures/{file.name} cannot be read" in page(tmp_path).words
+    file.unlink()
+    assert f"step 1: figures/{file.name} cannot be read" in page(tmp_path).words
 
 
 @pytest.mark.parametrize("row", [{"step": 1}, {"step": 1, "loss": math.nan}, {"step": 5, "loss": 1.0, "samples": 40}])
@@ -186,5 +233,5 @@ def test_a_browser_shows_the_page_without_errors(run, tmp_path):
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     root = done.stdout.partition("<html")[2].partition(">")[0]
     expected = {"ready": "yes", "crosses": "9/9", "moment": "step 1,500", "lr": "7.5e-5", "wide": "false"}
-    for name, value in (expected | {"images": "9/9", "zoomed": "true"}).items():
+    for name, value in (expected | {"images": "13/13", "zoomed": "true"}).items():
         assert f'data-{name}="{value}"' in root, root

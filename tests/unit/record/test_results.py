@@ -10,7 +10,8 @@ import pytest
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import Number
 from pipeline.record.lines import lines, models, table
-from pipeline.record.results import Origin, Row, add_results, read_results, read_together, ready, rows, run_names
+from pipeline.record.outputs import found
+from pipeline.record.results import Origin, Results, Row, add_results, read_results, read_together, ready, run_names
 
 
 def top1(
@@ -19,7 +20,15 @@ def top1(
     """One row; the weights are another's when the model is."""
     known = {"weights": f"w{model}", "evaluation": "knn", "settings": {"k": [20]}, "data": {"test": "m" * 32}}
     origin = Origin(model=model, step=step, **{**known, **about})
-    return rows([Number("knn/top1", value, 100, "val", stderr, better)], origin)
+    return found([Number("knn/top1", value, 100, "val", stderr, better)], origin).rows
+
+
+def add(folder, rows: list[Row]) -> None:
+    add_results(folder, Results(rows, [], []))
+
+
+def read(folder) -> list[Row]:
+    return read_results(folder).rows
 
 
 def old(value: float, model="step 10", step: int | None = 10) -> Row:
@@ -46,22 +55,22 @@ OTHERS = {
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_numbers_of_another_identity_are_kept_beside_each_other(tmp_path, what):
-    add_results(tmp_path, top1(0.5))
-    add_results(tmp_path, top1(0.6, **OTHERS[what]))
-    assert [row.value for row in read_results(tmp_path)] == [0.5, 0.6]
-    add_results(tmp_path, top1(0.7))  # the first one's again, under another name
-    add_results(tmp_path, top1(0.8, "best", 10, weights="wstep 10"))
-    assert [row.value for row in read_results(tmp_path)] == [0.8, 0.6]
+    add(tmp_path, top1(0.5))
+    add(tmp_path, top1(0.6, **OTHERS[what]))
+    assert [row.value for row in read(tmp_path)] == [0.5, 0.6]
+    add(tmp_path, top1(0.7))  # the first one's again, under another name
+    add(tmp_path, top1(0.8, "best", 10, weights="wstep 10"))
+    assert [row.value for row in read(tmp_path)] == [0.8, 0.6]
 
 
 def test_a_file_of_the_first_version_is_read_and_renewed(tmp_path):
     new = ("weights", "settings", "seed")
     listed = [{k: v for k, v in asdict(old(*a)).items() if k not in new} for a in [(0.5,), (0.1, "random init", None)]]
     (tmp_path / "results.json").write_text(json.dumps({"version": 1, "results": listed}))
-    assert [row.value for row in read_results(tmp_path)] == [0.5, 0.1]
-    assert models(read_results(tmp_path)) == ["random init", "step 10"]
-    add_results(tmp_path, top1(0.6))
-    assert [(row.model, row.value) for row in read_results(tmp_path)] == [("random init", 0.1), ("step 10", 0.6)]
+    assert [row.value for row in read(tmp_path)] == [0.5, 0.1]
+    assert models(read(tmp_path)) == ["random init", "step 10"]
+    add(tmp_path, top1(0.6))
+    assert [(row.model, row.value) for row in read(tmp_path)] == [("random init", 0.1), ("step 10", 0.6)]
 
 
 def test_where_results_cannot_be_written_is_known_before(tmp_path):
@@ -77,47 +86,47 @@ def test_where_results_cannot_be_written_is_known_before(tmp_path):
 
 
 def test_a_newer_row_replaces_one_of_the_same_key_only(tmp_path):
-    assert read_results(tmp_path) == []
-    add_results(tmp_path, top1(0.5) + top1(0.1, "random init", None))
+    assert read(tmp_path) == []
+    add(tmp_path, top1(0.5) + top1(0.1, "random init", None))
     other_split = [replace(row, split="train") for row in top1(0.9)]
-    add_results(tmp_path, top1(0.6) + other_split)
-    found = {(r.model, r.split): r.value for r in read_results(tmp_path)}
-    assert found == {("step 10", "val"): 0.6, ("random init", "val"): 0.1, ("step 10", "train"): 0.9}
+    add(tmp_path, top1(0.6) + other_split)
+    values = {(r.model, r.split): r.value for r in read(tmp_path)}
+    assert values == {("step 10", "val"): 0.6, ("random init", "val"): 0.1, ("step 10", "train"): 0.9}
 
 
 def test_values_that_are_not_finite_survive_strict_json(tmp_path):
-    add_results(tmp_path, top1(math.inf, stderr=math.nan))
+    add(tmp_path, top1(math.inf, stderr=math.nan))
 
     def refuse(literal):
         raise AssertionError(literal)
 
     json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
-    (row,) = read_results(tmp_path)
+    (row,) = read(tmp_path)
     assert row.value == math.inf and row.stderr is not None and math.isnan(row.stderr)
 
 
 def test_processes_that_evaluate_at_once_lose_nothing(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda step: add_results(tmp_path, top1(0.5, f"step {step}", step)), range(24)))
-    assert len(read_results(tmp_path)) == 24
+        list(pool.map(lambda step: add(tmp_path, top1(0.5, f"step {step}", step)), range(24)))
+    assert len(read(tmp_path)) == 24
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 1, "results": [{"model": 1}]}', '{"version": 9}'])
 def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(DataError, match=r"results\.json"):
-        read_results(tmp_path)
+        read(tmp_path)
 
 
 def test_baselines_come_first_then_checkpoints_by_step():
-    found = top1(0.1, "step 100", 100) + top1(0.1, "step 20", 20) + top1(0.1, "random init", None)
-    assert models(found) == ["random init", "step 20", "step 100"]
+    several = top1(0.1, "step 100", 100) + top1(0.1, "step 20", 20) + top1(0.1, "random init", None)
+    assert models(several) == ["random init", "step 20", "step 100"]
 
 
 @pytest.mark.parametrize(("better", "best"), [("higher", 0.7), ("lower", 0.2), (None, None)])
 def test_the_best_of_a_line_follows_the_metric(better, best):
-    found = [top1(v, f"step {i}", i, better=better)[0] for i, v in enumerate([0.2, 0.7, math.nan])]
-    (line,) = lines(found)
+    several = [top1(v, f"step {i}", i, better=better)[0] for i, v in enumerate([0.2, 0.7, math.nan])]
+    (line,) = lines(several)
     assert line.best == best
 
 
@@ -171,7 +180,7 @@ def test_runs_stand_side_by_side_and_are_told_apart(tmp_path):
     short, long, empty = (tmp_path / name for name in ("short", "long", "empty"))
     for folder, value in ((short, 0.5), (long, 0.7)):
         folder.mkdir()
-        add_results(folder, top1(value) + top1(0.1, "random init", None))
+        add(folder, top1(value) + top1(0.1, "random init", None))
     together = read_together([str(short), str(long)])
     assert models(together) == ["short: random init", "long: random init", "short: step 10", "long: step 10"]
     (line,) = lines(together)
@@ -183,7 +192,7 @@ def test_runs_stand_side_by_side_and_are_told_apart(tmp_path):
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     for name, value in (("a/mae", 0.5), ("b/mae", 0.7)):
         (tmp_path / name).mkdir(parents=True)
-        add_results(tmp_path / name, top1(value))
+        add(tmp_path / name, top1(value))
     together = read_together([str(tmp_path / "a/mae"), str(tmp_path / "b/mae"), str(tmp_path / "b/../b/mae")])
     assert models(together) == ["a/mae: step 10", "b/mae: step 10"]
     assert run_names(["x/a", "y/a", "z/b"]) == {"x/a": "x/a", "y/a": "y/a", "z/b": "b"}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from pipeline.suites.identity import weights_hash
+from pipeline.record.results import Origin
+from pipeline.suites.identity import folder_names, weights_hash
 
 
 def modules() -> dict[str, nn.Module]:
@@ -29,3 +33,16 @@ def test_what_changes_it(change):
     changed = modules()
     CHANGES[change](changed)
     assert weights_hash(changed) != weights_hash(modules())
+
+
+def test_every_evaluation_has_a_folder_of_its_own_and_the_same_one_again():
+    first = Origin("step 3", 3, "w", "knn", {"k": [5]}, {"test": "m"})
+    others = [
+        dataclasses.replace(first, **change)
+        for change in (
+            {"weights": "v"}, {"evaluation": "probe"}, {"settings": {"k": [6]}}, {"data": {"test": "n"}}, {"seed": 1}
+        )
+    ]  # fmt: skip
+    names = folder_names([first, *others, dataclasses.replace(first, model="best")])
+    assert len(set(names)) == 7 and all(re.fullmatch(r"(knn|probe)-[0-9a-f]{16}(-2)?", name) for name in names)
+    assert folder_names([others[0], dataclasses.replace(first, model="best")]) == [names[1], names[0]]
