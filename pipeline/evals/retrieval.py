@@ -2,13 +2,14 @@
 
 The protocol of CLIP's and CLIP_benchmark's retrieval: cosine similarity, and a hit at k when at least one that belongs
 is among the k nearest. Samples with equal images are one image with several captions, those with equal captions one
-caption of several images; each image and each caption is one query and one candidate.
-Shape letters: N samples, U different images, M different captions, P pairs of them, E width.
+caption of several images; each image and each caption is one query and one candidate. With ``field = "texts"`` a
+sample brings all its captions.
+Shape letters: S captions of all samples, L tokens, U different images, M different captions, P pairs, E width.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +33,8 @@ class Config(Strict):
     """Stream of images and captions."""
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 5, 10)
     """Of each, what is no smaller than the number of candidates is left out."""
+    field: Literal["text", "texts"] = "text"
+    """Of the stream's batches: one caption of each sample, or all of them."""
 
 
 class Retrieval(Evaluation):
@@ -42,7 +45,7 @@ class Retrieval(Evaluation):
 
     def uses(self) -> Uses:
         """Both towers, on images with captions."""
-        return Uses({self.config.test: ("image", "text")}, ("image", "text"))
+        return Uses({self.config.test: ("image", self.config.field)}, ("image", "text"))
 
     def scores(self, classes: int) -> Mapping[str, tuple[float, float]]:
         """Where the captions are those of classes: the share of one."""
@@ -54,12 +57,10 @@ class Retrieval(Evaluation):
         Raises:
             DataError: the stream has no texts.
         """
-        found = ctx.features("image", self.config.test, ("text", "text_length", "image_digest"))
-        token, length = found.fields["text"], found.fields["text_length"]
+        x, image, token, length = self._read(ctx)
         inside = torch.arange(token.shape[1]) < length[:, None]
-        image, first_image = _groups(found.fields["image_digest"])
         caption, first_caption = _groups(token.where(inside, -1))
-        images = functional.normalize(found.x[first_image], dim=1)
+        images = functional.normalize(x, dim=1)
         texts = _encode(ctx, token[first_caption], length[first_caption])
         pairs = torch.stack([image, caption]).unique(dim=1)
         for name, queries, candidates, own in (("text", images, texts, pairs), ("image", texts, images, pairs.flip(0))):
@@ -67,6 +68,17 @@ class Retrieval(Evaluation):
             for k in (k for k in self.config.k if k < len(candidates)):
                 p, n = float((ranks < k).double().mean()), len(queries)
                 yield Number(f"retrieval/top{k}_{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
+
+    def _read(self, ctx: EvalContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features float32[U,E] of the images; of each caption its image, int64[S], and tokens, int64[S,L] and [S]."""
+        name = self.config.field
+        columns = [name, f"{name}_length", *(["texts_mask"] if name == "texts" else [])]
+        found = ctx.features("image", self.config.test, (*columns, "image_digest"))
+        token, length, *mask = (found.fields[column] for column in columns)
+        image, first = _groups(found.fields["image_digest"])
+        if mask:
+            image, token, length = image[mask[0].nonzero()[:, 0]], token[mask[0]], length[mask[0]]
+        return found.x[first], image, token, length
 
 
 def best_ranks(queries: Tensor, candidates: Tensor, pairs: Tensor) -> Tensor:

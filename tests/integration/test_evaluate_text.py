@@ -40,6 +40,29 @@ def without_words(folder: Path) -> None:
     manifests.save(bare, folder)
 
 
+BOTH = """
+workers = 0
+fields = ["image", "text", "texts"]
+[streams]
+val = "{val}"
+[[evals]]
+name = "retrieval"
+[[evals]]
+name = "retrieval"
+field = "texts"
+"""
+
+
+def test_retrieval_by_all_captions_of_samples_that_have_one_is_that_by_one(clip, glyphs, tmp_path):
+    (tmp_path / "suite.toml").write_text(BOTH.format(val=glyphs / "val"))
+    command = ["eval", "--run", str(clip / "run"), "--suite", str(tmp_path / "suite.toml"), "--out", str(tmp_path)]
+    assert main(command) == 0
+    found: dict[str, dict[str, float]] = {"text": {}, "texts": {}}
+    for row in json.loads((tmp_path / "results.json").read_text())["results"]:
+        found[row["settings"]["field"]][row["metric"]] = row["value"]
+    assert found["text"] == found["texts"] and "retrieval/top1_text" in found["text"]
+
+
 def test_zero_shot_on_data_without_words_after_the_training_data_has_gone(clip, glyphs, tmp_path, capsys):
     shutil.copytree(glyphs / "val", tmp_path / "val")
     (tmp_path / "suite.toml").write_text(SUITE.format(val=tmp_path / "val"))

@@ -118,6 +118,62 @@ def test_an_image_with_five_captions_in_five_rows_is_one_image(lone_group, perfe
         assert found["retrieval/top1_text"].value >= 6 / 7 and found["retrieval/top1_image"].value == 1.0
 
 
+class AllCaptions(ListStream):
+    """Samples with all their captions, by number, in the order given; after the last one padding."""
+
+    def __init__(self, captions: list[list[int]], rank: int = 0, world: int = 1, batch: int = 5) -> None:
+        image = torch.arange(len(captions), dtype=torch.uint8).view(-1, 1, 1, 1)
+        super().__init__(image, torch.zeros(len(captions), dtype=torch.int64), rank, world, batch)
+        most = max(map(len, captions)) + 1
+        self.texts = torch.zeros(len(captions), most, 2, dtype=torch.int64)
+        self.mask = torch.zeros(len(captions), most, dtype=torch.bool)
+        for i, own in enumerate(captions):
+            self.texts[i, : len(own)] = torch.tensor([[c, 90 + i] for c in own])  # after its length nothing counts
+            self.mask[i, : len(own)] = True
+
+    def __iter__(self):
+        for b in super().__iter__():
+            more = {"texts": self.texts[b["id"]], "texts_length": self.mask[b["id"]].long()}
+            yield b | more | {"texts_mask": self.mask[b["id"]]}
+
+
+def at(degrees: list[float]) -> Table:
+    table = Table(0, len(degrees))
+    angle = torch.tensor(degrees).deg2rad()
+    table.rows = nn.Parameter(torch.stack([angle.cos(), angle.sin()], dim=1))
+    return table
+
+
+def test_all_captions_of_an_image_count(lone_group):
+    """On a circle, in degrees: images at 0, 100 and 201; the caption at 10 is that of two images."""
+    towers = {"image": at([0, 100, 201]), "text": at([10, 190, 95, 210, 20])}
+    stream = AllCaptions([[1, 0], [3, 2, 0], [4]])
+    found = numbers(Retrieval(RetrievalConfig(k=(1, 2, 4, 5), field="texts")), context(towers, {"val": stream}))
+    # Nearer than the nearest caption of its own are: to 0 none (10), to 100 none (95), to 201 all four others (20).
+    # Nearer than the nearest image of its own are: to 10 none; to 190 two (201, 100); to 95 none; to 210 one (201);
+    # to 20 two (0, 100).
+    expected = {"top1_text": 2 / 3, "top2_text": 2 / 3, "top4_text": 2 / 3, "top1_image": 2 / 5, "top2_image": 3 / 5}
+    assert {name: r.value for name, r in found.items()} == pytest.approx(
+        {f"retrieval/{name}": value for name, value in expected.items()}
+    )
+    assert [found["retrieval/top1_text"].n, found["retrieval/top1_image"].n] == [3, 5]
+
+
+def test_captions_in_one_row_are_as_good_as_in_several(lone_group):
+    """Those counted by hand above; here each image is one sample."""
+    rows, captions = five_rows_an_image()
+    found = []
+    for stream, field in ((rows, "text"), (AllCaptions(captions, batch=3), "texts")):
+        towers = {"image": Table(0, 7), "text": Table(1, 35)}
+        evaluation = Retrieval(RetrievalConfig.model_validate({"field": field}))
+        assert evaluation.uses().streams == {"val": ("image", field)}
+        found.append(numbers(evaluation, context(towers, {"val": stream})))
+    assert found[0] == found[1] and set(found[0]) == {
+        "retrieval/top1_text", "retrieval/top5_text", "retrieval/top10_text", "retrieval/top1_image",
+        "retrieval/top5_image",
+    }  # fmt: skip
+
+
 def on_a_rank() -> str:
     with process_group(1.0):
         return json.dumps(measured(dist.get_rank(), dist.get_world_size()))
