@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -22,6 +22,8 @@ from pipeline.dist.collectives import gather_into
 T = TypeVar("T")
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+LONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,30 @@ def process_group(timeout_minutes: float) -> Iterator[Place]:
         LaunchError: the launcher's variables are incomplete, or the other ranks cannot be reached in time.
     """
     timeout = timedelta(minutes=timeout_minutes)
+    launched = _launched()
+    alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    with nullcontext() if launched else _lone_rank(), _joined(timeout, alone) as place:
+        yield place
+
+
+@contextmanager
+def _lone_rank() -> Iterator[None]:
+    """What libraries read of a rank, where no launcher has said it; at the end the environment is as before."""
+    before = {name: os.environ.get(name) for name in LONE_RANK}
+    os.environ |= LONE_RANK
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _joined(timeout: timedelta, alone: dict[str, Any]) -> Iterator[Place]:
     cuda = torch.cuda.is_available()
-    if not _launched():
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = "0"
-        os.environ["LOCAL_WORLD_SIZE"] = "1"
-        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    else:
-        alone = {}
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

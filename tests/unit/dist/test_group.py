@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from pipeline.core.errors import DataError
+from pipeline.dist.group import process_group
+
+
+def test_a_lone_rank_leaves_the_environment_as_it_was(monkeypatch):
+    """What stays behind would be taken for a launcher's: by a second group, and by whatever is started from here."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    before = dict(os.environ)
+    for _ in range(2):
+        with pytest.raises(DataError), process_group(1) as place:
+            assert (place.rank, place.world_size, os.environ["RANK"], os.environ["MASTER_PORT"]) == (0, 1, "0", "0")
+            raise DataError("no shards")
+        assert dict(os.environ) == before
 
 
 @pytest.mark.world_size(2)
