@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -61,6 +62,20 @@ def test_retrieval_by_all_captions_of_samples_that_have_one_is_that_by_one(clip,
     for row in json.loads((tmp_path / "results.json").read_text())["results"]:
         found[row["settings"]["field"]][row["metric"]] = row["value"]
     assert found["text"] == found["texts"] and "retrieval/top1_text" in found["text"]
+
+
+def test_tables_that_the_disk_does_not_take_are_printed_whole(clip, glyphs, tmp_path, capsys, monkeypatch):
+    def full(folder, outputs, new):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.suites.evaluate.keep", full)
+    (tmp_path / "suite.toml").write_text(SUITE.format(val=glyphs / "val"))
+    command = ["eval", "--run", str(clip / "run"), "--suite", str(tmp_path / "suite.toml"), "--out", str(tmp_path)]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "No space left on device" in said.err
+    table = said.out.partition("zero_shot/classes on val")[2]
+    assert all(f"{name}  " in table for name in manifests.load(glyphs / "val").classes)
 
 
 def test_zero_shot_on_data_without_words_after_the_training_data_has_gone(clip, glyphs, tmp_path, capsys):
