@@ -51,6 +51,7 @@ def test_a_killed_rank(glyphs, long_whole, tmp_path, fault_row, monkeypatch):
     goes_on(tmp_path, glyphs, long_whole, began, fault_row)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(6, "SIGSTOP a rank: a hang")
 def test_a_stopped_rank(glyphs, long_whole, tmp_path, fault_row):
     fault_row.case = "2 local ranks, ZeRO 1; a step may take 6 s"

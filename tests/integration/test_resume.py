@@ -22,10 +22,10 @@ LENGTH, EVERY = 12, 3
     ("engine", "objective", "later_engine", "later_world"),
     [
         ("accelerate", "mae", "zero1", 4),
-        ("zero0", "mae", "zero0", 4),
+        pytest.param("zero0", "mae", "zero0", 4, marks=pytest.mark.slow),
         ("zero1", "supervised", "zero1", 4),
-        ("zero2", "mae", "zero2", 1),
-        ("zero3", "mae", "zero3", 4),
+        pytest.param("zero2", "mae", "zero2", 1, marks=pytest.mark.slow),
+        pytest.param("zero3", "mae", "zero3", 4, marks=pytest.mark.slow),
         ("zero3", "supervised", "accelerate", 1),
     ],
 )

@@ -54,6 +54,7 @@ def test_killed_agent(cluster, shards, whole, tmp_path, fault_row: Row):
     fault_row.case, fault_row.outcome = "SLURM, 2 nodes", "its parent has the job queued again, same batches"
 
 
+@pytest.mark.slow
 @pytest.mark.fault(3, "kill a node: slurmd and all its processes")
 def test_lost_node(cluster, shards, whole, tmp_path, fault_row: Row):
     job = train(cluster, tmp_path / "run", shards)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -123,7 +124,8 @@ def test_labels_that_are_no_numbers_are_reported(tmp_path):
     assert all("is not one of 2 classes" in p and len(p) < 100 for p in problems)
     assert renew_statistics(str(tmp_path)).statistics["labels"] == {"1": 1, "2": 1}
     _, page = sheet(str(tmp_path), 6)
-    assert page.count("dog") == 1 and "\u00b2" in page
+    words = re.sub(r"base64,[^\"]*", "", page)  # a picture's letters can say anything
+    assert words.count("dog") == 1 and "\u00b2" in words
 
 
 @pytest.mark.parametrize("label", [-1, 2])
