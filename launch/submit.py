@@ -147,9 +147,12 @@ def _pretrain(request: Request, profile: Profile, config: RunConfig) -> Draft:
         arguments = ["-m", "launch", "train", _CONFIG, *place, "--master", MASTER]
 
     def shards() -> str:
-        from pipeline.data.dataset import open_data  # numpy is not for every command
+        if config.data.chosen:
+            from pipeline.data.dataset import open_data  # numpy is for parts of data sets alone
 
-        data = open_data(config.data)
+            data = open_data(config.data)
+        else:
+            data = manifests.load(config.data.train)
         root = "" if isinstance(data, manifests.Joined) else f"{data.root.rstrip('/')}/"
         missing = [at for s in data.shards if not is_url(at := root + s.name) and not Path(at).is_file()]
         if missing:

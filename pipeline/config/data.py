@@ -217,6 +217,12 @@ class Data(Strict):
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Part of the samples that may be unreadable (and replaced, and noted in the ledger) before the run stops."""
 
+    @property
+    def chosen(self) -> bool:
+        """Some of the samples alone, or something joined to them: more than the manifests tell."""
+        sources = () if isinstance(self.train, str) else self.train
+        return bool(self.keep or self.where or self.sidecar) or any(s.keep or s.where for s in sources)
+
     @model_validator(mode="after")
     def _names_stay_apart(self) -> Data:
         if both := sorted(set(self.beside) & set(self.fields)):

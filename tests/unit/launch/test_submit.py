@@ -84,6 +84,7 @@ def test_a_dry_run_imports_no_framework(request_of, tmp_path):
     [
         (["run.global_batch=9"], {"nodes": 2}, "9"),
         (["data.train='nowhere'"], {}, "no manifest at nowhere"),
+        (["data.keep='no-such-list.txt'"], {}, "no-such-list.txt"),
         ([f"run.folder='{SMOKE}/mae.toml/run'"], {}, "mae.toml cannot be written"),
         (["run.folder='a\\b'"], {}, "backslash"),
         ([], {"array": "0-3"}, "--array does not belong"),
