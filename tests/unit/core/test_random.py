@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from pipeline.core import random as module
+from pipeline.core.protocols import Clock, StepContext
 from pipeline.core.random import SampleRandom, philox4x32
 
 DRAWS = {
@@ -185,3 +186,13 @@ def test_same_bits_on_the_accelerator(draw):
 def test_many_normals_same_bits_on_the_accelerator():
     ids = torch.arange(64)
     assert torch.equal(make(ids).normal(65536), make(ids, device="cuda").normal(65536).cpu())
+
+
+def test_a_step_draws_for_each_sample_by_its_id_and_epoch():
+    ctx = StepContext(seed=3, clock=Clock(2, 16, 64))
+    batch = {"id": torch.tensor([7, 8, 7]), "epoch": torch.tensor([0, 0, 1])}
+    drawn = ctx.random(batch, "mask").uniform(4)
+    assert len({tuple(row) for row in drawn.tolist()}) == 3
+    alone = ctx.random({name: value[1:2] for name, value in batch.items()}, "mask").uniform(4)
+    assert torch.equal(alone[0], drawn[1])
+    assert not torch.equal(ctx.random(batch, "colour").uniform(4), drawn)

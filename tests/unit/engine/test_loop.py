@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.core.errors import NonFiniteError
-from pipeline.core.protocols import Clock
+from pipeline.core.protocols import Clock, StepContext
 from pipeline.engine import loop
 from pipeline.engine.actions import Action
 from pipeline.engine.stopping import StopRequest
@@ -83,3 +83,17 @@ def test_the_end_and_a_stop_are_kept_though_nothing_is_due(fit):
     kept.clear()
     outcome, clock = fit([1.0] * 9, kept, stop=True)
     assert outcome is loop.Outcome.STOPPED and kept == [clock.step] and clock.step <= 2
+
+
+def test_what_libraries_draw_depends_on_the_step_and_on_nothing_before_it():
+    """timm's patch dropout draws from torch's own generator: a resumed run has drawn otherwise before."""
+
+    def drawn(step: int, rank: int = 1, seed: int = 3) -> float:
+        torch.rand(11 + step)
+        engine = SimpleNamespace(place=SimpleNamespace(world_size=2, rank=rank), before_step=id, turns=lambda: [])
+        ctx = StepContext(seed, Clock(step, 4 * step, 400))
+        loop._step(cast(Any, engine), [], ctx, lambda samples, phase: 0.1, cast(Any, Quiet()))
+        return float(torch.rand(()))
+
+    assert drawn(5) == drawn(5)
+    assert len({drawn(5), drawn(6), drawn(5, rank=0), drawn(5, seed=4)}) == 4
