@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ class Number(NamedTuple):
     """Standard error of ``value``; None where none is known."""
     better: Literal["higher", "lower"] | None = "higher"
     """Which way is good, for marking the best model; None where neither is."""
+    samples: np.ndarray | None = None
+    """What each sample adds, bool or float32[n] in the order of the stream, with ``value`` as its mean: models are then
+    compared sample by sample. None where a number is no mean over samples."""
+    sources: np.ndarray | None = None
+    """int64[n], the source of each of ``samples``, where several share one (captions of an image); None: none do."""
 
 
 class Table(NamedTuple):
@@ -83,6 +88,19 @@ class EvalStream(Protocol):
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches; the last one may be smaller."""
         ...
+
+
+class Reading(NamedTuple):
+    """What is read off an image encoder: one vector an image. See :mod:`pipeline.nn.reading`."""
+
+    blocks: int = 0
+    """How many of the last blocks; 0: what the encoder itself gives."""
+    pool: Literal["own", "cls", "mean", "cls+mean"] = "own"
+    """Class tokens of those blocks side by side, mean of the last block's patches, or both, as DINOv2 reads them."""
+
+
+OWN = Reading()
+"""What the encoder itself gives."""
 
 
 class Features(NamedTuple):
@@ -145,6 +163,17 @@ class EvalContext(Protocol):
         """
         ...
 
+    def readings(
+        self, encoder: str, stream: str, readings: Sequence[Reading], fields: Sequence[str] = ("label",)
+    ) -> dict[Reading, Features]:
+        """Several readings of an encoder of images from one pass over a stream; else as :meth:`features`.
+
+        Raises:
+            ConfigError: the encoder has no such blocks or tokens.
+            DataError: as there.
+        """
+        ...
+
     def tokens(self, texts: Sequence[str]) -> Batch:
         """Any texts as the encoder "text" takes them: "text", int64[N,L], and "text_length", int64[N].
 
@@ -174,6 +203,9 @@ class EvalContext(Protocol):
 
 class Evaluation(ABC):
     """One protocol: ``evals/NAME.py`` holds a docstring naming the source, ``Config`` and the class."""
+
+    version: ClassVar[int] = 1
+    """Part of the identity of its numbers: one more whenever the protocol changes what they are."""
 
     @abstractmethod
     def uses(self) -> Uses:

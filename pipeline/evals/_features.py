@@ -10,43 +10,50 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import DataError
-from pipeline.core.evaluation import EvalStream, Features
+from pipeline.core.evaluation import OWN, EvalStream, Features, Reading
 from pipeline.core.protocols import Batch
 from pipeline.dist.gather import gather_ragged
 from pipeline.dist.group import gather_objects
+from pipeline.nn.reading import read
 
 DIGEST = "_digest"
 """Ends the name of a field of which only a digest is kept."""
 
 
-def extract(encoder: nn.Module, stream: EvalStream, fields: Sequence[str]) -> Features:
+def extract(
+    encoder: nn.Module, stream: EvalStream, fields: Sequence[str], readings: Sequence[Reading] = (OWN,)
+) -> dict[Reading, Features]:
     """Run the encoder over a stream. All ranks call this together; each encodes its own share.
 
     Args:
         encoder: maps "image", uint8[B,C,H,W], to float[B,D].
         stream: of images.
         fields: see :meth:`pipeline.core.evaluation.EvalContext.features`.
+        readings: what to keep of every image.
 
     Raises:
+        ConfigError: the encoder has no such blocks or tokens.
         DataError: a field is not there, or the ranks' shares do not make up the stream exactly.
     """
     device = next(encoder.parameters()).device
     parts: list[tuple[Tensor, ...]] = []
     for batch in stream:
-        x = encoder(batch["image"].to(device, non_blocking=True)).float().cpu()
-        parts.append((x, batch["id"].cpu(), *(_field(batch, name) for name in fields)))
+        read_off = read(encoder, batch["image"].to(device, non_blocking=True), readings)
+        kept = (_field(batch, name) for name in fields)
+        parts.append((*(read_off[r].float().cpu() for r in readings), batch["id"].cpu(), *kept))
     # A rank that has no sample, because there are more ranks than samples, learns the shapes from the others.
     own = [(part.shape[1:], part.dtype) for part in parts[0]] if parts else None
     shapes = next(known for known in gather_objects(own) if known is not None)
     empty = tuple(torch.empty(0, *shape, dtype=dtype) for shape, dtype in shapes)
-    x, ids, *kept = (gather_ragged(torch.cat(column)) for column in zip(empty, *parts, strict=True))
+    columns = [gather_ragged(torch.cat(column)) for column in zip(empty, *parts, strict=True)]
+    xs, ids, kept = columns[: len(readings)], columns[len(readings)], columns[len(readings) + 1 :]
     order = ids.argsort()
     if not torch.equal(ids[order], torch.arange(stream.samples)):
         raise DataError(f"the ranks' shares hold {len(ids)} samples, not each of {stream.samples} once")
-    found = Features(x[order], {n: v[order] for n, v in zip(fields, kept, strict=True)}, stream.classes)
+    values = {n: v[order] for n, v in zip(fields, kept, strict=True)}
     if "label" in fields:
-        _check_labels(found)
-    return found
+        _check_labels(values["label"], stream.classes)
+    return {r: Features(x[order], values, stream.classes) for r, x in zip(readings, xs, strict=True)}
 
 
 def _field(batch: Batch, name: str) -> Tensor:
@@ -65,10 +72,9 @@ def _field(batch: Batch, name: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(b"".join(rows), np.int64).reshape(-1, 2).copy())
 
 
-def _check_labels(found: Features) -> None:
-    label = found.label
-    if label.min() < 0 or label.max() >= len(found.classes):
+def _check_labels(label: Tensor, classes: Sequence[str]) -> None:
+    if label.min() < 0 or label.max() >= len(classes):
         raise DataError(
             f"labels run from {int(label.min())} to {int(label.max())}, but the manifest names "
-            f"{len(found.classes)} classes; rebuild the shards or mend the manifest's classes"
+            f"{len(classes)} classes; rebuild the shards or mend the manifest's classes"
         )

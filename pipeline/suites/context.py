@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.config.schema import Training
 from pipeline.core.errors import ConfigError
-from pipeline.core.evaluation import EvalStream, Features
+from pipeline.core.evaluation import OWN, EvalStream, Features, Reading
 from pipeline.core.protocols import Batch, Objective
 from pipeline.dist.group import Place
 from pipeline.evals._features import extract
@@ -50,7 +50,14 @@ class Context:
     ) -> Features:
         """Features of every sample of a stream; made once for all evaluations that ask for the same."""
         key = ("features", encoder, stream, *sorted(fields))
-        return self.once(key, lambda: extract(module or self.encoders[encoder], self.streams[stream], fields))
+        return self.once(key, lambda: extract(module or self.encoders[encoder], self.streams[stream], fields)[OWN])
+
+    def readings(
+        self, encoder: str, stream: str, readings: Sequence[Reading], fields: Sequence[str] = ("label",)
+    ) -> dict[Reading, Features]:
+        """Several readings of an encoder of images from one pass over a stream."""
+        key = ("readings", encoder, stream, *readings, *sorted(fields))
+        return self.once(key, lambda: extract(self.encoders[encoder], self.streams[stream], fields, readings))
 
     def tokens(self, texts: Sequence[str]) -> Batch:
         """Any texts as the encoder "text" takes them."""

@@ -5,6 +5,7 @@ from torch import nn
 
 import pipeline.dist.gather as gather
 from pipeline.core.errors import DataError
+from pipeline.core.evaluation import OWN
 from pipeline.dist.group import process_group
 from pipeline.evals._features import extract
 from tests.contracts.components import ListStream
@@ -43,7 +44,7 @@ def check_extraction():
     with process_group(timeout_minutes=1):
         rank, world = dist.get_rank(), dist.get_world_size()
         for samples in (1, 3, 7, 23):
-            features = extract(Sum(), stream(samples, rank, world), ("label", "image_digest"))
+            features = extract(Sum(), stream(samples, rank, world), ("label", "image_digest"))[OWN]
             image = stream(samples).image.float()
             assert torch.equal(features.x, torch.stack([image.sum((1, 2, 3)), image[:, 0].sum((1, 2))], 1))
             assert features.x.dtype == torch.float32

@@ -64,13 +64,14 @@ def test_a_killed_rank_leaves_its_last_step(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert process.stdout is not None and process.stdout.readline() == b"up\n"
     seen = []
-    while len(seen) < 200:  # a reader never meets a torn line
+    # A reader never meets a torn line; on a busy machine it may read often before the first step.
+    while len(seen) < 200 or seen[-1] < 2:
         seen += [b.step for b in read_beats(tmp_path)]
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert seen == sorted(seen) and len(seen) == 200
+    assert seen == sorted(seen)
     (beat,) = read_beats(tmp_path)
-    assert beat.phase == "step" and beat.step >= seen[-1] > 1
+    assert beat.phase == "step" and beat.step >= seen[-1]
 
 
 @settings(deadline=None)

@@ -1,0 +1,125 @@
+"""What can be read off an image encoder beside its own output: tokens of its last blocks, all in one pass.
+
+Blocks are caught while the encoder runs as it always does, so that nothing of its own output can change.
+Shape letters: B images, T tokens, D width, H, W height and width of the grid of patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.errors import ConfigError
+from pipeline.core.evaluation import OWN, Reading
+from pipeline.nn.encoder import Backbone, ImageEncoder
+
+
+def read(encoder: nn.Module, image: Tensor, readings: Sequence[Reading]) -> dict[Reading, Tensor]:
+    """Read images in several ways, in one pass.
+
+    As DINOv2's linear probe does (``create_linear_input`` of its code): the class tokens of the last blocks side by
+    side, the last block at the end, each after the backbone's last norm; and the mean of the last block's patches.
+    Convolutional encoders have no class token; their blocks are stages.
+
+    Args:
+        encoder: maps uint8[B,C,H,W] to float[B,D].
+        image: of a batch, on the encoder's device.
+        readings: what is wanted.
+
+    Returns:
+        float[B,D'] each.
+
+    Raises:
+        ConfigError: the encoder has no such blocks or tokens.
+    """
+    with caught(encoder, max((r.blocks for r in readings), default=0)) as blocks:
+        own = encoder(image)
+    found = {}
+    for reading in readings:
+        found[reading] = own if reading == OWN else _pooled(trunk(encoder).backbone, blocks, reading)
+    return found
+
+
+def patches(encoder: nn.Module, image: Tensor) -> Tensor:
+    """The last block's patches, after the backbone's last norm, in their places: float[B,D,H,W].
+
+    Raises:
+        ConfigError: the encoder has no blocks that could be read.
+    """
+    with caught(encoder, 1) as blocks:
+        encoder(image)
+    backbone, (last,) = trunk(encoder).backbone, blocks
+    if last.ndim == 4:
+        return last
+    tokens = last[:, backbone.num_prefix_tokens :]
+    height, width = (-(-side // size) for side, size in zip(image.shape[-2:], _patch_size(backbone), strict=True))
+    if height * width != tokens.shape[1]:
+        raise ConfigError(f"the encoder has {tokens.shape[1]} patches, which are no grid of {height}x{width}")
+    return tokens.transpose(1, 2).reshape(len(image), -1, height, width)
+
+
+def trunk(encoder: nn.Module) -> ImageEncoder:
+    """The encoder around a timm backbone, inside of whatever ``encoder`` is.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for module in encoder.modules():
+        if isinstance(module, ImageEncoder):
+            return module
+    raise ConfigError("this encoder has no blocks that can be read; it is no backbone of timm")
+
+
+@contextmanager
+def caught(encoder: nn.Module, count: int) -> Iterator[list[Tensor]]:
+    """Catch the outputs of the last ``count`` blocks while the encoder runs: [B,T,D] after the last norm, or [B,D,H,W].
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    found: list[Tensor] = []
+    if not count:
+        yield found
+        return
+    backbone = trunk(encoder).backbone
+    blocks = _blocks(backbone)
+    if count > len(blocks):
+        raise ConfigError(f"{count} blocks are to be read, and the encoder has {len(blocks)}")
+    raw: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda _m, _x, output: raw.append(output)) for block in blocks[-count:]]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found += [cast("Tensor", backbone.norm(x)) if x.ndim == 3 else x for x in raw]
+
+
+def _blocks(backbone: Backbone) -> list[nn.Module]:
+    """Transformer blocks, or stages of a convolutional network, from the input on."""
+    if hasattr(backbone, "blocks") and hasattr(backbone, "num_prefix_tokens"):
+        return list(backbone.blocks)
+    named: Any = dict(backbone.named_modules())
+    return [named[stage["module"]] for stage in getattr(backbone, "feature_info", []) if stage["module"] in named]
+
+
+def _pooled(backbone: Backbone, blocks: Sequence[Tensor], reading: Reading) -> Tensor:
+    """What ``reading`` says of the outputs of the last blocks."""
+    wanted, last = blocks[len(blocks) - reading.blocks :], blocks[-1]
+    parts: list[Tensor] = []
+    if "cls" in reading.pool:
+        if last.ndim != 3 or not getattr(backbone, "has_class_token", backbone.num_prefix_tokens > 0):
+            raise ConfigError(f'the encoder has no class token; read it with pool = "mean", not {reading.pool!r}')
+        parts += [x[:, 0] for x in wanted]
+    if "mean" in reading.pool:
+        parts.append(last.mean(dim=(2, 3)) if last.ndim == 4 else last[:, backbone.num_prefix_tokens :].mean(dim=1))
+    return torch.cat(parts, dim=1)
+
+
+def _patch_size(backbone: Backbone) -> tuple[int, int]:
+    size = getattr(backbone, "embeds", None) or backbone.patch_embed
+    return cast("Any", size).patch_size
