@@ -90,7 +90,11 @@ def caught(encoder: nn.Module, count: int) -> Iterator[list[Tensor]]:
     if count > len(blocks):
         raise ConfigError(f"{count} blocks are to be read, and the encoder has {len(blocks)}")
     raw: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _m, _x, output: raw.append(output)) for block in blocks[-count:]]
+
+    def catch(_block: nn.Module, _inputs: Any, output: Any) -> None:
+        raw.append(output)
+
+    hooks = [block.register_forward_hook(catch) for block in blocks[-count:]]
     try:
         yield found
     finally:
