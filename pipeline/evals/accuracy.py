@@ -3,12 +3,12 @@
 One view per image, in the suite's geometry; no ensembling.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 
 from pipeline.config.schema import Strict
-from pipeline.core.evaluation import EvalContext, Evaluation, Number, Uses
+from pipeline.core.evaluation import EvalContext, Evaluation, Output, Uses
 from pipeline.evals._classes import in_classes_of
+from pipeline.evals._classified import classified, guesses
 
 
 class Config(Strict):
@@ -19,7 +19,9 @@ class Config(Strict):
 
 
 class Accuracy(Evaluation):
-    """Reports "accuracy/top1" and, with at least five classes, "accuracy/top5"."""
+    """Reports "accuracy/top1", with at least five classes "accuracy/top5", "accuracy/mean_per_class_recall", and
+    the table "accuracy/confusion" of at most fifty classes.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -32,7 +34,7 @@ class Accuracy(Evaluation):
         """The share of a class."""
         return {f"accuracy/top{k}": (k / classes, 1.0) for k in (1, 5) if k <= classes}
 
-    def run(self, ctx: EvalContext) -> Iterator[Number]:
+    def run(self, ctx: EvalContext) -> Iterator[Output]:
         """Classify on all ranks and count.
 
         Raises:
@@ -41,9 +43,4 @@ class Accuracy(Evaluation):
         known = ctx.classes["logits"]
         found = ctx.features("logits", self.config.test)
         label = in_classes_of(found, known, self.config.test, "the classifier").label
-        hits = found.x.topk(min(5, len(known)), dim=1).indices == label[:, None]
-        n = len(label)
-        for name, k in (("top1", 1), ("top5", 5)):
-            if k <= len(known):
-                p = int(hits[:, :k].sum()) / n
-                yield Number(f"accuracy/{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
+        yield from classified("accuracy", guesses(found.x), label, known, self.config.test)

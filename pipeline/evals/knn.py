@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
-from pipeline.core.evaluation import EvalContext, Evaluation, Number, Uses
+from pipeline.core.evaluation import EvalContext, Evaluation, Output, Uses
 from pipeline.dist.group import sum_over_ranks
 from pipeline.evals._classes import in_classes_of
+from pipeline.evals._classified import GUESSES, accuracies, by_class, guesses
 
 QUERIES = 1024
 """Queries compared at once. The result must not depend on the number of ranks, so neither may this."""
@@ -39,7 +40,8 @@ class Config(Strict):
 
 
 class KNN(Evaluation):
-    """Reports "knn/top1_k20" and, with at least five classes, "knn/top5_k20", for each k.
+    """Reports "knn/top1_k20" and, with at least five classes, "knn/top5_k20", for each k; and for the first k
+    "knn/mean_per_class_recall_k20" and, with at most fifty classes, the table "knn/confusion_k20".
 
     A class that got no vote is never among the best five.
     """
@@ -64,7 +66,7 @@ class KNN(Evaluation):
                 f"{samples} samples"
             )
 
-    def run(self, ctx: EvalContext) -> Iterator[Number]:
+    def run(self, ctx: EvalContext) -> Iterator[Output]:
         """Extract, classify and count; each rank classifies its part of the queries.
 
         Raises:
@@ -74,24 +76,19 @@ class KNN(Evaluation):
         bank, test = (ctx.features("image", name) for name in (self.config.train, self.config.test))
         test = in_classes_of(test, bank.classes, self.config.test, f"stream {self.config.train!r}")
         classes, keys = len(bank.classes), functional.normalize(bank.x)
-        hits = torch.zeros(2, len(self.config.k), dtype=torch.int64)
+        # Guesses of all ranks are added up: each is zero in all but one.
+        found = torch.zeros(len(self.config.k), len(test.x), min(GUESSES, classes), dtype=torch.int64)
         for first in list(range(0, len(test.x), QUERIES))[ctx.place.rank :: ctx.place.world_size]:
             query = functional.normalize(test.x[first : first + QUERIES]).to(device)
             similarity, neighbour = nearest(query, keys, max(self.config.k))
             label = bank.label.to(device)[neighbour]
-            truth = test.label[first : first + QUERIES, None].to(device)
             for i, k in enumerate(self.config.k):
                 votes = self.votes(similarity[:, :k], label[:, :k], classes)
-                most, best = votes.topk(min(5, classes), dim=1)
-                right = (best == truth) & most.isfinite()
-                hits[0, i] += int(right[:, 0].sum())
-                hits[1, i] += int(right.sum())
-        hits = sum_over_ranks(hits)
-        n = len(test.x)
-        for i, k in enumerate(self.config.k):
-            for row, name in enumerate(("top1", "top5") if classes >= 5 else ("top1",)):
-                p = int(hits[row, i]) / n
-                yield Number(f"knn/{name}_k{k}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
+                found[i, first : first + QUERIES] = guesses(votes).cpu()
+        found = sum_over_ranks(found)
+        for guess, k in zip(found, self.config.k, strict=True):
+            yield from accuracies("knn", guess, test.label, classes, self.config.test, f"_k{k}")
+        yield from by_class("knn", found[0], test.label, bank.classes, self.config.test, f"_k{self.config.k[0]}")
 
     def votes(self, similarity: Tensor, label: Tensor, classes: int) -> Tensor:
         """[Q,k] similarities and labels to [Q,K] sums of exp(s / T); -inf for a class that none of the k is of.

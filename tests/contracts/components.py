@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -163,3 +164,8 @@ def numbers(evaluation: Evaluation, ctx: Context) -> dict[str, Number]:
     with torch.no_grad():
         evaluation.check(ctx)
         return {output.name: output for output in evaluation.run(ctx) if isinstance(output, Number)}
+
+
+def plain(number: Number) -> tuple[Any, ...]:
+    """A number as tuples compare it and JSON takes it."""
+    return tuple((str(v.dtype), v.tolist()) if isinstance(v, np.ndarray) else v for v in number)

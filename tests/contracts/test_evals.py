@@ -16,7 +16,7 @@ from pipeline.core import registry
 from pipeline.core.evaluation import Evaluation, Figure, Number, Table
 from pipeline.core.protocols import Batch
 from pipeline.dist.group import process_group
-from tests.contracts.components import ListStream, build_evaluation, context, numbers
+from tests.contracts.components import ListStream, build_evaluation, context, numbers, plain
 
 CLASSES = 6
 NAMES = [
@@ -136,7 +136,8 @@ def test_nothing_but_what_it_says_is_used(name, lone_group):
     uses, whole = evaluation.uses(), streams(0.6)
     few = {n: Only(whole[n], ("id", *fields)) for n, fields in uses.streams.items()}
     ctx = context({n: encoders()[n] for n in uses.encoders}, few)
-    assert numbers(evaluation, ctx) == run(name, whole)
+    found, all_given = numbers(evaluation, ctx), run(name, whole)
+    assert {n: plain(r) for n, r in found.items()} == {n: plain(r) for n, r in all_given.items()}
 
 
 class Only:
@@ -154,7 +155,16 @@ class Only:
 def test_names_are_prefixed_and_values_are_plain_numbers(name, lone_group):
     results = run(name, streams(0.6))
     assert all(key.startswith(f"{name}/") for key in results)
-    assert json.dumps(list(results.values()), allow_nan=False)
+    assert json.dumps([plain(result) for result in results.values()], allow_nan=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_is_the_mean_of_what_its_samples_add(name, lone_group):
+    results = [r for r in run(name, streams(0.6)).values() if r.samples is not None]
+    for result in results:
+        assert result.samples is not None and result.samples.dtype in (np.bool_, np.float32)
+        assert result.samples.shape == (result.n,) and result.value == pytest.approx(float(result.samples.mean()))
+        assert result.sources is None or (result.sources.shape == (result.n,) and result.sources.dtype == np.int64)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,7 +187,7 @@ def evaluate_on_ranks(folder, noise):
     with process_group(timeout_minutes=1):
         rank, world = dist.get_rank(), dist.get_world_size()
         for name in NAMES:
-            found = [tuple(r) for r in run(name, streams(noise, 0, rank, world)).values()]
+            found = [plain(r) for r in run(name, streams(noise, 0, rank, world)).values()]
             (folder / f"{name}-{world}-{rank}.json").write_text(json.dumps(found))
 
 
