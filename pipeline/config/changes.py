@@ -84,7 +84,7 @@ def _covers(pattern: str, key: str) -> bool:
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """All differences of two configurations, as plain nested values."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     return [
         Change(key, old.get(key, ABSENT), new.get(key, ABSENT), rule_of(key))
         for key in sorted(old.keys() | new.keys())
@@ -92,14 +92,15 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested tables as one: ``{"optimizer": {"lr": 1e-3}}`` is ``{"optimizer.lr": 1e-3}``."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(cast("dict[str, Any]", value), f"{above}{name}.")
+            found |= flat(cast("dict[str, Any]", value), f"{above}{name}.")
         else:
-            flat[above + name] = value
-    return flat
+            found[above + name] = value
+    return found
 
 
 def refuse(found: Sequence[Change], allowed: Sequence[str], title: str, trained: str) -> None:
