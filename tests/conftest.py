@@ -15,6 +15,7 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from pipeline.core.cache import VARIABLE
 from tests.faults import matrix
 from tests.ranks import start_ranks
 
@@ -40,6 +41,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     names = pyfuncitem._fixtureinfo.argnames
     run_ranks(mark.args[0], pyfuncitem.obj, **{name: pyfuncitem.funcargs[name] for name in names})
     return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is kept for other processes, the ranks of tests among them, lies in a folder of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv(VARIABLE, str(folder))
+        yield folder
 
 
 @pytest.fixture
