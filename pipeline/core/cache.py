@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def _replace(found: Path, build: Callable[[Path], None], is_whole: Callable[[Pat
 
 
 @contextmanager
-def _alone(lock: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+def _alone(lock: Path, waiting: Callable[[], None]) -> Generator[bool]:
     """Hold a lock that the system takes from whoever dies; False: there are no locks here, so nobody waits."""
     file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
