@@ -178,6 +178,9 @@ def evaluate(
         bool, typer.Option("--random-init", help="Evaluate untrained weights of the same shape, for comparison.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for results and report; left out: the run's.")] = None,
+    again: Annotated[
+        bool, typer.Option("--again/--missing", help="Measure everything anew, or only what is not there yet.")
+    ] = False,
 ) -> None:
     """Run a suite of evaluations on a checkpoint; the newest whole one, if a run is named."""
     from pipeline.config.load import load_suite
@@ -191,7 +194,7 @@ def evaluate(
         arguments += ["--checkpoint", str(checkpoint)]
     if out is not None:
         arguments += ["--out", str(out)]
-    _become([*arguments, *["--random-init"] * random_init])
+    _become([*arguments, *["--random-init"] * random_init, *["--again"] * again])
 
 
 @app.command("export")

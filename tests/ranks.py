@@ -25,7 +25,7 @@ PRELOADED = [
     "sklearn.linear_model",
     "matplotlib.figure",
     "pipeline.run.train",
-    "pipeline.run.evaluate",
+    "pipeline.suites.evaluate",
 ]
 """What takes long to import, and is the same in every test."""
 RANK_TIMEOUT = 240.0

@@ -10,7 +10,8 @@ from typing import TypeVar
 from pipeline.record.formats import decimals
 from pipeline.record.lines import aligned
 from pipeline.record.pictures import Shot, Shown, encode, shot
-from pipeline.record.results import FIGURES, FILE, Cell, Found, KeptFigure, KeptTable, Results
+from pipeline.record.records import FOLDER
+from pipeline.record.results import Cell, Found, KeptFigure, KeptTable, Results
 
 ROWS = 50
 """Most rows of a table."""
@@ -52,7 +53,7 @@ def _tables(apart: str, cells: Sequence[KeptTable | None]) -> str:
         is_open = not parts and len(table.rows) <= OPEN
         title = f"<summary>{escape(table.model)}</summary>"
         parts.append(f"<details{' open' * is_open}>{title}{_table(table)}</details>")
-    return _title(found[0], apart) + "".join(parts) + _left_out(len(found) - len(parts), "model", FILE)
+    return _title(found[0], apart) + "".join(parts) + _left_out(len(found) - len(parts), "model", f"{FOLDER}/")
 
 
 def _table(table: KeptTable) -> str:
@@ -66,7 +67,7 @@ def _table(table: KeptTable) -> str:
     )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        f"{_left_out(len(table.rows) - ROWS, 'row', FILE)}</div>"
+        f"{_left_out(len(table.rows) - ROWS, 'row', table.record)}</div>"
     )
 
 
@@ -98,7 +99,7 @@ def _figures(folder: Path, figures: Sequence[KeptFigure]) -> str:
     sections = []
     for apart, found in groups:
         shown = [drawn[figure.key] for figure in found if figure.key in drawn]
-        more = _left_out(len(found) - len(shown), "model", f"{FIGURES}/")
+        more = _left_out(len(found) - len(shown), "model", f"{FOLDER}/")
         sections.append(f'{_title(found[0], apart)}<div class="shots">{"".join(shown)}</div>{more}')
     return f"<h2>Figures</h2>{''.join(sections)}" if sections else ""
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.record.formats import decimals, with_error
-from pipeline.record.results import FILE, Found, KeptTable, Results, Row
+from pipeline.record.results import Found, KeptTable, Results, Row
 
 F = TypeVar("F", bound=Found)
 
@@ -117,7 +117,8 @@ def _apart(group: Sequence[Found]) -> list[str]:
     for fact, row in zip(facts, group, strict=True):
         if not row.settings:
             fact["settings"] = row.config[:6]
-        fact |= {f"{use} data": mark[:6] for use, mark in row.manifests.items()} | {"seed": row.seed}
+        fact |= {f"{use} data": mark[:6] for use, mark in row.manifests.items()}
+        fact |= {"seed": row.seed, "version": row.version}
     keys = dict.fromkeys(key for fact in facts for key in fact)
     differ = [key for key in keys if len({json.dumps(fact.get(key)) for fact in facts}) > 1]
     return [", ".join(f"{key}={_short(fact[key])}" for key in differ if key in fact) for fact in facts]
@@ -173,7 +174,7 @@ def _print(shown: Table, stream: TextIO, terminal: bool) -> None:
 
 def found_text(folder: Path, new: Results) -> str:
     """A word of each table and figure, which are too big for a terminal; empty where there is none."""
-    said = [f"table {t.metric} on {t.split}, {len(t.rows):,} rows: {folder / FILE}" for t in new.tables]
+    said = [f"table {t.metric} on {t.split}, {len(t.rows):,} rows: {folder / t.record}" for t in new.tables]
     return "\n".join(said + [f"figure {f.metric} on {f.split}: {folder / f.file}" for f in new.figures])
 
 

@@ -25,8 +25,8 @@ from pipeline.record.metrics import FILE as METRICS
 from pipeline.record.metrics import History, read_history
 from pipeline.record.pictures import Shown, encode, shot
 from pipeline.record.recorder import NOTES
-from pipeline.record.results import FILE as RESULTS
-from pipeline.record.results import Row, read_results
+from pipeline.record.records import FOLDER as RESULTS
+from pipeline.record.results import EARLIER, Results, read_results
 from pipeline.record.showcase import read_pictures
 from pipeline.record.state import State, read_state
 
@@ -56,8 +56,10 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         DataError: a file in it is damaged.
     """
     folder = Path(run_folder)
-    if not any((folder / name).exists() for name in (METRICS, RESULTS, provenance.CONFIG_FILE)):
-        raise ConfigError(f"{folder} is not a run's folder: it has no {METRICS}, {RESULTS} or {provenance.CONFIG_FILE}")
+    if not any((folder / name).exists() for name in (METRICS, RESULTS, EARLIER, provenance.CONFIG_FILE)):
+        raise ConfigError(
+            f"{folder} is not a run's folder: it has no {METRICS}, {RESULTS}/ or {provenance.CONFIG_FILE}"
+        )
     path = folder / FILE
     replace_file(path, _page(folder.resolve()).encode())
     return path
@@ -71,7 +73,7 @@ def _page(folder: Path) -> str:
     body = [
         _header(folder.name, state, starts),
         _tiles(history.rows, state, starts),
-        _results(results.rows),
+        _results(results),
         exhibits(folder, results),
         _curves(data, history) if data else "<h2>Curves</h2><p class=soft>No metrics were logged yet.</p>",
         _showcase(read_pictures(folder)),
@@ -180,13 +182,15 @@ def _training_seconds(rows: Sequence[dict[str, Any]]) -> float:
     return total if math.isfinite(total) else 0.0
 
 
-def _results(rows: Sequence[Row]) -> str:
+def _results(results: Results) -> str:
+    rows = results.rows
+    damaged = "".join(f"<p class=soft>{escape(sentence)}</p>" for sentence in results.damaged)
     if not rows:
-        return "<h2>Results</h2><p class=soft>No evaluation was run yet.</p>"
+        return f"<h2>Results</h2>{damaged or '<p class=soft>No evaluation was run yet.</p>'}"
     head = "".join(f"<th>{escape(model)}</th>" for model in models(rows))
     found = lines(rows)
     return (
-        f'<h2>Results</h2><div class="wide"><table><thead><tr><th>Metric</th>{head}</tr></thead>'
+        f'<h2>Results</h2>{damaged}<div class="wide"><table><thead><tr><th>Metric</th>{head}</tr></thead>'
         f"<tbody>{''.join(map(_result_line, found))}</tbody></table></div>"
         f"{_trends(found)}"
     )

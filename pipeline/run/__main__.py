@@ -30,7 +30,9 @@ def main(argv: Sequence[str]) -> int:
         from pipeline.suites.evaluate import evaluate
 
         return guarded(
-            lambda: evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides, args.out)
+            lambda: evaluate(
+                args.run, args.suite, args.checkpoint, args.random_init, args.overrides, args.out, args.again
+            )
         )
 
     if args.command == "export":
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint")
     evaluate.add_argument("--random-init", action="store_true")
     evaluate.add_argument("--out")
+    evaluate.add_argument("--again", action="store_true")
     evaluate.add_argument("--set", action="append", default=[], dest="overrides")
     export = commands.add_parser("export")
     export.add_argument("--run", required=True)

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import cast
 
 import torch
@@ -27,10 +29,11 @@ from pipeline.engine.fragments import MODEL
 from pipeline.record.console import say
 from pipeline.record.lines import found_text, table_text, whole_text
 from pipeline.record.outputs import found, keep
+from pipeline.record.records import FOLDER, About, whole
 from pipeline.record.report import write_report
 from pipeline.record.results import Origin, Results, read_results, ready
 from pipeline.suites.context import Context
-from pipeline.suites.identity import folder_names, origin_of
+from pipeline.suites.identity import code_hash, origin_of, streams_named
 from pipeline.suites.progress import Progress, Shown
 from pipeline.suites.subject import Subject, of_checkpoint, untrained
 
@@ -42,8 +45,9 @@ def evaluate(
     random_init: bool,
     overrides: Sequence[str],
     out: str | None = None,
+    again: bool = False,
 ) -> int:
-    """Run a suite, record its results, renew the report and print the table.
+    """Run of a suite what is not there yet, record it, renew the report and print the table.
 
     Args:
         run: folder of the run.
@@ -52,6 +56,7 @@ def evaluate(
         random_init: measure the same model untrained.
         overrides: of the suite, ``key.path=value``.
         out: folder for results and report; None: the run's.
+        again: run also what is there.
     """
     plan = load.load_suite(suite, overrides)
     settings = check_suite(plan, suite)
@@ -69,11 +74,15 @@ def evaluate(
         prepared = _prepare(evaluations, plan, settings, subject, context, suite)
         new = Results([], [], [])
         for number, (origin, own) in enumerate(prepared):
+            about = _about(plan, suite, run, settings[number], evaluations[number], origin)
+            if not again and by_first(partial(_there, target, origin, about.code)):
+                continue
             progress.begin(origin.evaluation, number, len(prepared))
+            began = monotonic()
             with torch.no_grad():
                 outputs = list(evaluations[number].run(own))
             if place.first:  # what is measured is kept, whatever comes after
-                new = new.and_of(_keep(target, outputs, origin))
+                new = new.and_of(_keep(target, outputs, origin, replace(about, seconds=monotonic() - began)))
         if place.first:
             progress.close()
             page = write_report(target)
@@ -83,22 +92,47 @@ def evaluate(
     return FINISHED
 
 
-def _keep(folder: Path, outputs: Sequence[Output], origin: Origin) -> Results:
-    """Add to the results; on a disk that takes no more, they are at least printed.
+def _there(folder: Path, origin: Origin, code: str) -> bool:
+    """Whether the same code has measured this already; what is there is said, and so is what is there and damaged."""
+    try:
+        record = whole(folder, origin.name)
+    except DataError as error:
+        say(f"{origin.evaluation}: {error}")
+        return False
+    if record is None:
+        return False
+    when = str(record.body["time"])[:19]
+    if record.about.code != code:
+        say(f"{origin.evaluation}: measured on {when} by other code, and so measured anew")
+        return False
+    say(f"{origin.evaluation}: measured on {when}, see {FOLDER}/{origin.name}.json; --again measures it anew")
+    return True
+
+
+def _about(
+    plan: SuiteConfig, suite: str, run: str, settings: BaseModel, evaluation: Evaluation, origin: Origin
+) -> About:
+    """What is told of a record beside its origin."""
+    named = streams_named(settings.model_dump(mode="json"), evaluation.uses().streams)
+    names = {use: plan.streams[stream] for use, stream in named.items()}
+    return About(run, Path(suite).stem, data_names=names, code=code_hash(origin.evaluation))
+
+
+def _keep(folder: Path, outputs: Sequence[Output], origin: Origin, about: About) -> Results:
+    """Write the record; on a disk that takes no more, the results are at least printed.
 
     Raises:
-        DataError: they could not be written.
+        DataError: it could not be written.
     """
-    new = found(outputs, origin)
     try:
-        keep(folder, outputs, new)
+        return keep(folder, outputs, origin, about)
     except OSError as error:
+        new = found(outputs, origin, about)
         say("\n".join([table_text(new.rows), *map(whole_text, new.tables)]))
         lost = f"; lost: {', '.join(figure.metric for figure in new.figures)}" if new.figures else ""
         raise DataError(
             f"cannot write the results into {folder} ({error.strerror}); they are printed above{lost}"
         ) from error
-    return new
 
 
 def _evaluation(component: Component, settings: BaseModel) -> Evaluation:
@@ -145,8 +179,8 @@ def _prepare(
             geometry = _geometry(suite, subject.config)
             origins[number] = origin_of(subject, component.name, evaluation, settings[number], geometry, context)
     prepared: list[tuple[Origin, Context]] = []
-    for (number, origin), name in zip(origins.items(), folder_names(origins.values()), strict=True):
-        own = replace(context, folder=context.folder / name)
+    for number, origin in origins.items():
+        own = replace(context, folder=context.folder / origin.name)
         prepared.append((origin, own))
         try:
             evaluations[number].check(own)

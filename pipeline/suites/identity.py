@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from typing import Any
+import importlib.util
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel
 from torch import nn
 
 from pipeline.config.schema import Image
+from pipeline.core.components import EVALS
 from pipeline.core.evaluation import Evaluation
-from pipeline.record.results import Origin
+from pipeline.record.found import Origin
 from pipeline.suites.context import Context
 from pipeline.suites.subject import Subject
 
 JUDGE = "judge."
 """Before the names of encoders that judge."""
+_CODE = ("pipeline.evals.", "pipeline.nn.")
+"""Where the code lies that makes numbers of features, and features of images."""
 
 
 def weights_hash(modules: Mapping[str, nn.Module]) -> str:
@@ -49,27 +53,67 @@ def origin_of(
     uses = evaluation.uses()
     own: dict[str, Any] = settings.model_dump(mode="json")
     seed = own.pop("seed", None)
-    # What a setting calls by name is known by its data, so that the name itself does not matter.
-    streams = {key: value for key, value in own.items() if isinstance(value, str) and value in uses.streams}
-    settled = {key: value for key, value in own.items() if key not in streams}
+    named = streams_named(own, uses.streams)
+    settled = {key: value for key, value in own.items() if key not in {use.partition(".")[0] for use in named}}
     settled["image"] = image.model_dump(mode="json")
     if judges := {n: context.encoders[n] for n in uses.encoders if n.startswith(JUDGE)}:
         settled["judge"] = context.once(("weights", *judges), lambda: weights_hash(judges))
-    data = {key: context.streams[value].fingerprint for key, value in streams.items()}
+    data = {use: context.streams[stream].fingerprint for use, stream in named.items()}
     weights = context.once("weights", lambda: weights_hash(subject.encoders))
-    return Origin(subject.name, subject.step, weights, name, settled, data, seed)
+    return Origin(subject.name, subject.step, weights, name, settled, data, seed, evaluation.version)
 
 
-def folder_names(origins: Iterable[Origin]) -> list[str]:
-    """A folder for each evaluation of a suite, "knn-0f3a...", by what it measures: the same when it runs again.
+def streams_named(settings: Mapping[str, Any], streams: Collection[str]) -> dict[str, str]:
+    """What each stream is used for, to its name: a stream is known by its data, and its name does not matter.
 
-    Those that measure the same in streams of other names are numbered.
+    Args:
+        settings: of an evaluation; a stream is named by a value, or in a list of streams alone.
+        streams: names of those that it looks at; one that no setting names is used for what its name says.
     """
-    names, times = [], Counter[str]()
-    for origin in origins:
-        identity = {key: value for key, value in asdict(origin).items() if key not in ("model", "step")}
-        mark = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        name = f"{origin.evaluation}-{mark}"
-        times[name] += 1
-        names.append(name if times[name] == 1 else f"{name}-{times[name]}")
-    return names
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, str) and value in streams:
+            found[key] = value
+        elif isinstance(value, list) and value and all(name in streams for name in cast("list[object]", value)):
+            found |= {f"{key}.{place}": name for place, name in enumerate(cast("list[str]", value))}
+    return found | {stream: stream for stream in sorted(set(streams).difference(found.values()))}
+
+
+def code_hash(name: str) -> str:
+    """Hash of the source of an evaluation and of all that it imports of evaluations and networks."""
+    found = hashlib.sha256()
+    for module, source in sorted(_sources(f"{EVALS}.{name}").items()):
+        found.update(f"{module} {len(source)}".encode() + source)
+    return found.hexdigest()[:32]
+
+
+def _sources(module: str) -> dict[str, bytes]:
+    """Module to its source, with those that it imports."""
+    found: dict[str, bytes] = {}
+    wanted = [module]
+    while wanted:
+        name = wanted.pop()
+        if name not in found and (path := _file(name)) is not None:
+            found[name] = path.read_bytes()
+            wanted += [other for other in _imports(found[name]) if f"{other}.".startswith(_CODE)]
+    return found
+
+
+@cache
+def _file(module: str) -> Path | None:
+    """Of a module; None: the name is of something in a module."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+def _imports(source: bytes) -> Iterator[str]:
+    """Modules, and names in modules, that a source imports anywhere."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)

@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.evals.knn import KNN
+from pipeline.record.results import Row, read_results
 from pipeline.run.__main__ import main
 from tests.integration.runs import codes, overrides, run
 
@@ -38,8 +40,7 @@ def trained(glyphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(folder: Path) -> dict[tuple[str, str], float]:
-    body = json.loads((folder / "results.json").read_text())
-    return {(r["model"], r["metric"]): r["value"] for r in body["results"]}
+    return {(row.model, row.metric): row.value for row in read_results(folder).rows}
 
 
 def test_a_suite_on_a_sharded_checkpoint_and_on_random_weights(trained, capsys):
@@ -53,12 +54,16 @@ def test_a_suite_on_a_sharded_checkpoint_and_on_random_weights(trained, capsys):
     assert all(0 <= value <= 1 for value in found.values())
     assert "step 6" in capsys.readouterr().out
     before = found["step 6", "knn/top1_k5"]
-    assert main(["eval", "--run", str(trained), "--suite", suite]) == 0
+    assert main(["eval", "--run", str(trained), "--suite", suite, "--again"]) == 0
     assert rows(trained)["step 6", "knn/top1_k5"] == before  # the same numbers every time
     page = (trained / "report.html").read_text()
     assert "random init" in page and "data:image" in page
     assert main(["report", "--run", str(trained), "--run", str(trained)]) == 0
     assert "run: step 6" in capsys.readouterr().out
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_showcase_of_a_sharded_model_is_drawn(trained):
@@ -120,32 +125,35 @@ temperature = 1.0
 )
 
 
-def listed(folder: Path) -> list[dict]:
-    return json.loads((folder / "results.json").read_text())["results"]
+def listed(folder: Path) -> list[Row]:
+    return [row for row in read_results(folder).rows if row.metric == "knn/top1_k5"]
 
 
 def test_identity_is_what_was_measured_and_not_what_it_is_called(trained, glyphs, tmp_path, capsys):
     """Results elsewhere: two evaluations of one name, an unused stream, other names, other data under the same name."""
     out = ["--out", str(tmp_path / "out")]
     (tmp_path / "suite.toml").write_text(TWO.format(shards=glyphs))
-    before = (trained / "results.json").read_bytes() if (trained / "results.json").exists() else b""
+    before = files_of(trained / "results")
     evaluate = ["eval", "--run", str(trained), "--suite", str(tmp_path / "suite.toml"), *out]
     assert main(evaluate) == 0
-    first = [r for r in listed(tmp_path / "out") if r["metric"] == "knn/top1_k5"]
-    assert [r["settings"]["temperature"] for r in first] == [0.07, 1.0]
-    assert {r["model"] for r in first} == {"run: step 6"} and (tmp_path / "out" / "report.html").exists()
+    first = listed(tmp_path / "out")
+    assert [row.settings["temperature"] for row in first] == [0.07, 1.0]
+    assert {row.model for row in first} == {"run: step 6"} and (tmp_path / "out" / "report.html").exists()
     said = capsys.readouterr()
     assert "knn/top1_k5 [temperature=0.07]" in said.out and "knn (2 of 2)" in said.err
     renamed = TWO.replace("train =", "bank =").replace('name = "knn"', 'name = "knn"\ntrain = "bank"')
     renamed = renamed.replace("[[evals]]", 'more = "{shards}/val"\n[[evals]]', 1)
     (tmp_path / "suite.toml").write_text(renamed.format(shards=glyphs))
     assert main(evaluate) == 0
-    again = [r for r in listed(tmp_path / "out") if r["metric"] == "knn/top1_k5"]
-    assert [{**r, "time": 0} for r in again] == [{**r, "time": 0} for r in first]
+    assert listed(tmp_path / "out") == first
+    assert capsys.readouterr().out.count("--again measures it anew") == 2
+    assert main([*evaluate, "--again"]) == 0
+    named = [replace(row, time="", data_names={}, outcomes=None) for row in listed(tmp_path / "out")]
+    assert named == [replace(row, time="", data_names={}, outcomes=None) for row in first]
     (tmp_path / "suite.toml").write_text(TWO.format(shards=glyphs).replace(f"{glyphs}/val", f"{glyphs}/train"))
     assert main(evaluate) == 0
-    assert len([r for r in listed(tmp_path / "out") if r["metric"] == "knn/top1_k5"]) == 4
-    assert ((trained / "results.json").read_bytes() if before else b"") == before
+    assert len(listed(tmp_path / "out")) == 4
+    assert files_of(trained / "results") == before
 
 
 def test_each_evaluation_has_a_folder_of_its_own(trained, glyphs, tmp_path, monkeypatch):
@@ -175,7 +183,7 @@ def test_a_folder_that_takes_no_results_is_refused_before_anything_is_computed(t
 
 
 def test_results_that_the_disk_does_not_take_are_printed(trained, tmp_path, capsys, monkeypatch):
-    def full(folder, outputs, new):
+    def full(folder, outputs, origin, about):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pipeline.suites.evaluate.keep", full)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from data_prep.tokenizer import train_tokenizer
 from pipeline.core import manifest as manifests
+from pipeline.record.results import read_results
 from pipeline.run.__main__ import main
 from tests.integration.runs import codes, overrides, run
 
@@ -59,13 +59,13 @@ def test_retrieval_by_all_captions_of_samples_that_have_one_is_that_by_one(clip,
     command = ["eval", "--run", str(clip / "run"), "--suite", str(tmp_path / "suite.toml"), "--out", str(tmp_path)]
     assert main(command) == 0
     found: dict[str, dict[str, float]] = {"text": {}, "texts": {}}
-    for row in json.loads((tmp_path / "results.json").read_text())["results"]:
-        found[row["settings"]["field"]][row["metric"]] = row["value"]
+    for row in read_results(tmp_path).rows:
+        found[row.settings["field"]][row.metric] = row.value
     assert found["text"] == found["texts"] and "retrieval/top1_text" in found["text"]
 
 
 def test_tables_that_the_disk_does_not_take_are_printed_whole(clip, glyphs, tmp_path, capsys, monkeypatch):
-    def full(folder, outputs, new):
+    def full(folder, outputs, origin, about):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pipeline.suites.evaluate.keep", full)
@@ -83,20 +83,19 @@ def test_zero_shot_on_data_without_words_after_the_training_data_has_gone(clip, 
     (tmp_path / "suite.toml").write_text(SUITE.format(val=tmp_path / "val"))
     evaluate = ["eval", "--run", str(clip / "run"), "--suite", str(tmp_path / "suite.toml")]
     assert main(evaluate) == 0
-    body = json.loads((clip / "run" / "results.json").read_text())
-    (table,) = body["tables"]
+    found = read_results(clip / "run")
+    (table,) = found.tables
     classes = manifests.load(tmp_path / "val").classes
-    assert table["columns"] == ["class", "images", "recall"] and {row[0] for row in table["rows"]} <= set(classes)
-    (mean,) = [r["value"] for r in body["results"] if r["metric"] == "zero_shot/mean_class_recall"]
-    assert sum(row[2] for row in table["rows"]) / len(table["rows"]) == pytest.approx(mean)
-    assert f"table zero_shot/classes on val, {len(table['rows'])} rows: " in capsys.readouterr().out
+    assert table.columns == ["class", "images", "recall"] and {row[0] for row in table.rows} <= set(classes)
+    (mean,) = [row.value for row in found.rows if row.metric == "zero_shot/mean_class_recall"]
+    assert sum(row[2] for row in table.rows) / len(table.rows) == pytest.approx(mean)
+    assert f"table zero_shot/classes on val, {len(table.rows)} rows: " in capsys.readouterr().out
     assert "<h2>Tables</h2>" in (clip / "run" / "report.html").read_text()
-    before = json.loads((clip / "run" / "results.json").read_text())["results"]
     without_words(tmp_path / "val")
     shutil.rmtree(clip / "train")
-    assert main(evaluate) == 0
-    after = json.loads((clip / "run" / "results.json").read_text())["results"]
-    values = [{r["metric"]: r["value"] for r in rows} for rows in (before, after)]
+    assert main([*evaluate, "--again"]) == 0
+    after = read_results(clip / "run").rows
+    values = [{row.metric: row.value for row in rows} for rows in (found.rows, after)]
     assert values[0] == values[1] and "zero_shot/top1" in values[0]
     capsys.readouterr()
     bad = tmp_path / "retrieval.toml"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from pathlib import Path
 
 import timm
@@ -15,6 +14,7 @@ from pipeline.nn.encoder import ImageEncoder
 from pipeline.nn.images import Normalize
 from pipeline.nn.weights import read
 from pipeline.objectives import mae
+from pipeline.record.results import read_results
 from tests.contracts.components import smoke_config
 from tests.integration.runs import codes, overrides, run
 from tests.ranks import start_ranks
@@ -69,4 +69,4 @@ def accuracy(folder: Path, shards: Path) -> float:
     suite = folder / "suite.toml"
     suite.write_text(f'workers = 0\nstreams = {{ val = "{shards / "val"}" }}\nevals = [{{ name = "accuracy" }}]\n')
     assert main(["eval", "--run", str(folder), "--suite", str(suite)]) == 0
-    return next(r["value"] for r in json.loads((folder / "results.json").read_text())["results"])
+    return read_results(folder).rows[0].value

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.record.results import read_results
 from tests.integration.runs import codes, metrics, notes, rank_body
 from tests.ranks import start_ranks
 from tests.unit.data.shards import picture, write_data
@@ -83,6 +84,5 @@ def test_it_resumes_as_it_would_have_gone_on(left):
 def test_it_evaluates_as_it_did(left):
     expected = json.loads((left / "expected.json").read_text())["knn"]
     assert codes(start_ranks(1, evaluate)) == [0]
-    rows = json.loads((left / "results.json").read_text())["results"]
-    found = {row["metric"]: row["value"] for row in rows}
+    found = {row.metric: row.value for row in read_results(left).rows}
     assert found == pytest.approx(expected, abs=0.05)  # one sample of 24 may be at the border

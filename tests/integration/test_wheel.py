@@ -89,7 +89,8 @@ def test_it_submits_trains_and_evaluates(place, sluice, glyphs):
     one = ["--set", "evals=[{name='knn',k=[5]}]"]
     evaluated = sluice("eval", "run", "configs/eval/glyphs50.toml", *suite, *one)
     assert evaluated.returncode == 0, evaluated.stderr
-    assert json.loads((place / "work/run/results.json").read_text())["results"][0]["step"] == 2
+    (record,) = (place / "work/run/results").glob("*.json")
+    assert json.loads(record.read_text())["origin"]["step"] == 2
     assert (place / "work/run/report.html").stat().st_size > 10_000
 
 

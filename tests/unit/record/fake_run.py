@@ -12,7 +12,7 @@ from pipeline.core.evaluation import Figure, Number, Output, Table
 from pipeline.core.protocols import Picture
 from pipeline.record.files import Lines
 from pipeline.record.metrics import MetricsLog
-from pipeline.record.outputs import found, keep
+from pipeline.record.outputs import keep
 from pipeline.record.recorder import NOTES
 from pipeline.record.results import Origin
 from pipeline.record.showcase import save_pictures
@@ -91,7 +91,7 @@ def write_run(folder: Path, every: int = 10) -> Path:
             Figure("embedding_map/classes", picture(at or 0, (96, 144)).image, f"by class {EVIL}", "val"),
         ]
         for name, results in (("knn", knn), ("linear_probe", probe), ("shown", shown)):
-            keep(folder, results, found(results, Origin(model, at, f"{at}" * 16, name, {"k": 20}, manifests)))
+            keep(folder, results, Origin(model, at, f"{at}" * 16, name, {"k": 20}, manifests))
     write_state(folder, State("finished", 0, 3000, 1))
     start = {
         "time": "2026-01-05T09:41:00+00:00",

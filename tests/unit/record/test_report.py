@@ -10,7 +10,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import Figure, Output, Table
 from pipeline.record import exhibits, report
 from pipeline.record.metrics import MetricsLog
-from pipeline.record.outputs import found, keep
+from pipeline.record.outputs import keep
 from pipeline.record.pictures import Shown, encode
 from pipeline.record.report import write_report
 from pipeline.record.results import Origin
@@ -104,7 +104,8 @@ def test_a_run_that_has_only_begun(tmp_path):
 
 
 def show(folder, step: int, *outputs: Output) -> None:
-    keep(folder, outputs, found(outputs, Origin(f"step {step}", step, f"w{step}", "shown", {}, {"test": "m" * 32})))
+    settings = {"of": [output.name for output in outputs]}  # a record each
+    keep(folder, outputs, Origin(f"step {step}", step, f"w{step}", "shown", settings, {"test": "m" * 32}))
 
 
 def test_a_table_of_an_evaluation_is_bounded_and_says_so(tmp_path):
@@ -114,9 +115,9 @@ def test_a_table_of_an_evaluation_is_bounded_and_says_so(tmp_path):
     shown = page(tmp_path)
     tables = shown.words.split(" Tables ")[1]
     assert tables.startswith("zero_shot/classes shown on val step 6 class images recall more <class 0> 1,000 0.00000 ")
-    assert "<class 49> 1,049 0.04900 and 3 more rows in results.json" in tables and "<class 50>" not in tables
+    assert "<class 49> 1,049 0.04900 and 3 more rows in results/shown-" in tables and "<class 50>" not in tables
     assert [f"step {n} class" in tables for n in range(1, 7)] == [False, False, True, True, True, True]
-    assert "and 2 more models in results.json" in tables and shown.tags.count("details") == 4
+    assert "and 2 more models in results/" in tables and shown.tags.count("details") == 4
     show(tmp_path, 7, Table("few/classes", ("class", "recall"), [("a", 0.5)], "val"))
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert html.count("<details open>") == 1 and "<details open><summary>step 7</summary>" in html  # long ones fold
@@ -129,8 +130,8 @@ def test_figures_of_evaluations_are_in_the_page_as_many_as_fit(tmp_path, monkeyp
     assert len(page(tmp_path).links) == 4 and "3 <b> step 2 2 <b> step 1 1 <b>" in page(tmp_path).words
     monkeypatch.setattr(exhibits, "FIGURE_BYTES", 0)
     shown = page(tmp_path)
-    assert shown.links == [] and "and 3 more models in figures/" in shown.words
-    sizes = [len(encode(Shown("", p, "")).data) for p in (tmp_path / "figures").iterdir()]
+    assert shown.links == [] and "and 3 more models in results/" in shown.words
+    sizes = [len(encode(Shown("", p, "")).data) for p in (tmp_path / "results").glob("*.png")]
     monkeypatch.setattr(exhibits, "FIGURE_BYTES", 2 * max(sizes))
     shown = page(tmp_path)  # the newest of both come first
     assert "step 3 3 <b>" in shown.words and "step 3 severe" in shown.words and "step 1 1" not in shown.words
@@ -138,11 +139,11 @@ def test_figures_of_evaluations_are_in_the_page_as_many_as_fit(tmp_path, monkeyp
 
 def test_a_figure_whose_file_is_gone_is_told(tmp_path):
     show(tmp_path, 1, Figure("map/classes", picture(1, (64, 64)).image, "", "val"))
-    (file,) = (tmp_path / "figures").iterdir()
+    (file,) = (tmp_path / "results").glob("*.png")
     file.write_bytes(b"no picture")
-    assert f"step 1: figures/{file.name} cannot be read" in page(tmp_path).words
+    assert f"step 1: results/{file.name} cannot be read" in page(tmp_path).words
     file.unlink()
-    assert f"step 1: figures/{file.name} cannot be read" in page(tmp_path).words
+    assert f"step 1: results/{file.name} cannot be read" in page(tmp_path).words
 
 
 @pytest.mark.parametrize("row", [{"step": 1}, {"step": 1, "loss": math.nan}, {"step": 5, "loss": 1.0, "samples": 40}])

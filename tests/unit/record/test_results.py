@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.errors import ConfigError
 from pipeline.core.evaluation import Number
 from pipeline.record.lines import lines, models, table
-from pipeline.record.outputs import found
-from pipeline.record.results import Origin, Results, Row, add_results, read_results, read_together, ready, run_names
+from pipeline.record.outputs import found, keep
+from pipeline.record.results import Origin, Row, read_results, read_together, ready, run_names
 
 
 def top1(
@@ -24,7 +24,10 @@ def top1(
 
 
 def add(folder, rows: list[Row]) -> None:
-    add_results(folder, Results(rows, [], []))
+    """A record for each row."""
+    for r in rows:
+        about = (r.model, r.step, r.weights, r.evaluation, r.settings, r.manifests, r.seed, r.version)
+        keep(folder, [Number(r.metric, r.value, r.n, r.split, r.stderr, r.better)], Origin(*about))
 
 
 def read(folder) -> list[Row]:
@@ -50,6 +53,7 @@ OTHERS = {
     "settings": {"settings": {"k": [20], "temperature": 0.1}},
     "data": {"data": {"test": "n" * 32}},
     "seed": {"seed": 1},
+    "protocol": {"version": 2},
 }
 
 
@@ -60,35 +64,45 @@ def test_numbers_of_another_identity_are_kept_beside_each_other(tmp_path, what):
     assert [row.value for row in read(tmp_path)] == [0.5, 0.6]
     add(tmp_path, top1(0.7))  # the first one's again, under another name
     add(tmp_path, top1(0.8, "best", 10, weights="wstep 10"))
-    assert [row.value for row in read(tmp_path)] == [0.8, 0.6]
+    assert [row.value for row in read(tmp_path)] == [0.6, 0.8]
+    assert len(list((tmp_path / "results").iterdir())) == 2
 
 
-def test_a_file_of_the_first_version_is_read_and_renewed(tmp_path):
-    new = ("weights", "settings", "seed")
+def test_a_file_of_the_first_version_is_read_and_left_alone(tmp_path):
+    new = (
+        "weights",
+        "settings",
+        "seed",
+        "version",
+        "subject",
+        "data_name",
+        "data_names",
+        "group",
+        "record",
+        "outcomes",
+    )
     listed = [{k: v for k, v in asdict(old(*a)).items() if k not in new} for a in [(0.5,), (0.1, "random init", None)]]
     (tmp_path / "results.json").write_text(json.dumps({"version": 1, "results": listed}))
+    before = (tmp_path / "results.json").read_bytes()
     assert [row.value for row in read(tmp_path)] == [0.5, 0.1]
     assert models(read(tmp_path)) == ["random init", "step 10"]
     add(tmp_path, top1(0.6))
     assert [(row.model, row.value) for row in read(tmp_path)] == [("random init", 0.1), ("step 10", 0.6)]
+    assert (tmp_path / "results.json").read_bytes() == before
 
 
 def test_where_results_cannot_be_written_is_known_before(tmp_path):
     ready(tmp_path / "new" / "folder")
-    assert list((tmp_path / "new" / "folder").iterdir()) == [tmp_path / "new" / "folder" / ".results.json.lock"]
+    assert list((tmp_path / "new" / "folder").rglob("*")) == [tmp_path / "new" / "folder" / "results"]
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write results into .*file \(.*\); .*--out FOLDER"):
         ready(tmp_path / "file")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "results.json").write_text("{")
-    with pytest.raises(DataError, match="is damaged"):
-        ready(tmp_path / "damaged")
 
 
 def test_a_newer_row_replaces_one_of_the_same_key_only(tmp_path):
     assert read(tmp_path) == []
     add(tmp_path, top1(0.5) + top1(0.1, "random init", None))
-    other_split = [replace(row, split="train") for row in top1(0.9)]
+    other_split = [replace(row, split="train") for row in top1(0.9, data={"test": "t" * 32})]
     add(tmp_path, top1(0.6) + other_split)
     values = {(r.model, r.split): r.value for r in read(tmp_path)}
     assert values == {("step 10", "val"): 0.6, ("random init", "val"): 0.1, ("step 10", "train"): 0.9}
@@ -100,7 +114,8 @@ def test_values_that_are_not_finite_survive_strict_json(tmp_path):
     def refuse(literal):
         raise AssertionError(literal)
 
-    json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    (record,) = (tmp_path / "results").iterdir()
+    json.loads(record.read_text(), parse_constant=refuse)
     (row,) = read(tmp_path)
     assert row.value == math.inf and row.stderr is not None and math.isnan(row.stderr)
 
@@ -112,10 +127,11 @@ def test_processes_that_evaluate_at_once_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 1, "results": [{"model": 1}]}', '{"version": 9}'])
-def test_a_damaged_file_is_named(tmp_path, text):
+def test_a_damaged_file_is_named_and_the_rest_is_read(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(DataError, match=r"results\.json"):
-        read(tmp_path)
+    add(tmp_path, top1(0.5))
+    (sentence,) = read_results(tmp_path).damaged
+    assert str(tmp_path / "results.json") in sentence and [row.value for row in read(tmp_path)] == [0.5]
 
 
 def test_baselines_come_first_then_checkpoints_by_step():

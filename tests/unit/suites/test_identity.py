@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from pipeline.record.results import Origin
-from pipeline.suites.identity import folder_names, weights_hash
+from pipeline.suites import identity
+from pipeline.suites.identity import code_hash, streams_named, weights_hash
 
 
 def modules() -> dict[str, nn.Module]:
@@ -35,14 +37,46 @@ def test_what_changes_it(change):
     assert weights_hash(changed) != weights_hash(modules())
 
 
-def test_every_evaluation_has_a_folder_of_its_own_and_the_same_one_again():
+def test_every_evaluation_has_a_name_of_its_own_and_the_same_one_again():
     first = Origin("step 3", 3, "w", "knn", {"k": [5]}, {"test": "m"})
     others = [
         dataclasses.replace(first, **change)
         for change in (
-            {"weights": "v"}, {"evaluation": "probe"}, {"settings": {"k": [6]}}, {"data": {"test": "n"}}, {"seed": 1}
+            {"weights": "v"}, {"evaluation": "probe"}, {"settings": {"k": [6]}}, {"data": {"test": "n"}}, {"seed": 1},
+            {"version": 2},
         )
     ]  # fmt: skip
-    names = folder_names([first, *others, dataclasses.replace(first, model="best")])
-    assert len(set(names)) == 7 and all(re.fullmatch(r"(knn|probe)-[0-9a-f]{16}(-2)?", name) for name in names)
-    assert folder_names([others[0], dataclasses.replace(first, model="best")]) == [names[1], names[0]]
+    names = [origin.name for origin in (first, *others)]
+    assert len(set(names)) == 7 and all(re.fullmatch(r"(knn|probe)-[0-9a-f]{16}", name) for name in names)
+    assert dataclasses.replace(first, model="best", step=None).name == names[0]
+
+
+def test_streams_are_known_by_what_they_are_used_for():
+    settings = {"train": "a", "test": "b", "unknown": ["c", "d"], "k": [1, 2], "ways": ["knn"], "none": []}
+    assert streams_named(settings, ["a", "b", "c", "d", "e"]) == {
+        "train": "a", "test": "b", "unknown.0": "c", "unknown.1": "d", "e": "e"
+    }  # fmt: skip
+
+
+def test_other_code_of_what_an_evaluation_imports_is_other_code(tmp_path, monkeypatch):
+    """Two evaluations share a file: changing it changes both; changing one's own leaves the other as it was."""
+    evals, nn = tmp_path / "pipeline" / "evals", tmp_path / "pipeline" / "nn"
+    for room in (evals, nn):
+        room.mkdir(parents=True)
+    (evals / "first.py").write_text("import math\nfrom pipeline.evals import _shared\n")
+    (evals / "second.py").write_text("from pipeline.evals._shared import f\n")
+    (evals / "_shared.py").write_text("def f():\n    from pipeline.nn.deep import g\n    return g\n")
+    (nn / "deep.py").write_text("g = 1\n")
+
+    def file(module: str) -> Path | None:
+        path = tmp_path / f"{module.replace('.', '/')}.py"
+        return path if path.is_file() else None
+
+    monkeypatch.setattr(identity, "_file", file)
+    before = [code_hash("first"), code_hash("second")]
+    (evals / "first.py").write_text("from pipeline.evals import _shared\n")
+    own = [code_hash("first"), code_hash("second")]
+    assert own[0] != before[0] and own[1] == before[1]
+    (nn / "deep.py").write_text("g = 2\n")
+    deep = [code_hash("first"), code_hash("second")]
+    assert deep[0] != own[0] and deep[1] != own[1]
