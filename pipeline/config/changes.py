@@ -53,6 +53,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("engine", "how"),
     ("engine.precision", "course"),
     ("ema", "course"),
+    ("start", "how"),  # where it began; the checkpoint holds what has become of that
     ("every", "how"),
 )
 """Settings, with what lies below them, and the rule for each; the longest that fits holds. Others are "experiment"."""

@@ -49,6 +49,7 @@ def write(folder: str | os.PathLike[str], plan: Plan) -> None:
         replace_file(folder / changed, diff)
     before = read(folder)
     changes = before.pop("changes", [])
+    start = {"start": before.pop("start")} if "start" in before else {}
     facts = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         **command(),
@@ -59,6 +60,7 @@ def write(folder: str | os.PathLike[str], plan: Plan) -> None:
         "python": platform.python_version(),
         "versions": versions(),
         "git": {"commit": commit, "dirty": bool(diff), "diff": changed},
+        **start,
         "changes": changes,
         "earlier": [*before.pop("earlier", []), before] if before else [],
     }
@@ -100,6 +102,11 @@ def train_on(folder: str | os.PathLike[str], config: RunConfig, step: int, chang
     now = datetime.now(UTC).isoformat(timespec="seconds")
     _save(Path(folder), facts | {"changes": [*kept, *([{"step": step, "time": now, "settings": new}] if new else [])]})
     replace_file(Path(folder) / CONFIG_FILE, dump(config).encode())
+
+
+def started(folder: str | os.PathLike[str], report: dict[str, Any]) -> None:
+    """Write from which weights the run has started, and what became of each. On rank 0 only."""
+    _save(Path(folder), read(folder) | {"start": report})
 
 
 def _save(folder: Path, facts: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -23,7 +24,7 @@ from pipeline.config.strict import Component, Folder, Fraction, Positive, Positi
 __all__ = [
     "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "Every",
     "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Run", "RunConfig", "Sidecar",
-    "Source", "Strict", "SuiteConfig", "Text", "Weights", "Width", "without_silence",
+    "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width", "without_silence",
 ]  # fmt: skip
 
 
@@ -187,6 +188,21 @@ def without_silence(table: Any) -> Any:
     return given
 
 
+class Start(Strict):
+    """Weights that a run begins with, in place of those that are drawn."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: Text = Field(alias="from")
+    """A run, one of its checkpoints, a file of weights, or "timm:NAME" (stored on this machine), "timm:NAME=FILE"."""
+    weights: Weights = "model"
+    """Of a checkpoint: see [ema]."""
+    parts: dict[Text, str] = Field(default={})
+    """What names begin with here, to what they begin with there; left out: the same, or where the backbone is there."""
+    skip: tuple[Text, ...] = ()
+    """What begins so here stays as it is drawn: "head."."""
+
+
 class RunConfig(Strict):
     """One training run."""
 
@@ -201,6 +217,8 @@ class RunConfig(Strict):
     engine: EngineConfig
     ema: EmaConfig | None = None
     """Left out: none."""
+    start: Start | None = None
+    """Left out: weights are drawn, or what the objective's own settings say."""
     every: Every = Every()
 
     def optimizers(self) -> dict[str, Optimizer]:

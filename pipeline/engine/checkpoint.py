@@ -27,6 +27,8 @@ VERSION = 1
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
 PREFIX = "step-"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds them."""
 
 
 @dataclass(frozen=True)

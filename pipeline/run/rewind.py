@@ -9,13 +9,12 @@ from pathlib import Path
 
 from pipeline.config.exitcodes import FINISHED, REQUEUE
 from pipeline.core.errors import CheckpointError
-from pipeline.engine.checkpoint import PREFIX, read_manifest, verify_file
+from pipeline.engine.checkpoint import CHECKPOINTS, PREFIX, read_manifest, verify_file
 from pipeline.record.files import Lines
 from pipeline.record.lock import RunLock
 from pipeline.record.recorder import NOTES
 from pipeline.record.state import State, read_state, write_state
 from pipeline.run.attempt import in_folder
-from pipeline.run.train import CHECKPOINTS
 
 
 def rewind(run: str, step: int) -> int:

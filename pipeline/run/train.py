@@ -22,7 +22,7 @@ from pipeline.data.facts import facts
 from pipeline.dist.group import Place, by_first, from_first, process_group, sum_over_ranks
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
-from pipeline.engine.checkpoint import CheckpointStore
+from pipeline.engine.checkpoint import CHECKPOINTS, CheckpointStore
 from pipeline.engine.loop import Outcome, fit
 from pipeline.engine.meter import Meter
 from pipeline.engine.saving import Saver
@@ -35,6 +35,7 @@ from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
 from pipeline.record.state import close_state
 from pipeline.run import frozen
+from pipeline.run import start as beginnings
 from pipeline.run.attempt import Attempt, attempt
 from pipeline.run.build import (
     build_engine,
@@ -47,8 +48,6 @@ from pipeline.run.build import (
 )
 from pipeline.run.preflight import preflight
 from pipeline.run.resuming import Beginning, find_beginning, resume
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -167,7 +166,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
         sample, tokenizer = sample_batch(config, manifest), tokenizer_of(config, manifest)
         known = facts(config.data, manifest)
-        engine, origins = _engine(path, config, known, plan, place, beginning, sample)
+        engine, origins = _engine(path, config, known, plan, place, beginning, sample, tokenizer, notes)
         if beginning.saved is not None:
             notes += resume(engine, stream, beginning.saved)
         recorder = _recorder(config, plan, place, start, beginning, notes)
@@ -208,6 +207,8 @@ def _engine(
     place: Place,
     beginning: Beginning,
     sample: Batch,
+    tokenizer: bytes | None,
+    notes: list[str],
 ) -> tuple[BaseEngine, frozen.Origins]:
     """What trains, with its first weights; where a checkpoint is there, files that these came from are not needed.
 
@@ -219,6 +220,11 @@ def _engine(
     origins = frozen.fill(objective)
     if beginning.saved is not None:
         frozen.check(beginning.saved, origins)
+    elif config.start is not None:
+        report = beginnings.begin(objective, config, known.classes, tokenizer, place)
+        notes += beginnings.lines(report)
+        if place.first:
+            provenance.started(config.run.folder, report)
     return build_engine(config, objective, plan, place), origins
 
 

@@ -14,14 +14,13 @@ from pipeline.config.schema import RunConfig, Weights
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.protocols import DataFacts, Objective
 from pipeline.dist.group import Place
-from pipeline.engine.checkpoint import MANIFEST, PREFIX, CheckpointStore, Saved, read_manifest, verify_file
+from pipeline.engine.checkpoint import CHECKPOINTS, MANIFEST, PREFIX, CheckpointStore, Saved, read_manifest, verify_file
 from pipeline.engine.ema import power_name
 from pipeline.engine.fragments import EMA, MODEL, Spec, named_tensors, whole
 from pipeline.nn.ema import gamma_of, posthoc
 from pipeline.nn.weights import no_initial_weights
 from pipeline.run import frozen
 from pipeline.run.build import build_objective, check_model
-from pipeline.run.train import CHECKPOINTS
 
 
 class Restored(NamedTuple):
