@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -261,5 +261,38 @@ class Maker(Protocol):
 
         Raises:
             NonFiniteError: a sample is not finite.
+        """
+        ...
+
+
+@runtime_checkable
+class Likely(Protocol):
+    """A :class:`Maker` that also knows how likely an image is, exactly or by a bound."""
+
+    image_shape: tuple[int, int, int]
+    """C, H, W."""
+
+    def check_likelihood(self, steps: int | None) -> None:
+        """Refuse ``steps`` that it cannot be measured in; None: as its training says, and of what has no steps.
+
+        Raises:
+            ConfigError: with what is possible.
+        """
+        ...
+
+    def likelihood(
+        self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None
+    ) -> Mapping[str, Tensor]:
+        """How many bits each image needs, by parts that add up; the same for an id in any batch.
+
+        Args:
+            image: uint8[B,C,H,W], on the device to compute on.
+            ids: int64[B], numbers of the samples; with the seed they fix all chance.
+            prompt: the fields that it is told.
+            seed: of all chance.
+            steps: see :meth:`check_likelihood`.
+
+        Returns:
+            Part to float64[B] in bits per dimension; one part, "", where there are no others.
         """
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
@@ -12,9 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config.schema import Strict
-from pipeline.core.errors import ConfigError, NonFiniteError
+from pipeline.core.errors import ConfigError, DataError, NonFiniteError
 from pipeline.core.evaluation import EvalContext, EvalStream, Evaluation, Maker, Uses
 from pipeline.core.protocols import Batch
+from pipeline.dist.gather import gather_ragged
 from pipeline.dist.group import gather_objects
 
 
@@ -34,10 +35,23 @@ class SamplesConfig(Strict):
 class Made(NamedTuple):
     """Images that were made together; in main memory."""
 
+    id: Tensor
+    """int64[B]: of the image; of text-told models, of the sample whose text is asked for."""
     image: Tensor
     """uint8[B,C,H,W]."""
     label: Tensor | None
     """int64[B], the class that was asked for, where the model knows any."""
+
+
+class Seen(NamedTuple):
+    """All made images as an encoder sees them, in the order of their ids and the same on every rank."""
+
+    id: Tensor
+    """int64[N]."""
+    x: Tensor
+    """float32[N,D]."""
+    label: Tensor | None
+    """int64[N], as in :class:`Made`."""
 
 
 class OfSamples(Evaluation):
@@ -74,9 +88,20 @@ class OfSamples(Evaluation):
         Raises:
             NonFiniteError: on every rank, if a sample of any is not finite.
         """
+        return ctx.once(("made", *self._asked()), lambda: _make(ctx, self.config))
+
+    def judged(self, ctx: EvalContext, encoder: str) -> Seen:
+        """What an encoder of images makes of all made ones; kept for all evaluations that ask for the same.
+
+        Raises:
+            DataError: a feature is not finite.
+            NonFiniteError: as :meth:`made`.
+        """
+        return ctx.once(("judged", encoder, *self._asked()), lambda: _judge(ctx, encoder, self.made(ctx)))
+
+    def _asked(self) -> tuple[Hashable, ...]:
         own = self.config
-        key = ("made", own.samples, own.seed, json.dumps(own.sampler, sort_keys=True), own.texts)
-        return ctx.once(key, lambda: _make(ctx, own))
+        return own.samples, own.seed, json.dumps(own.sampler, sort_keys=True), own.texts
 
 
 def maker_of(ctx: EvalContext) -> Maker:
@@ -84,9 +109,66 @@ def maker_of(ctx: EvalContext) -> Maker:
     return cast("Maker", ctx.encoders["generator"])
 
 
+def check_told_classes(ctx: EvalContext, name: str) -> None:
+    """Hold the model against what the evaluation ``name`` needs.
+
+    Raises:
+        ConfigError: it is not told classes.
+    """
+    if maker_of(ctx).classes == 0:
+        raise ConfigError(f'evaluation "{name}" needs a model that was trained with condition = "class"')
+
+
 def chosen(ids: Tensor, size: int, wanted: int) -> Tensor:
     """Which of ``size`` samples are among ``wanted`` that are spread evenly, bool[B]: a function of ``ids`` alone."""
     return (ids + 1) * wanted // size > ids * wanted // size
+
+
+def in_order(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Columns of rows that the ranks share, the first of them the ids: all rows on every rank, in the order of the ids.
+
+    Args:
+        parts: this rank's, [(ids, ...), ...]; some rank has at least one.
+    """
+    own = [(part.shape[1:], part.dtype) for part in parts[0]] if parts else None
+    shapes = next(known for known in gather_objects(own) if known is not None)
+    empty = tuple(torch.empty(0, *shape, dtype=dtype) for shape, dtype in shapes)
+    columns = [gather_ragged(torch.cat(column)) for column in zip(empty, *parts, strict=True)]
+    order = columns[0].argsort()
+    return [column[order] for column in columns]
+
+
+def picked(parts: Iterable[tuple[Tensor, Tensor]], wanted: Tensor) -> Tensor:
+    """Some of the images that the ranks share, on every rank.
+
+    Args:
+        parts: this rank's, int64[B] and uint8[B,C,H,W] each.
+        wanted: the numbers of those that are wanted, int64[N], in the order to give them.
+    """
+    kept = [(ids[here], images[here]) for ids, images in parts if (here := torch.isin(ids, wanted)).any()]
+    ids, images = in_order(kept)
+    return images[torch.searchsorted(ids, wanted)]
+
+
+def finite(x: Tensor, encoder: str, what: str) -> Tensor:
+    """Features that nothing can be wrong with.
+
+    Raises:
+        DataError: one is not finite.
+    """
+    if not x.isfinite().all():
+        raise DataError(f"the encoder {encoder!r} gives features of {what} that are not finite")
+    return x
+
+
+def _judge(ctx: EvalContext, name: str, made: Sequence[Made]) -> Seen:
+    encoder, device = ctx.encoders[name], ctx.place.device
+    parts = [
+        (part.id, encoder(part.image.to(device)).float().cpu(), *(() if part.label is None else (part.label,)))
+        for part in made
+    ]
+    ids, x, *label = in_order(parts)
+    return Seen(ids, finite(x, name, "made images"), label[0] if label else None)
 
 
 def _make(ctx: EvalContext, config: SamplesConfig) -> list[Made]:
@@ -106,7 +188,7 @@ def _make(ctx: EvalContext, config: SamplesConfig) -> list[Made]:
         except NonFiniteError as error:  # the other ranks would wait for this one
             problem = str(error)
             break
-        made.append(Made(image.cpu(), prompt.get("label")))
+        made.append(Made(ids, image.cpu(), prompt.get("label")))
         done += len(ids) * ctx.place.world_size
         ctx.show("made images", min(done, config.samples), config.samples)
     problems = [p for p in gather_objects(problem) if p is not None]

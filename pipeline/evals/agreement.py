@@ -1,19 +1,16 @@
 """Does a classifier see in a made image the class that was asked for?
 
 Ravuri and Vinyals, "Classification Accuracy Score for Conditional Generative Models" (NeurIPS 2019), asks how well a
-classifier trained on made images does on real ones; this is the cheap converse, a classifier trained on real images.
+classifier trained on made images does on real ones ("classification_accuracy"); this is the cheap converse, a
+classifier trained on real images.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 
-import torch
-
-from pipeline.core.errors import ConfigError
 from pipeline.core.evaluation import EvalContext, Number
-from pipeline.dist.group import sum_over_ranks
 from pipeline.evals._classes import renumbered
-from pipeline.evals._samples import OfSamples, SamplesConfig, maker_of
+from pipeline.evals._samples import OfSamples, SamplesConfig, check_told_classes
 
 
 class Config(SamplesConfig):
@@ -32,8 +29,7 @@ class Agreement(OfSamples):
     def check(self, ctx: EvalContext) -> None:
         """Only a model that is asked for classes can agree."""
         super().check(ctx)
-        if maker_of(ctx).classes == 0:
-            raise ConfigError('evaluation "agreement" needs a model that was trained with condition = "class"')
+        check_told_classes(ctx, "agreement")
 
     def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Make and classify; every rank its share.
@@ -42,12 +38,9 @@ class Agreement(OfSamples):
             DataError: the judge does not know the classes that were asked for.
             NonFiniteError: a sample is not finite.
         """
-        judge = ctx.encoders["judge.logits"]
-        hits = torch.zeros((), dtype=torch.int64)
-        for image, label in self.made(ctx):
-            assert label is not None
-            asked = renumbered(label, ctx.classes["generator"], ctx.classes["judge.logits"], "the model", "the judge")
-            hits += (judge(image.to(ctx.place.device)).argmax(dim=1).cpu() == asked).sum()
-        n = self.config.samples
-        p = int(sum_over_ranks(hits)) / n
-        yield Number("agreement/top1", p, n, "made", math.sqrt(p * (1 - p) / n))
+        _, logits, label = self.judged(ctx, "judge.logits")
+        assert label is not None
+        asked = renumbered(label, ctx.classes["generator"], ctx.classes["judge.logits"], "the model", "the judge")
+        hits = logits.argmax(dim=1) == asked
+        n, p = len(hits), float(hits.double().mean())
+        yield Number("agreement/top1", p, n, "made", math.sqrt(p * (1 - p) / n), samples=hits.numpy())

@@ -3,97 +3,78 @@
 Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium" (NeurIPS 2017), with
 this project's encoders in place of Inception, so that nothing is downloaded. The distance falls with the number of
 samples n like 1 / n and depends on the encoder: compare only at the same n, reference and judge.
-Shape letters: B samples, D width.
+Shape letters: N samples, D width.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from pipeline.core.errors import ConfigError
-from pipeline.core.evaluation import EvalContext, Number, Uses
-from pipeline.dist.group import sum_over_ranks
-from pipeline.evals._samples import OfSamples, SamplesConfig
+from pipeline.core.evaluation import EvalContext, Number
+from pipeline.dist.group import from_first
+from pipeline.evals._judged import Judged, JudgedConfig
+
+ROWS = 8192
+"""Features that are summed up at once."""
 
 
-class Config(SamplesConfig):
+class Config(JudgedConfig):
     """Settings of the Frechet distance."""
-
-    reference: Annotated[str, Field(min_length=1)] = "train"
-    """Stream of real images: the training data, by custom."""
 
 
 class Moments(NamedTuple):
-    """Of N feature vectors; float64, so that they can be added over batches and ranks."""
+    """Of feature vectors, as a Gaussian; float64."""
 
-    count: Tensor
-    total: Tensor
+    mean: Tensor
     """[D]."""
-    outer: Tensor
-    """[D,D], sum of outer products."""
-
-    def gaussian(self) -> tuple[Tensor, Tensor]:
-        """Mean [D] and covariance [D,D] (unbiased)."""
-        mean = self.total / self.count
-        return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+    cov: Tensor
+    """[D,D], unbiased."""
 
 
-def moments(features: Iterator[Tensor], dim: int) -> Moments:
-    """Of all ranks' features [B,D] together; the same on every rank."""
-    kept = Moments(
-        torch.zeros((), dtype=torch.float64),
-        torch.zeros(dim, dtype=torch.float64),
-        torch.zeros(dim, dim, dtype=torch.float64),
-    )
-    for x in features:
-        x = x.double().cpu()
-        for place, part in zip(kept, (torch.tensor(float(len(x))), x.sum(dim=0), x.T @ x), strict=True):
-            place += part
-    return Moments(*(sum_over_ranks(t) for t in kept))
+def moments(x: Tensor) -> Moments:
+    """Of features [N,D], N > 1, in blocks."""
+    mean = x.mean(dim=0, dtype=torch.float64)
+    outer = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in x.split(ROWS):
+        away = rows.double() - mean
+        outer.addmm_(away.T, away)
+    return Moments(mean, outer / (len(x) - 1))
 
 
 def distance(one: Moments, other: Moments) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); the last by eigenvalues of a symmetric matrix, never complex."""
-    (mean1, cov1), (mean2, cov2) = one.gaussian(), other.gaussian()
+    (mean1, cov1), (mean2, cov2) = one, other
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     both = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * both)
 
 
-class Frechet(OfSamples):
-    """Reports "frechet/distance", and "frechet/width", the judge's D: with fewer samples than that it says little."""
+class Frechet(Judged):
+    """Reports "frechet/distance", "frechet/distance_real", and "frechet/width", the judge's D.
 
-    judges = ("judge.image",)
+    The second is that of as many real images, or half of all, to the other real images: no model can be expected to
+    come closer. With fewer samples than D the distance says little.
+    """
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.reference = config.reference
-
-    def uses(self) -> Uses:
-        """The real images too."""
-        streams, encoders = super().uses()
-        return Uses({**streams, self.reference: ("image", *streams.get(self.reference, ()))}, encoders)
-
-    def check(self, ctx: EvalContext) -> None:
-        """A covariance needs two images."""
-        super().check(ctx)
-        if ctx.streams[self.reference].samples < 2:
-            raise ConfigError(f"frechet.reference: stream {self.reference!r} has fewer than two images")
+    fewest = 4
 
     def run(self, ctx: EvalContext) -> Iterator[Number]:
-        """Make, encode and compare; every rank its share.
+        """Make and encode on all ranks; compare on the first.
 
         Raises:
+            DataError: a feature is not finite.
             NonFiniteError: a sample is not finite.
         """
-        judge, device = ctx.encoders["judge.image"], ctx.place.device
-        dim = int(judge.dim)  # pyright: ignore[reportArgumentType]
-        real = moments((judge(batch["image"].to(device)) for batch in ctx.streams[self.reference]), dim)
-        made = moments((judge(batch.image.to(device)) for batch in self.made(ctx)), dim)
-        n = self.config.samples
-        yield Number("frechet/distance", distance(made, real), n, self.reference, better="lower")
-        yield Number("frechet/width", dim, n, self.reference, better=None)
+        both = self.both(ctx)
+        yield from from_first(list(self._compare(ctx, *both)) if ctx.place.first else [])
+
+    def _compare(self, ctx: EvalContext, made: Tensor, real: Tensor) -> Iterator[Number]:
+        split, device = self.config.reference, ctx.place.device
+        for what, one, other in self.pairs(made, real):
+            found = distance(moments(one.to(device)), moments(other.to(device)))
+            better = None if what else "lower"
+            yield Number(f"frechet/distance{what}", found, len(one), split, better=better)
+        yield Number("frechet/width", made.shape[1], len(made), split, better=None)

@@ -1,13 +1,14 @@
-"""How many bits a diffusion model needs for an image: the variational bound over all noise levels.
+"""How many bits a model of images needs for an image: exactly, or by a bound, as the model knows it.
 
-Ho et al. 2020 (https://arxiv.org/abs/2006.11239), section 3.3 and table 1; one noise for each image and level, expected
-images clipped. Images must come to the model as they are stored: set ``image.crop`` so that nothing is resampled.
+Of diffusion models the variational bound over all noise levels: Ho et al. 2020 (https://arxiv.org/abs/2006.11239),
+section 3.3 and table 1; one noise for each image and level, expected images clipped. Images must come to the model as
+they are stored: set ``image.crop`` so that nothing is resampled.
 Shape letters: B samples, C channels, H height, W width.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
-from pipeline.core.evaluation import EvalContext, EvalStream, Evaluation, Number, Uses
+from pipeline.core.evaluation import EvalContext, EvalStream, Evaluation, Likely, Maker, Number, Uses
 from pipeline.core.protocols import Batch
-from pipeline.dist.group import sum_over_ranks
-from pipeline.evals._denoiser import denoiser_of
-from pipeline.evals._samples import chosen
-from pipeline.nn.conditioning import Prompt, Text
-from pipeline.nn.diffusion.model import Generator
+from pipeline.dist.group import gather_objects, sum_over_ranks
+from pipeline.evals._samples import chosen, in_order, maker_of
+
+TOLD = {"label": ("label",), "text": ("text", "text_length"), None: ()}
+"""Fields of what a model is told."""
 
 
 class Config(Strict):
@@ -39,7 +40,7 @@ class Config(Strict):
 
 
 class Likelihood(Evaluation):
-    """Reports "likelihood/bits_per_dim" and its parts "_decoder", "_levels" and "_prior".
+    """Reports "likelihood/bits_per_dim" and its parts, of diffusion models "_decoder", "_levels" and "_prior".
 
     "likelihood/histogram" is what a model needs that knows nothing but how often each value occurs at each pixel of the
     training images (counts plus one).
@@ -49,12 +50,12 @@ class Likelihood(Evaluation):
         self.config = config
 
     def uses(self) -> Uses:
-        """The denoiser; the field that it is told is known with the model."""
+        """The model; the field that it is told is known with it."""
         return Uses({name: ("image",) for name in (self.config.train, self.config.test)}, ("generator",))
 
     def check(self, ctx: EvalContext) -> None:
-        """Steps that fit the process."""
-        denoiser_of(ctx).process.likelihood_chain(self.config.steps)
+        """A model that knows, and steps that it can be measured in."""
+        _likely(ctx).check_likelihood(self.config.steps)
 
     def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Measure; every rank its share.
@@ -62,56 +63,62 @@ class Likelihood(Evaluation):
         Raises:
             ConfigError: the suite's fields lack what the model is told.
         """
-        test, train = ctx.streams[self.config.test], ctx.streams[self.config.train]
-        generator, device = denoiser_of(ctx), ctx.place.device
-        table = histogram(train, generator.image_shape)
-        total = torch.zeros(6, dtype=torch.float64)
+        own, test, train = self.config, ctx.streams[self.config.test], ctx.streams[self.config.train]
+        model, told, device = _likely(ctx), TOLD[maker_of(ctx).told], ctx.place.device
+        table, names = histogram(train, model.image_shape), list[str]()
+        rows: list[tuple[Tensor, ...]] = []
         for batch in test:
             mine = self._chosen(batch["id"], test.samples)
             if not mine.any():
                 continue
             part = {name: value[mine].to(device) for name, value in batch.items()}
-            prompt = _prompt(generator, part)
-            terms = generator.bits(part["image"], part["id"], prompt, self.config.seed, self.config.steps).cpu()
-            bits = terms.sum(dim=1)
-            parts = (terms[:, 0], terms[:, 1:-1].sum(dim=1), terms[:, -1])
-            rows = [torch.ones_like(bits), bits, bits**2, *parts]
-            total[:6] += torch.stack([row.sum() for row in rows])
-        n, bits, squares, *parts = sum_over_ranks(total).tolist()
-        mean = bits / n
-        stderr = math.sqrt(max(0.0, squares / n - mean**2) / n)
-        count, split = int(n), self.config.test
-        yield Number("likelihood/bits_per_dim", mean, count, split, stderr, better="lower")
-        for name, value in zip(("decoder", "levels", "prior"), parts, strict=True):
-            yield Number(f"likelihood/bits_per_dim_{name}", value / n, count, split, better=None)
-        yield Number("likelihood/histogram", self._baseline(test, table), count, split, better=None)
+            prompt = _prompt(part, told)
+            bits = model.likelihood(part["image"], part["id"], prompt, own.seed, own.steps)
+            names = list(bits)
+            pixels = part["image"].flatten(1).long().cpu()
+            counted = -table.gather(1, pixels.T).mean(dim=0)
+            rows.append((part["id"].cpu(), torch.stack([v.double().cpu() for v in bits.values()], dim=1), counted))
+        _, bits, counted = in_order(rows)
+        yield _mean("bits_per_dim", bits.sum(dim=1), own.test, "lower")
+        names = next(known for known in gather_objects(names) if known)  # a rank may have measured nothing
+        for name, values in zip(names, bits.T, strict=True):
+            if name:
+                yield _mean(f"bits_per_dim_{name}", values, own.test)
+        yield _mean("histogram", counted, own.test)
 
     def _chosen(self, ids: Tensor, size: int) -> Tensor:
         """Which samples are measured, bool[B]: a function of their numbers alone."""
         wanted = size if self.config.samples is None else min(size, self.config.samples)
         return chosen(ids, size, wanted)
 
-    def _baseline(self, test: EvalStream, table: Tensor) -> float:
-        total = torch.zeros(2, dtype=torch.float64)
-        for batch in test:
-            image = batch["image"][self._chosen(batch["id"], test.samples)].flatten(1).long()
-            total[0] += len(image)
-            total[1] -= table.gather(1, image.T).mean(dim=0).sum()
-        n, bits = sum_over_ranks(total).tolist()
-        return bits / n
+
+def _likely(ctx: EvalContext) -> Likely:
+    """The generator, which must know how likely images are.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    model: Maker = maker_of(ctx)
+    if not isinstance(model, Likely):
+        raise ConfigError("this evaluation needs a model that knows how likely images are; this one only makes them")
+    return model
 
 
-def _prompt(generator: Generator, batch: Batch) -> Prompt | None:
+def _prompt(batch: Batch, fields: tuple[str, ...]) -> Batch:
     """What the images of a batch are of.
 
     Raises:
         ConfigError: the suite's fields lack it.
     """
-    if generator.told is None:
-        return None
-    if generator.told not in batch:
-        raise ConfigError(f'the model is told "{generator.told}"; add it to the suite\'s fields')
-    return Text(batch["text"], batch["text_length"]) if generator.told == "text" else batch["label"]
+    if missing := [name for name in fields if name not in batch]:
+        raise ConfigError(f'the model is told "{missing[0]}"; add it to the suite\'s fields')
+    return {name: batch[name] for name in fields}
+
+
+def _mean(name: str, values: Tensor, split: str, better: Literal["lower"] | None = None) -> Number:
+    n, kept = len(values), values.float().numpy()
+    error = float(values.std(correction=0)) / math.sqrt(n)
+    return Number(f"likelihood/{name}", float(values.mean()), n, split, error, better, kept)
 
 
 def histogram(stream: EvalStream, shape: tuple[int, int, int]) -> Tensor:

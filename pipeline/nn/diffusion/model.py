@@ -297,6 +297,15 @@ class Generator(nn.Module):
             terms.append(likelihood.term(clean, x, levels, index, found.image.clamp(-1, 1), log))
         return torch.stack([*terms, likelihood.prior(clean, levels)], dim=1)
 
+    def check_likelihood(self, steps: int | None) -> None:
+        """Refuse a number of levels that the process has not; see :class:`pipeline.core.evaluation.Likely`."""
+        self.process.likelihood_chain(steps)
+
+    def likelihood(self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None) -> dict[str, Tensor]:
+        """Bits per dimension of the bound's three parts, float64[B] each; see there."""
+        terms = self.bits(image, ids, prompt_of(prompt), seed, steps)
+        return {"decoder": terms[:, 0], "levels": terms[:, 1:-1].sum(dim=1), "prior": terms[:, -1]}
+
 
 def _draws(random: SampleRandom, shape: tuple[int, ...], count: int, device: torch.device) -> Iterator[Tensor]:
     """``count`` times standard normal numbers, float64[B,*shape]; the same, drawn one by one or several at once."""

@@ -9,14 +9,26 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.core.errors import ConfigError, DataError, NonFiniteError
+from pipeline.core.evaluation import Figure
 from pipeline.dist.group import process_group
+from pipeline.evals import _neighbours
 from pipeline.evals._samples import _classes
 from pipeline.evals.agreement import Agreement
 from pipeline.evals.agreement import Config as AgreementConfig
 from pipeline.evals.frechet import Config as FrechetConfig
 from pipeline.evals.frechet import Frechet
+from pipeline.evals.inception_score import Config as InceptionConfig
+from pipeline.evals.inception_score import InceptionScore
+from pipeline.evals.kernel_distance import Config as KernelConfig
+from pipeline.evals.kernel_distance import KernelDistance
 from pipeline.evals.likelihood import Config as LikelihoodConfig
 from pipeline.evals.likelihood import Likelihood
+from pipeline.evals.memorisation import Config as MemorisationConfig
+from pipeline.evals.memorisation import Memorisation
+from pipeline.evals.prdc import PRDC
+from pipeline.evals.prdc import Config as PRDCConfig
+from pipeline.evals.samples import Config as SamplesConfig
+from pipeline.evals.samples import Samples
 from tests.contracts.components import context, numbers
 from tests.unit.evals.generated import CLASSES, encoders, grey, real, run
 
@@ -29,9 +41,20 @@ def on_ranks(folder):
         for evaluation in (
             Frechet(FrechetConfig(samples=21, batch=4)),
             Agreement(AgreementConfig(samples=21, batch=4)),
+            InceptionScore(InceptionConfig(samples=21, batch=4, reference="val")),
+            KernelDistance(KernelConfig(samples=21, batch=4, subset=15, subsets=9)),
             Likelihood(LikelihoodConfig(samples=9)),
+            Memorisation(MemorisationConfig(samples=21, batch=4)),
+            PRDC(PRDCConfig(samples=21, batch=4, k=3)),
         ):
-            found |= {name: r.value for name, r in run(evaluation, encoders(), streams).items()}
+            for name, r in run(evaluation, encoders(), streams).items():
+                found[name] = [r.value, r.n, r.stderr, None if r.samples is None else r.samples.tolist()]
+        pictures = context(encoders(), streams)
+        with torch.no_grad():
+            for evaluation in (Samples(SamplesConfig(samples=21)), Memorisation(MemorisationConfig(samples=21))):
+                for output in evaluation.run(pictures):
+                    if isinstance(output, Figure):
+                        found[output.name] = [output.image.tolist(), output.caption]
         made = Agreement(AgreementConfig(samples=21, batch=4)).made(context(encoders(), {}))
         torch.save(torch.cat([part.image for part in made]), folder / f"{world}-{rank}.pt")
         (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
@@ -59,15 +82,26 @@ def test_on_one_rank(folder):
 
 
 @pytest.mark.world_size(2)
-def test_on_two_ranks(folder):
+def test_on_two_ranks(folder, monkeypatch):
+    monkeypatch.setattr(_neighbours, "ROWS", 8)
+    on_ranks(folder)
+
+
+@pytest.mark.world_size(4)
+def test_on_four_ranks(folder, monkeypatch):
+    monkeypatch.setattr(_neighbours, "ROWS", 8)
     on_ranks(folder)
 
 
 def test_every_rank_of_every_world_reports_the_same(folder):
-    one, *others = (json.loads((folder / f"{part}.json").read_text()) for part in ("1-0", "2-0", "2-1"))
-    assert others[0] == others[1]
-    for name, value in one.items():
-        assert others[0][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    whole = json.loads((folder / "1-0.json").read_text())
+    assert len(whole) == 29
+    for world in (2, 4):
+        found = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+        assert all(other == found[0] for other in found)
+        for name, value in whole.items():
+            assert found[0][name][0] == pytest.approx(value[0], rel=1e-6, abs=1e-9), name
+            assert found[0][name][1:] == [pytest.approx(v, rel=1e-4, abs=1e-7) for v in value[1:]], name
 
 
 def test_images_are_the_same_whoever_makes_them(folder):
@@ -108,7 +142,7 @@ def test_whatever_makes_images_can_be_measured(lone_group):
     assert dark["agreement/top1"].value == pytest.approx(0.2)  # one step darker, so only the darkest stays itself
     with pytest.raises(ConfigError, match="no such setting"):
         run(Agreement(AgreementConfig(samples=4, sampler={"steps": 3})), known, {})
-    with pytest.raises(ConfigError, match="measures diffusion models"):
+    with pytest.raises(ConfigError, match="knows how likely images are"):
         run(Likelihood(LikelihoodConfig()), known, {"train": real(4), "val": real(4)})
 
 

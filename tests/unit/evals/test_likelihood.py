@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from pipeline.core.errors import ConfigError
 from pipeline.evals.likelihood import Config as LikelihoodConfig
 from pipeline.evals.likelihood import Likelihood
-from tests.unit.evals.generated import encoders, real, run
+from tests.unit.evals.generated import CLASSES, SHAPE, encoders, real, run
 
 
 def test_bits_are_those_of_the_data(lone_group):
@@ -19,6 +21,10 @@ def test_bits_are_those_of_the_data(lone_group):
     assert entropy - 4 * result.stderr < result.value < entropy + 0.6
     parts = sum(found[f"likelihood/bits_per_dim_{p}"].value for p in ("decoder", "levels", "prior"))
     assert parts == pytest.approx(result.value)
+    for name in ("bits_per_dim", "bits_per_dim_levels", "histogram"):
+        number = found[f"likelihood/{name}"]
+        assert len(number.samples) == 100 and number.samples.std() > 0
+        assert float(number.samples.mean(dtype="float64")) == pytest.approx(number.value, rel=1e-6)
     # the classes are as likely, so the marginal of a pixel is wider than one class, and counting is dearer
     assert result.value < found["likelihood/histogram"].value < 8
 
@@ -29,3 +35,52 @@ def test_fewer_samples_are_the_same_ones_on_any_rank(lone_group):
     assert found["likelihood/bits_per_dim"].n == 30
     chosen = Likelihood(LikelihoodConfig(samples=30))._chosen(torch.arange(100), 100)
     assert int(chosen.sum()) == 30 and chosen[-1] and int(chosen[:50].sum()) == 15
+
+
+class Exact(nn.Module):
+    """A model that is no diffusion: every value of a pixel is as likely, but for a class that it is told of."""
+
+    classes, told, image_shape = CLASSES, "label", SHAPE
+
+    def __init__(self):
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(()))
+        self.asked = []
+
+    def settings(self, values):
+        return None
+
+    def make(self, ids, prompt, seed, settings):
+        raise AssertionError("nothing is made")
+
+    def check_likelihood(self, steps):
+        if steps is not None:
+            raise ConfigError(f"likelihood.steps = {steps}: this model is exact and has no steps; leave it out")
+
+    def likelihood(self, image, ids, prompt, seed, steps):
+        self.asked += list(zip(ids.tolist(), prompt["label"].tolist(), strict=True))
+        return {"": 8.0 + prompt["label"].double()}
+
+
+def test_whatever_knows_how_likely_images_are_can_be_measured(lone_group):
+    model, streams = Exact(), {"val": real(33), "train": real(20)}
+    found = run(Likelihood(LikelihoodConfig()), {"generator": model}, streams)
+    labels = [i % CLASSES for i in range(33)]
+    assert sorted(model.asked) == list(enumerate(labels))
+    assert found.keys() == {"likelihood/bits_per_dim", "likelihood/histogram"}
+    assert found["likelihood/bits_per_dim"].samples.tolist() == [8 + label for label in labels]
+    assert found["likelihood/bits_per_dim"].better == "lower"
+    with pytest.raises(ConfigError, match="this model is exact and has no steps"):
+        run(Likelihood(LikelihoodConfig(steps=5)), {"generator": model}, streams)
+
+
+def test_what_the_model_is_told_must_be_in_the_batches(lone_group):
+    class Silent:
+        classes, samples, fingerprint = (), 3, ""
+
+        def __iter__(self):
+            return iter([{"image": real(3).image, "id": torch.arange(3)}])
+
+    streams = {"val": Silent(), "train": real(20)}
+    with pytest.raises(ConfigError, match='told "label"; add it to the suite\'s fields'):
+        run(Likelihood(LikelihoodConfig()), {"generator": Exact()}, streams)
