@@ -54,7 +54,7 @@ def on_ranks(folder):
             for evaluation in (Samples(SamplesConfig(samples=21)), Memorisation(MemorisationConfig(samples=21))):
                 for output in evaluation.run(pictures):
                     if isinstance(output, Figure):
-                        found[output.name] = [output.image.tolist(), output.caption]
+                        found[output.name] = [int(output.image.sum()), output.image.flatten().tolist()]
         made = Agreement(AgreementConfig(samples=21, batch=4)).made(context(encoders(), {}))
         torch.save(torch.cat([part.image for part in made]), folder / f"{world}-{rank}.pt")
         (folder / f"{world}-{rank}.json").write_text(json.dumps(found))
@@ -101,7 +101,8 @@ def test_every_rank_of_every_world_reports_the_same(folder):
         assert all(other == found[0] for other in found)
         for name, value in whole.items():
             assert found[0][name][0] == pytest.approx(value[0], rel=1e-6, abs=1e-9), name
-            assert found[0][name][1:] == [pytest.approx(v, rel=1e-4, abs=1e-7) for v in value[1:]], name
+            for one, other in zip(value[1:], found[0][name][1:], strict=True):
+                assert other == (one if one is None else pytest.approx(one, rel=1e-4, abs=1e-7)), name
 
 
 def test_images_are_the_same_whoever_makes_them(folder):

@@ -121,6 +121,7 @@ def test_the_most_suspicious_are_shown_with_what_they_copy(lone_group):
     ctx = context(known, {"train": train}, tuple(f"class {i}" for i in range(CLASSES)))
     with torch.no_grad():
         outputs = list(evaluation.run(ctx))
+        quiet = list(Memorisation(Config(samples=150, shown=0)).run(replace(ctx, kept={})))
     table = next(o for o in outputs if isinstance(o, Table))
     assert sorted(row[0] for row in table.rows) == [0, 1, 100, 101]
     assert all(row[1] == row[0] * 3 % 200 and row[2] == 0 < row[3] for row in table.rows)
@@ -128,5 +129,4 @@ def test_the_most_suspicious_are_shown_with_what_they_copy(lone_group):
     # a sample and what it copies are the same picture: find the two rows of squares by their height
     half = len(figure) // 2
     assert figure.shape[2] == 3 and (figure[20:70, 8:60] == figure[half + 20 : half + 70, 8:60]).all()
-    quiet = list(Memorisation(Config(samples=150, shown=0)).run(replace(ctx, kept={})))
     assert not [o for o in quiet if isinstance(o, Table | Figure)]
