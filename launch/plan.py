@@ -81,7 +81,8 @@ def cost_rows(cost: Mapping[str, Any], config: RunConfig, world: int) -> dict[st
         rows[f"  {label}"] = f"{size(number)}{note}"
     wire = "not estimated under ZeRO 3" if cost["sent"] is None else f"{size(cost['sent'])} sent by each rank per step"
     rows["wire"] = f"{wire}, for gradients and parameters, {world} ranks"
-    rows["checkpoint"] = f"{size(cost['checkpoint'])}, {config.run.keep} are kept"
+    series = f", and one every {config.run.keep_every}" if config.run.keep_every.value else ""
+    rows["checkpoint"] = f"{size(cost['checkpoint'])}, {config.run.keep} are kept{series}"
     return rows
 
 

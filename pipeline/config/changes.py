@@ -20,6 +20,7 @@ Rule = Literal["how", "course", "experiment", "never"]
 RULES: tuple[tuple[str, Rule], ...] = (
     ("run.folder", "how"),
     ("run.keep", "how"),
+    ("run.keep_*", "how"),
     ("run.change", "how"),
     ("run.length", "course"),
     ("run.seed", "never"),  # the order of samples, and what is drawn for each

@@ -165,6 +165,10 @@ class Run(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     keep: Positive = 3
     """Newest whole checkpoints that are kept."""
+    keep_every: Duration = Duration(0.0, "ba")
+    """Of the older ones those are kept that lie so far apart, for evaluation and averages; 0ba: none."""
+    keep_optimizer: bool = False
+    """With the optimizer's state, most of their bytes, so that a run can go back to them."""
     change: tuple[Text, ...] = ()
     """Settings ("objective.mask_ratio") that may differ from what the run was trained with so far, although they make
     another experiment of it; see pipeline/config/changes.py."""

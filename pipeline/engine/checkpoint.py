@@ -27,6 +27,8 @@ VERSION = 1
 MANIFEST = "checkpoint.json"
 LATEST = "latest"
 PREFIX = "step-"
+THIN = "thin"
+"""In the state: the optimizer's is gone, so that nothing can go on from it."""
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds them."""
 
@@ -49,9 +51,15 @@ class Saved:
 
     def fill(self, fragments: Iterable[Fragment], rank: int) -> None:
         """Copy the checkpoint's values into live fragments."""
-        names = sorted(self.files)
-        first = rank % len(names)  # at the world size of the save, all that a rank needs is in its own file
+        names = sorted(self.files, key=lambda name: (name.partition("rank-")[2], name))
+        # At the world size of the save, all that a rank needs is in its own files.
+        first = next((i for i, name in enumerate(names) if name.endswith(file_of(rank))), 0)
         fill(list(fragments), [self.folder / n for n in names[first:] + names[:first]])
+
+
+def file_of(rank: int) -> str:
+    """Name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def sha256_of(path: Path) -> str:
@@ -96,8 +104,11 @@ class CheckpointStore:
         """Folder of the checkpoint made after ``step`` updates."""
         return self.folder / f"{PREFIX}{step:08d}"
 
-    def newest(self) -> Saved | None:
+    def newest(self, *, to_go_on: bool = False) -> Saved | None:
         """The newest whole checkpoint, the same on every rank; None when there is none at all.
+
+        Args:
+            to_go_on: pass over those whose optimizer's state is gone.
 
         Raises:
             CheckpointError: there are checkpoints but none is whole.
@@ -106,6 +117,8 @@ class CheckpointStore:
         passed_over: list[str] = []
         for step in reversed(steps):
             saved, problem = self._read(self.path(step))
+            if to_go_on and saved is not None and saved.state.get(THIN):
+                saved, problem = None, "it is kept for evaluation and holds no optimizer's state to go on with"
             problems = [p for p in gather_objects(problem) if p is not None]
             if not problems:
                 assert saved is not None

@@ -7,6 +7,7 @@
    they gather what they wrote; if any failed, all raise in the same step and the old checkpoints are untouched.
 4. A thread of rank 0 writes ``checkpoint.json`` (files, hashes, tensors, clock, stream), fsyncs, renames the folder to
    ``step-N``, fsyncs the parent, replaces ``latest``, and removes what is older than the ``keep`` newest whole ones.
+   Checkpoints of a series stay; of those, when they are so old, only the optimizer's state goes (see :class:`Series`).
 5. With a later update all ranks know that it is there.
 
 A crash at any moment leaves the checkpoints before it, or the new one, whole. One save is in flight at a time; a run
@@ -15,11 +16,14 @@ that ends or stops waits for its last one. No thread takes part in a collective.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +34,18 @@ from pipeline.core.errors import CheckpointError
 from pipeline.core.files import replace_file, room, sync_folder
 from pipeline.core.tensors import write_tensors
 from pipeline.dist.group import gather_objects
-from pipeline.engine.checkpoint import LATEST, MANIFEST, PREFIX, CheckpointStore, manifest_text, sha256_of
-from pipeline.engine.fragments import Fragment, Spec
+from pipeline.engine.checkpoint import (
+    LATEST,
+    MANIFEST,
+    PREFIX,
+    THIN,
+    CheckpointStore,
+    file_of,
+    manifest_text,
+    read_manifest,
+    sha256_of,
+)
+from pipeline.engine.fragments import OPTIMIZER, Fragment, Spec
 
 FAILED = -1
 
@@ -54,6 +68,20 @@ def write_fragments(path: Path, fragments: Iterable[Fragment]) -> dict[str, Spec
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return specs
+
+
+@dataclass(frozen=True)
+class Series:
+    """Checkpoints that stay: for curves over training, and for averages that are made afterwards."""
+
+    every: Fraction
+    """Updates from one to the next."""
+    optimizer: bool
+    """Whether they keep the optimizer's state, and with it the possibility to go on from them."""
+
+    def holds(self, step: int) -> bool:
+        """Whether the checkpoint of a step is one of them; as an action of this period is due."""
+        return bool(self.every) and math.ceil(step // self.every * self.every) == step
 
 
 class Task(threading.Thread):
@@ -92,13 +120,19 @@ class Saver:
         store: where they go.
         keep: newest whole checkpoints that are kept.
         saved: called on every rank with the step of a checkpoint that is there.
+        series: which of the older ones are kept; None: none.
     """
 
-    def __init__(self, store: CheckpointStore, keep: int, saved: Callable[[int], None]) -> None:
+    def __init__(
+        self, store: CheckpointStore, keep: int, saved: Callable[[int], None], series: Series | None = None
+    ) -> None:
         self.store = store
         self.place = store.place
         self.keep = keep
         self.saved = saved
+        self.series = series
+        self.last: int | None = None
+        """The step that was saved last, since the run was started."""
         self._host: dict[str, Tensor] = {}
         """Memory for copies, kept from save to save."""
         self._flight: _Flight | None = None
@@ -144,7 +178,8 @@ class Saver:
                 problem = error
         self._agree(step, None, problem)
         copies = self._copy(fragments)
-        self._flight = _Flight(step, state, Task(lambda: self._write(temporary, copies)))
+        self.last = step
+        self._flight = _Flight(step, state, Task(lambda: self._write(temporary, step, copies)))
 
     def finish(self) -> None:
         """Wait until what is being written is there.
@@ -172,10 +207,21 @@ class Saver:
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _write(self, temporary: Path, copies: Sequence[Fragment]) -> Written:
-        path = temporary / f"rank-{self.place.rank:05d}.safetensors"
-        specs = write_fragments(path, copies)
-        return Written(path.name, path.stat().st_size, sha256_of(path), specs)
+    def _write(self, temporary: Path, step: int, copies: Sequence[Fragment]) -> list[Written]:
+        """Write a rank's file; or two, where the optimizer's state is to go before the rest."""
+        own = file_of(self.place.rank)
+        parts = {own: copies}
+        if self.series is not None and self.series.holds(step) and not self.series.optimizer:
+            of_optimizer = [f.name.startswith(f"{OPTIMIZER}/") for f in copies]
+            parts = {
+                own: [f for f, it_is in zip(copies, of_optimizer, strict=True) if not it_is],
+                f"{OPTIMIZER}-{own}": [f for f, it_is in zip(copies, of_optimizer, strict=True) if it_is],
+            }
+        written: list[Written] = []
+        for name, fragments in parts.items():
+            specs = write_fragments(temporary / name, fragments)
+            written.append(Written(name, (temporary / name).stat().st_size, sha256_of(temporary / name), specs))
+        return written
 
     def _advance(self, flight: _Flight) -> None:
         """End a stage: all ranks hear how it went for each, and the next one begins."""
@@ -184,7 +230,7 @@ class Saver:
         self._stages += 1
         if not flight.written:
             flight.written = True
-            parts: list[Written] = results
+            parts: list[Written] = [part for of_rank in results for part in of_rank]
             flight.task = Task(lambda: self._publish(flight, parts) if self.place.first else None)
         else:
             self._flight = None
@@ -208,7 +254,11 @@ class Saver:
         kept = [step for step in steps if step not in self.store.damaged][-self.keep :]
         for old in (step for step in steps if step < kept[0]):
             # What cannot go now, as when somebody reads it over NFS, goes another time: the new one is there.
-            shutil.rmtree(self.store.path(old), ignore_errors=True)
+            if self.series is None or not self.series.holds(old):
+                shutil.rmtree(self.store.path(old), ignore_errors=True)
+            elif not self.series.optimizer:
+                with suppress(OSError, CheckpointError):
+                    thin(self.store.path(old))
 
     def _agree(self, step: int, result: Any, error: Exception | None) -> list[Any]:
         """Every rank's result; if one had an error, all raise, after the half checkpoint is out of the way."""
@@ -225,3 +275,26 @@ class Saver:
             f"could not write the checkpoint of step {step} in {self.store.folder}: {'; '.join(problems)} ({full}). "
             "Older checkpoints are untouched; make room or mend the folder and start again to resume"
         ) from error
+
+
+def thin(folder: Path) -> None:
+    """Take the optimizer's state out of a checkpoint whose ranks have written it into files of their own.
+
+    The manifest goes first, so that a crash leaves files that belong to nothing, which the next call removes.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    saved = read_manifest(folder)
+    files = {name: facts for name, facts in saved.files.items() if not name.startswith(f"{OPTIMIZER}-")}
+    if files != saved.files:
+        facts = {
+            "files": files,
+            "tensors": {
+                n: [list(s.shape), s.dtype] for n, s in saved.tensors.items() if not n.startswith(f"{OPTIMIZER}/")
+            },
+            "state": saved.state | {THIN: True},
+        }
+        replace_file(folder / MANIFEST, manifest_text(facts))
+    for left_over in folder.glob(f"{OPTIMIZER}-*"):
+        left_over.unlink()

@@ -47,7 +47,7 @@ def find_beginning(config: RunConfig, plan: Plan, store: CheckpointStore, title:
         ConfigError: this would be another run, or it would end before the checkpoint.
         CheckpointError: no checkpoint is whole.
     """
-    saved = store.newest()
+    saved = store.newest(to_go_on=True)
     if saved is None:
         return Beginning(None, Clock(0, 0, plan.total_samples))
     trained = f"step {saved.step} of {config.run.folder}"

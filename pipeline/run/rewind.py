@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.config.exitcodes import FINISHED, REQUEUE
 from pipeline.core.errors import CheckpointError
-from pipeline.engine.checkpoint import CHECKPOINTS, PREFIX, read_manifest, verify_file
+from pipeline.engine.checkpoint import CHECKPOINTS, PREFIX, THIN, read_manifest, verify_file
 from pipeline.record.files import Lines
 from pipeline.record.lock import RunLock
 from pipeline.record.recorder import NOTES
@@ -36,6 +36,11 @@ def rewind(run: str, step: int) -> int:
             known = ", ".join(map(str, sorted(steps))) or "none"
             raise CheckpointError(f"{checkpoints} has no checkpoint of step {step}; there are: {known}")
         saved = read_manifest(steps[step])
+        if saved.state.get(THIN):
+            raise CheckpointError(
+                f"{saved.folder} is kept for evaluation and holds no optimizer's state to go on with "
+                "(run.keep_optimizer = true keeps it); start a new run from its weights: start.from"
+            )
         for name, facts in saved.files.items():
             verify_file(saved.folder / name, facts)
         later = [path for at, path in steps.items() if at > step]

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config import load, provenance
 from pipeline.config.exitcodes import FINISHED, REQUEUE
-from pipeline.config.resolve import Plan, phase_learning_rate, resolve
+from pipeline.config.resolve import Plan, period, phase_learning_rate, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.core import manifest as manifests
 from pipeline.core.contract import check_batch
@@ -25,7 +25,7 @@ from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CHECKPOINTS, CheckpointStore
 from pipeline.engine.loop import Outcome, fit
 from pipeline.engine.meter import Meter
-from pipeline.engine.saving import Saver
+from pipeline.engine.saving import Saver, Series
 from pipeline.engine.stopping import StopRequest
 from pipeline.engine.surveys import Surveyor
 from pipeline.engine.watch import Watch
@@ -111,6 +111,11 @@ class Job:
             state["tokenizer"] = self.tokenizer.decode()
         self.saver.save(clock.step, self.engine.written(), state)
 
+    def keep(self, clock: Clock) -> None:
+        """Save what is to stay, unless that is done."""
+        if self.saver.last != clock.step:
+            self.checkpoint(clock)
+
     def showcase(self, clock: Clock) -> None:
         """The objective's pictures, with the averaged weights where there are any."""
         objective = self.engine.objective
@@ -129,6 +134,7 @@ class Job:
             *self.surveys,
             Action("log", self.plan.log_every, self.log),
             Action("checkpoint", self.plan.checkpoint_every, self.checkpoint),
+            Action("checkpoint", self.saver.series.every if self.saver.series else 0, self.keep, at_end=False),
             Action("showcase", self.plan.showcase_every, self.showcase),
         ]
 
@@ -175,7 +181,8 @@ def train(path: str, overrides: Sequence[str]) -> int:
         clock = beginning.clock
         start.pulse.at("start", clock.step)
         meter = Meter(place.device, place.world_size, start.pulse)
-        saver = Saver(store, config.run.keep, start.saved if place.first else lambda step: None)
+        series = Series(period(plan, config.run.keep_every), config.run.keep_optimizer)
+        saver = Saver(store, config.run.keep, start.saved if place.first else lambda step: None, series)
         watch = Watch(place.device, stop, saver)
         surveyor = Surveyor(engine, meter, watch, config.run.seed)
         surveys = build_surveys(config, manifest, plan, engine, surveyor, stack)

@@ -123,7 +123,8 @@ def _fill_posthoc(tensors: dict[str, Tensor], saved: Saved, rank: int, width: fl
     folders = [path.parent for path in sorted(saved.folder.parent.glob(f"{PREFIX}*/{MANIFEST}"))]
     run = [read_manifest(folder) for folder in folders if folder.suffix != ".tmp"]
     # At the first update all averages are the weights themselves, so that two widths are one.
-    earlier = [s for s in run if 1 < s.step <= saved.step and s.tensors.keys() >= saved.tensors.keys()]
+    averaged = {name for name in saved.tensors if name.partition("/")[0] in prefixes}
+    earlier = [s for s in run if 1 < s.step <= saved.step and s.tensors.keys() >= averaged]
     for source in earlier:
         for name, facts in source.files.items():
             verify_file(source.folder / name, facts)

@@ -146,3 +146,22 @@ def test_weights_that_are_not_there_are_named(course):
     for weights, message in (("ema", "holds no weights 'ema', only model"), (0.1, "train with ema.power")):
         with pytest.raises(CheckpointError, match=message):
             load_weights(built(whole), plain, 0, weights)
+
+
+def test_a_series_without_optimizers_gives_the_same_average(course, glyphs, tmp_path):
+    """What a series keeps is all that an average needs."""
+    series, full = ["run.keep=1", "run.keep_every=1ba"], tmp_path / "thin"
+    assert codes(run(2, "ddpm", settings(full, glyphs / "train", "zero1", *series))) == [0, 0]
+    folders = [full / "checkpoints" / f"step-{step:08d}" for step in range(1, STEPS + 1)]
+    held = [{name.partition("/")[0] for name in read_manifest(folder).tensors} for folder in folders]
+    averages = {"model", "ema", *(f"ema-{width}" for width in WIDTHS)}
+    assert held == [averages] * (STEPS - 1) + [averages | {"optimizer"}]
+    assert all(tensors(folder).keys() == read_manifest(folder).tensors.keys() for folder in folders[:-1])
+
+    def average(folder: Path) -> torch.Tensor:
+        saved = read_manifest(folder / "checkpoints" / f"step-{STEPS:08d}")
+        objective = built(saved)
+        load_weights(objective, saved, 0, 0.12)
+        return objective.denoiser.network.conv_in.weight.detach()
+
+    assert torch.equal(average(full), average(course("zero1")))

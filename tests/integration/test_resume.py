@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.dist.group import from_first
+from pipeline.run import train as training
 from tests.integration.runs import codes, die_at, metrics, notes, overrides, run, same_course, steps_of
 
 ENGINES = {
@@ -59,3 +61,52 @@ def test_in_bf16_and_with_drop_path_it_resumes_bit_for_bit(engine, glyphs, tmp_p
     assert codes(run(2, "supervised", settings, hurt=partial(die_at, 5)))[1] == -9
     assert codes(run(2, "supervised", settings)) == [0, 0]
     assert metrics(killed) == metrics(whole)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("accelerate", marks=pytest.mark.slow), "zero3"])
+def test_three_resumes_in_a_row_at_three_world_sizes(engine, glyphs, tmp_path):
+    """What a second resume loses, the first one has not written back."""
+
+    def settings(folder: Path, *more: str) -> list[str]:
+        return overrides(folder, glyphs / "train", *ENGINES[engine], "engine.precision=fp32", *more)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert codes(run(2, "mae", settings(whole))) == [0, 0]
+    for world, step in ((1, 4), (4, 7), (2, 10)):
+        ended = codes(run(world, "mae", settings(broken), hurt=partial(die_at, step, rank=world - 1)))
+        assert ended[world - 1] == -9
+    assert codes(run(1, "mae", settings(broken))) == [0]
+    same_course(broken, whole)
+
+
+@pytest.mark.parametrize("engine", ["accelerate", "zero1", "zero3"])
+def test_what_is_loaded_and_saved_again_is_the_same_to_the_byte(engine, glyphs, tmp_path):
+    """Save, load, save, load, save, without a step between."""
+    folder = tmp_path / "run"
+    more = [*ENGINES[engine], "engine.precision=fp32", "run.length=3ba", "ema.decay=0.9"]
+    settings = overrides(folder, glyphs / "train", *more)
+    assert codes(run(2, "mae", settings)) == [0, 0]
+    saved = folder / "checkpoints" / "step-00000003"
+    first = {p.name: p.read_bytes() for p in saved.glob("*.safetensors")}
+    assert len(first) == 2
+    for _ in range(2):
+        assert codes(run(2, "mae", settings, hurt=save_again)) == [0, 0]
+        assert {p.name: p.read_bytes() for p in saved.glob("*.safetensors")} == first
+        assert (saved / "again").read_text() == "2"
+        (saved / "again").unlink()
+
+
+def save_again() -> None:
+    """Let a run that has nothing left to do save what it has loaded, in place of what it has loaded it from."""
+    end = training.Job.end
+
+    def save_and_end(job, outcome, clock, stop):
+        shutil.rmtree(job.saver.store.path(clock.step)) if job.place.first else None
+        from_first(None)
+        job.checkpoint(clock)
+        job.saver.finish()
+        if job.place.first:
+            (job.saver.store.path(clock.step) / "again").write_text(str(job.place.world_size))
+        return end(job, outcome, clock, stop)
+
+    training.Job.end = save_and_end

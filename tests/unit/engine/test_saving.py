@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 from pipeline.core.errors import CheckpointError
 from pipeline.dist.group import Place
 from pipeline.engine import saving
-from pipeline.engine.checkpoint import CheckpointStore
+from pipeline.engine.checkpoint import CheckpointStore, read_manifest, verify_file
 from pipeline.engine.fragments import Fragment, whole
-from pipeline.engine.saving import FAILED, Saver
+from pipeline.engine.saving import FAILED, Saver, Series
 
 
 def saver(folder: Path, keep: int = 3, rank: int = 0, world: int = 1) -> Saver:
@@ -272,3 +273,72 @@ def test_one_rank_that_fails_or_is_late_decides_for_all(tmp_path):
     dist.barrier()
     assert saves.store.steps() == [1] and not list(saves.store.folder.glob("*.tmp"))
     dist.destroy_process_group()
+
+
+def saved_series(folder: Path, steps: range, *, optimizer: bool, every: Fraction = Fraction(3)) -> Saver:
+    """A run that has saved at each step, a weight and an optimizer's state."""
+    place = Place(0, 1, 0, torch.device("cpu"), timeout=None)  # type: ignore[arg-type]
+    store = CheckpointStore(folder / "checkpoints", place, print)
+    saves = Saver(store, 2, lambda step: None, Series(every, optimizer))
+    for step in steps:
+        parts = [
+            whole("model/a", torch.full((5,), float(step))),
+            whole("optimizer/m/a", torch.full((5,), -float(step))),
+        ]
+        saves.save(step, parts, {"step": step})
+    saves.finish()
+    return saves
+
+
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_a_series_stays_with_what_it_is_to_keep(tmp_path, lone_group, optimizer):
+    saves = saved_series(tmp_path, range(1, 9), optimizer=optimizer)
+    assert saves.store.steps() == [3, 6, 7, 8]
+    for step in saves.store.steps():
+        saved = read_manifest(saves.store.path(step))
+        assert {p.name for p in saved.folder.iterdir()} == {*saved.files, "checkpoint.json"}
+        for name, facts in saved.files.items():
+            verify_file(saved.folder / name, facts)
+        found = torch.zeros(5)
+        saved.fill([whole("model/a", found)], 0)
+        assert found.tolist() == [step] * 5
+        kept = optimizer or step > 6
+        assert ("optimizer/m/a" in saved.tensors) == kept == (not saved.state.get("thin"))
+        if kept:
+            saved.fill([whole("optimizer/m/a", found)], 0)
+            assert found.tolist() == [-step] * 5
+    size = sum(f.stat().st_size for f in saves.store.path(3).glob("*.safetensors"))
+    whole_size = sum(f.stat().st_size for f in saves.store.path(8).glob("*.safetensors"))
+    assert size == whole_size if optimizer else size < 0.7 * whole_size
+
+
+def test_nothing_goes_on_from_a_checkpoint_without_an_optimizer(tmp_path, lone_group):
+    saves = saved_series(tmp_path, range(1, 9), optimizer=False)
+    for step in (7, 8):
+        shutil.rmtree(saves.store.path(step))
+    newest = saves.store.newest()
+    assert newest is not None and newest.step == 6, "it can be evaluated"
+    with pytest.raises(
+        CheckpointError, match="step-00000006: it is kept for evaluation and holds no optimizer's state"
+    ):
+        saves.store.newest(to_go_on=True)
+
+
+def test_killed_while_it_takes_the_optimizer_out_nothing_is_lost(tmp_path, lone_group, monkeypatch):
+    saves = saved_series(tmp_path, range(3, 4), optimizer=False)
+    folder = saves.store.path(3)
+    before = sorted(p.name for p in folder.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "replace_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            saving.thin(folder)
+    assert sorted(p.name for p in folder.iterdir()) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            saving.thin(folder)
+    assert sorted(p.name for p in folder.iterdir()) == before
+    newest = saves.store.newest()
+    assert newest is not None and newest.state["thin"], "whole already"
+    saving.thin(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.json", "rank-00000.safetensors"]
