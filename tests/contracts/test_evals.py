@@ -26,8 +26,11 @@ NAMES = [
     and set(build_evaluation(name).uses().streams) <= {"train", "val"}
 ]
 """Those that look at real images and their texts, of two streams."""
-SETTINGS = {"knn": {"k": (5, 20)}}
-"""Where an evaluation's defaults ask for more than the tiny streams hold."""
+SETTINGS = {
+    "knn": {"k": (5, 20)},
+    "robustness": {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5)},
+}
+"""Where an evaluation's defaults ask for more than the tiny streams hold, or for much of the same."""
 
 
 class Flat(nn.Module):

@@ -26,7 +26,7 @@ def shot_noise(x: Tensor, severity: int, draw: Draw) -> Tensor:
     photons = (60, 25, 12, 5, 3)[severity - 1]
     level = (x * 255).round()
     known = _counts(photons).to(x.device)
-    query = level.double() + draw.uniform(*x.shape[1:]).double()
+    query = (level.double() + draw.uniform(*x.shape[1:]).double()).contiguous()
     count = torch.searchsorted(known, query, right=True) - level.long() * SHOT_TERMS
     return count.to(x.dtype) / photons
 
