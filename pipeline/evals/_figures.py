@@ -29,8 +29,8 @@ def lines(curves: Sequence[Line], across: str, up: str) -> np.ndarray:
     """Curves over one axis, their names beside them, uint8[H,W,3]."""
     figure, axes = _sheet()
     for number, curve in enumerate(curves):
-        look = {"color": "black", "linewidth": 2.5} if curve.bold else {"color": colour(number, len(curves))}
-        axes.plot(curve.x, curve.y, label=curve.name, marker="o", markersize=3, **look)
+        shade, width = ("black", 2.5) if curve.bold else (colour(number, len(curves)), 1.5)
+        axes.plot(curve.x, curve.y, label=curve.name, marker="o", markersize=3, color=shade, linewidth=width)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     axes.set_ylim(0, 1)

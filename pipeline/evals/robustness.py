@@ -178,7 +178,9 @@ def _mean(name: str, each: np.ndarray, split: str) -> Number:
     """The mean over samples, bool[N] or float[N], with its standard error."""
     values, n = each.astype(np.float64), len(each)
     error = math.sqrt(float(values.var()) / n)
-    return Number(name, float(values.mean()), n, split, error, samples=each if each.dtype == bool else np.float32(each))
+    return Number(
+        name, float(values.mean()), n, split, error, samples=each if each.dtype == bool else each.astype(np.float32)
+    )
 
 
 def _curves(top1: np.ndarray, clean: float, names: Sequence[str], severities: Sequence[int]) -> np.ndarray:

@@ -41,8 +41,8 @@ def disk(radius: int, soft: float, scale: float) -> Tensor:
     tap = np.exp(-0.5 * (np.arange(-reach, reach + 1) / soft) ** 2)
     tap, n = tap / tap.sum(), len(place)
     edge = mirror(torch.arange(-reach, n + reach), n).numpy()
-    rows = sum(share * full[edge[i : i + n]] for i, share in enumerate(tap))
-    both = sum(share * rows[:, edge[i : i + n]] for i, share in enumerate(tap))
+    rows = np.stack([share * full[edge[i : i + n]] for i, share in enumerate(tap)]).sum(axis=0)
+    both = np.stack([share * rows[:, edge[i : i + n]] for i, share in enumerate(tap)]).sum(axis=0)
     return torch.from_numpy(both / full.sum()).float()
 
 

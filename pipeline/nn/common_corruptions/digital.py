@@ -54,8 +54,8 @@ def elastic_transform(x: Tensor, severity: int, draw: Draw) -> Tensor:
     (height, width), scale = x.shape[-2:], scale_of(x)
     row, column = (torch.arange(side, device=x.device, dtype=x.dtype) for side in (height, width))
     grid = torch.stack(torch.broadcast_tensors(column, row[:, None]), dim=-1)  # [H,W,2]: x, y
-    x = sampled(x, *reversed(_affine(grid, (width, height), between(draw, -affine * scale, affine * scale, 3, 2))
-                             .unbind(-1)), mirror)  # fmt: skip
+    came = _affine(grid, (width, height), between(draw, -affine * scale, affine * scale, 3, 2))
+    x = sampled(x, came[..., 1], came[..., 0], mirror)
     moves = [
         scale * fitted(strength * smooth(between(draw, -1, 1, 1, *canvas(x)), sigma, symmetric, truncate=3), x)[:, 0]
         for _ in range(2)

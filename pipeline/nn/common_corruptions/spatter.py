@@ -6,6 +6,8 @@ OpenCV does; each image is worked on by itself.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -57,7 +59,7 @@ def edges(levels: np.ndarray, low: int = 50, high: int = 150) -> np.ndarray:
     A border pixel has neighbours of no gradient beyond the edge.
     """
     image = levels.astype(np.int64)
-    across, down = (ndimage.sobel(image, axis=axis, mode="nearest") for axis in (1, 0))
+    across, down = (np.asarray(ndimage.sobel(image, axis=axis, mode="nearest"), np.int64) for axis in (1, 0))
     size = np.abs(across) + np.abs(down)
     wide = np.pad(size, 1)
 
@@ -78,7 +80,7 @@ def edges(levels: np.ndarray, low: int = 50, high: int = 150) -> np.ndarray:
         ),
     )  # fmt: skip
     weak = peak & (size > low)
-    groups, count = ndimage.label(weak, np.ones((3, 3)))
+    groups, count = cast("tuple[np.ndarray, int]", ndimage.label(weak, np.ones((3, 3))))
     strong = np.zeros(count + 1, bool)
     strong[groups[weak & (size > high)]] = True
     return strong[groups] & weak
