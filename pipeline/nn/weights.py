@@ -5,6 +5,7 @@ Nothing is unpickled freely: files are safetensors, or what ``torch.load(weights
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -128,6 +129,16 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds no weights by name")
     return content, {}
+
+
+def weights_hash(modules: Mapping[str, nn.Module]) -> str:
+    """Hash of all parameters and buffers with their names; modules that share some are hashed as often."""
+    found = hashlib.sha256()
+    for name, module in sorted(modules.items()):
+        for key, tensor in sorted(module.state_dict().items()):
+            found.update(f"{name}/{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 _wanted: ContextVar[bool] = ContextVar("wanted", default=True)
