@@ -40,6 +40,8 @@ class Image(Strict):
     """Random area and ratio; or short side resized then centre crop; or both sides resized."""
     crop_fraction: Fraction = 1.0
     """Of centre crops: side of the crop as a part of the resized image's; 0.875 resizes to 256 and cuts out 224."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How pixels are resized, antialiased in any case."""
     scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     """Area of a random crop, as a part of the image's."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)

@@ -30,6 +30,8 @@ TIMM = "timm"
 """Key of a file's metadata that says, in JSON, what ``timm.create_model`` is to be given."""
 IMAGE_SIZE = "image_size"
 """Key of a file's metadata that holds height and width, in JSON."""
+NORMAL = "normalisation"
+"""Key of a file's metadata that holds "mean" and "std" of each channel, for values from 0 to 1, in JSON."""
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -85,7 +87,11 @@ def export_encoder(
         rebuilt = timm.create_model(config.encoder, **args).state_dict()
     assert {k: v.shape for k, v in rebuilt.items()} == {k: v.shape for k, v in state.items()}, args
     size = new_image_size or image_size
-    made = {TIMM: json.dumps({"architecture": config.encoder, "args": args}), IMAGE_SIZE: json.dumps(size)}
+    made = {
+        TIMM: json.dumps({"architecture": config.encoder, "args": args}),
+        IMAGE_SIZE: json.dumps(size),
+        NORMAL: json.dumps({"mean": config.mean, "std": config.std}),
+    }
     save(path, state, made)
     return args
 
