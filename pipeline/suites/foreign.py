@@ -82,6 +82,17 @@ def hold(model: nn.Module, tensors: Mapping[str, Tensor], file: Path, what: str)
     model.load_state_dict(dict(tensors))
 
 
+def marked(encoders: dict[str, nn.Module], *facts: Any) -> dict[str, nn.Module]:
+    """The encoders, with what decides their outputs beside their weights as a buffer, so that hashes know of it.
+
+    ``facts`` are plain values: architecture, normalisation, tokens.
+    """
+    text = json.dumps(facts, sort_keys=True).encode()
+    for module in encoders.values():
+        module.register_buffer("facts", torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    return encoders
+
+
 def _some(what: str, names: list[str]) -> str:
     more = ", ..." if len(names) > _SHOWN else ""
     return f"{len(names)} {what}" + (f" ({', '.join(names[:_SHOWN])}{more})" if names else "")
@@ -117,7 +128,7 @@ def encoder(file: Path) -> Opened:
     height, width = table(file, IMAGE_SIZE, metadata[IMAGE_SIZE])
     image = Image(size=(height, width) if height != width else height, crop="center")
     own = ImageEncoder(Normalize(normal["mean"], normal["std"]), backbone, "native")
-    return Opened({"image": own}, (), image)
+    return Opened(marked({"image": own}, made, normal), (), image)
 
 
 def timm_model(name: str, file: Path | None) -> Opened:
@@ -136,20 +147,20 @@ def timm_model(name: str, file: Path | None) -> Opened:
         backbone = _create(name, num_classes=0)
     taken = resolve_data_config({}, model=backbone)
     normalize = Normalize(taken["mean"], taken["std"])
-    image = cropped(taken)
+    image, facts = cropped(taken), ("timm", name, taken["mean"], taken["std"])
+    encoders: dict[str, nn.Module] = {"image": ImageEncoder(normalize, backbone, "native")}
     if file is None:
-        return Opened({"image": ImageEncoder(normalize, backbone, "native")}, (), image)
-    tensors = _as_timm(backbone, dict(read(file)[0]), file)
+        return Opened(marked(encoders, *facts), (), image)
+    tensors = _as_timm(backbone, dict(read(file)[0]))
     heads = _heads(backbone)
     trunk = {key: value for key, value in tensors.items() if not key.startswith(heads)}
     hold(backbone, trunk, file, f"timm's {name!r}")
-    encoders: dict[str, nn.Module] = {"image": ImageEncoder(normalize, backbone, "native")}
     classes = _classes(heads, tensors)
     if classes:
         whole = _create(name, num_classes=len(classes))
         hold(whole, tensors, file, f"timm's {name!r} with {len(classes)} classes")
         encoders["logits"] = Classifier(normalize, whole)
-    return Opened(encoders, classes, image)
+    return Opened(marked(encoders, *facts), classes, image)
 
 
 def _create(name: str, **arguments: Any) -> Backbone:
@@ -168,15 +179,15 @@ def _heads(backbone: Backbone) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
 
 
-def _as_timm(backbone: Backbone, tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+def _as_timm(backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights by timm's names: as they are, or as timm translates those that a model's authors published."""
-    if backbone.state_dict().keys() <= tensors.keys():
+    if backbone.state_dict().keys() == {key for key in tensors if not key.startswith(_heads(backbone))}:
         return tensors
     translate: Any = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if translate is None:
         return tensors
     try:
-        return translate(tensors, backbone)
+        return translate(dict(tensors), backbone)
     except (KeyError, IndexError, RuntimeError, ValueError, AttributeError, TypeError):
         return tensors  # of another model: what is missing is said where they are held against it
 
@@ -202,4 +213,6 @@ def cropped(taken: Mapping[str, Any]) -> Image | str:
         return Image(crop="center", crop_fraction=height / int(height / taken["crop_pct"]), **how)
     if taken["crop_mode"] == "squash" and taken["crop_pct"] == 1:
         return Image(crop="resize", **how)
-    return f"it takes images that are cropped by {taken['crop_mode']!r} of {taken['crop_pct']}, which is none of our ways"
+    return (
+        f"it takes images that are cropped by {taken['crop_mode']!r} of {taken['crop_pct']}, which is none of our ways"
+    )

@@ -6,7 +6,9 @@ the file is read here, so that nothing is downloaded and nothing unpickled freel
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from pipeline.data.clip_vocabulary import CLIP, clip_tokenizer
 from pipeline.nn.images import Normalize
 from pipeline.nn.open_clip import CLIP_VOCAB
 from pipeline.nn.weights import read
-from pipeline.suites.foreign import Opened, hold
+from pipeline.suites.foreign import Opened, hold, marked
 from pipeline.suites.on_disk import OPEN_CLIP
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -79,13 +81,15 @@ def open_clip_model(name: str, path: Path) -> Opened:
     tensors, _ = read(file)
     model = _built(factory, config, name, path)
     _fill(model, tensors, file, f"open_clip's {name or 'model in ' + str(path)!r}")
-    taken = {**factory.get_model_preprocess_cfg(model), **normal}
+    taken = {**_preprocessing(model), **normal}
     dim = int(config["embed_dim"])
     normalize = Normalize(taken["mean"], taken["std"])
     captions, tokenizer = _words(config["text_cfg"], folder)
     encoders: dict[str, nn.Module] = {"image": ImageTower(normalize, model, dim)}
     if tokenizer is not None:
         encoders["text"] = TextTower(model, dim)
+    tokens = [captions.model_dump(mode="json"), hashlib.sha256(tokenizer or b"").hexdigest()]
+    marked(encoders, "open_clip", name, config, taken["mean"], taken["std"], tokens)
     return Opened(encoders, (), _cropped(model, taken), captions, tokenizer)
 
 
@@ -114,15 +118,24 @@ def _configuration(file: Path) -> dict[str, Any]:
     return found
 
 
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    from open_clip.model import get_model_preprocess_cfg
+
+    return get_model_preprocess_cfg(model)
+
+
 def _built(factory: Any, config: dict[str, Any], name: str, path: Path) -> nn.Module:
-    """With weights as they are drawn at random."""
+    """With weights as they are drawn at random, without the library's warning that they are."""
     where = {"model_name": name} if name else {"model_name": f"local-dir:{path}", "load_weights": False}
+    logging.disable(logging.WARNING)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return factory.create_model(**where, pretrained_text=False, require_pretrained=False)
     except Exception as error:  # each part of it, and what it builds upon, fails in its own way
         raise ConfigError(f"open_clip cannot build {name or path}: {type(error).__name__}: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _fill(model: Any, tensors: dict[str, Tensor], file: Path, what: str) -> None:

@@ -44,7 +44,9 @@ def origin_of(
     seed = own.pop("seed", None)
     named = streams_named(own, uses.streams)
     settled = {key: value for key, value in own.items() if key not in {use.partition(".")[0] for use in named}}
-    settled["image"] = image.model_dump(mode="json")
+    # Before it could be chosen, it was bicubic.
+    unsaid = {"interpolation"} if image.interpolation == "bicubic" else None
+    settled["image"] = image.model_dump(mode="json", exclude=unsaid)
     if judges := {n: context.encoders[n] for n in uses.encoders if n.startswith(JUDGE)}:
         settled["judge"] = context.once(("weights", *judges), lambda: weights_hash(judges))
     data = {use: context.streams[stream].fingerprint for use, stream in named.items()}

@@ -1,4 +1,4 @@
-"""What is measured: encoders, and what is known of how they were trained. How ours are opened; others: ``foreign.py``."""
+"""What is measured: encoders, and what is known of their training. Here ours are opened, in ``foreign.py`` others."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def open_subject(spec: Spec, place: Place) -> Subject:
     encoders: dict[str, nn.Module] = {}
     for name, encoder in found.encoders.items():
         encoders[name] = encoder.to(place.device).eval().requires_grad_(False)
-    return Subject(
-        spec.called(step), spec.source, step, encoders, found.classes, found.image, found.captions, found.tokenizer
-    )
+    return Subject(spec.called(step), spec.source, step, encoders, *found[1:])
 
 
 def _path(spec: Spec) -> Path:

@@ -70,7 +70,8 @@ class Spec:
     def called(self, step: int | None = None) -> str:
         """What it is called among those of the same source; ``step``: which checkpoint it came to be."""
         if self.kind == "checkpoint":
-            return f"step {self.step if step is None else step}" + ("" if self.weights == MODEL else f", {self.weights}")
+            averaged = "" if self.weights == MODEL else f", {self.weights}"
+            return f"step {self.step if step is None else step}{averaged}"
         return RANDOM if self.kind == "untrained" else self.source
 
     @property
@@ -126,7 +127,9 @@ def _spelled(spelled: str, say: Callable[[str], None]) -> Iterator[Spec]:
                 say(f"passed over {p}: {reason}")
             yield from made
         if several and not any(made for _, (_, made) in specs):
-            raise ConfigError(f"{spelled}: of {len(paths)} that match none can be evaluated; {paths[0]}: {specs[0][1][0]}")
+            raise ConfigError(
+                f"{spelled}: of {len(paths)} that match none can be evaluated; {paths[0]}: {specs[0][1][0]}"
+            )
 
 
 def _at(spelled: str) -> tuple[str, str]:
