@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ TOKENIZER = "tokenizer.json"
 class ImageTower(nn.Module):
     """uint8[B,C,H,W] to float[B,E]."""
 
-    def __init__(self, normalize: Normalize, model: nn.Module, dim: int) -> None:
+    model: Any
+
+    def __init__(self, normalize: Normalize, model: Any, dim: int) -> None:
         super().__init__()
         self.normalize, self.model, self.dim = normalize, model, dim
 
@@ -46,7 +49,9 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """int64[B,L] and int64[B] to float[B,E]. open_clip finds the end of a text by itself."""
 
-    def __init__(self, model: nn.Module, dim: int) -> None:
+    model: Any
+
+    def __init__(self, model: Any, dim: int) -> None:
         super().__init__()
         self.model, self.dim = model, dim
 
@@ -98,12 +103,11 @@ def _library() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its imports
-            from open_clip import factory
+            return import_module("open_clip.factory")
     except ImportError as error:
         raise ConfigError(
             f"models of open_clip need the package open_clip_torch, which cannot be imported ({error}); install it"
         ) from error
-    return factory
 
 
 def _configuration(file: Path) -> dict[str, Any]:
@@ -119,9 +123,7 @@ def _configuration(file: Path) -> dict[str, Any]:
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any]:
-    from open_clip.model import get_model_preprocess_cfg
-
-    return get_model_preprocess_cfg(model)
+    return import_module("open_clip.model").get_model_preprocess_cfg(model)
 
 
 def _built(factory: Any, config: dict[str, Any], name: str, path: Path) -> nn.Module:
@@ -140,16 +142,14 @@ def _built(factory: Any, config: dict[str, Any], name: str, path: Path) -> nn.Mo
 
 def _fill(model: Any, tensors: dict[str, Tensor], file: Path, what: str) -> None:
     """As open_clip's ``load_checkpoint`` does, from tensors that are there."""
-    from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
-
+    convert, models = import_module("open_clip.convert"), import_module("open_clip.model")
     tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     try:
-        tensors = dict(convert_state_dict(model, tensors))
+        tensors = dict(convert.convert_state_dict(model, tensors))
         if "positional_embedding" in tensors and not hasattr(model, "positional_embedding"):
-            tensors = dict(convert_to_custom_text_state_dict(tensors))
-        resize_pos_embed(tensors, model)
-        resize_text_pos_embed(tensors, model)
+            tensors = dict(models.convert_to_custom_text_state_dict(tensors))
+        models.resize_pos_embed(tensors, model)
+        models.resize_text_pos_embed(tensors, model)
     except (KeyError, AttributeError, RuntimeError, ValueError, AssertionError, IndexError):
         pass  # of another model: what is missing is said below
     for scalar in ("logit_scale", "logit_bias"):
