@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from launch import cli_runs
 from pipeline.core.errors import SluiceError
 
 app = typer.Typer(
@@ -283,6 +284,9 @@ def board(run: Run, port: Annotated[int, typer.Option(min=1, max=65535, help="On
     from launch.control import board as show
 
     show(run, port)
+
+
+cli_runs.add(app)
 
 
 def _again(path: Path) -> Path:

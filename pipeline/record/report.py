@@ -23,8 +23,8 @@ from pipeline.record.formats import duration, short
 from pipeline.record.lines import Line, lines, models
 from pipeline.record.metrics import FILE as METRICS
 from pipeline.record.metrics import History, read_history
+from pipeline.record.notes import FILE as NOTES
 from pipeline.record.pictures import Shown, encode, shot
-from pipeline.record.recorder import NOTES
 from pipeline.record.records import FOLDER as RESULTS
 from pipeline.record.results import EARLIER, Results, read_results
 from pipeline.record.showcase import read_pictures
