@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch import history, status
-from pipeline.core.errors import LaunchError
+from pipeline.core.errors import ConfigError, LaunchError
+from pipeline.core.files import replace_file
 from pipeline.record import notes, runs
 from pipeline.record.formats import decimals, short, with_error
 from pipeline.record.runs import Listed
@@ -152,6 +153,25 @@ def text_of(patterns: Sequence[str], wanted: Wanted) -> str:
         f"{len(found)} of {len(folders)} runs" if not wanted.seeds else f"{len(found)} lines, of {len(folders)} runs"
     )
     return f"{table(found, list(columns))}\n{count}"
+
+
+def page(patterns: Sequence[str], wanted: Wanted, out: Path) -> str:
+    """Write a page of the runs that are asked for. Returns what there is to say.
+
+    Raises:
+        LaunchError: a pattern names no run, or the page cannot be written.
+        ConfigError: see :func:`choose`.
+    """
+    from pipeline.record.index import index_page
+
+    if wanted.show:
+        raise ConfigError("a page has all columns; leave --show out")
+    found = choose(find(patterns), wanted, settings=True)
+    try:
+        replace_file(out, index_page(found).encode())
+    except OSError as error:
+        raise LaunchError(f"cannot write {out}: {error.strerror}") from error
+    return f"{out}: {len(found)} {'lines' if wanted.seeds else 'runs'}"
 
 
 def note(run: Path, text: str, tags: Sequence[str], untags: Sequence[str]) -> str:

@@ -229,12 +229,22 @@ def gather_seeds(runs: Sequence[Listed]) -> list[Listed]:
 
     The standard error is that of the mean, ``s / sqrt(n)`` with ``n - 1`` in the variance; of one run alone, none.
     """
-    groups: dict[str, list[Listed]] = {}
+    groups: dict[int, list[Listed]] = {}
+    for number, run in zip(series(runs), runs, strict=True):
+        groups.setdefault(number, []).append(run)
+    return [_gathered(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def series(runs: Sequence[Listed]) -> list[int]:
+    """A number for each run, the same for those that only their seeds tell apart."""
+    numbers: dict[str, int] = {}
+    found: list[int] = []
     for run in runs:
         settings = {name: value for name, value in run.settings.items() if name not in (SEED, FOLDER)}
         # One whose settings are not known is like no other.
-        groups.setdefault(repr(sorted(settings.items())) if settings else str(run.folder), []).append(run)
-    return [_gathered(group) if len(group) > 1 else group[0] for group in groups.values()]
+        mark = repr(sorted(settings.items())) if settings else str(run.folder)
+        found.append(numbers.setdefault(mark, len(numbers)))
+    return found
 
 
 def _gathered(group: Sequence[Listed]) -> Listed:
