@@ -44,10 +44,11 @@ function condition(text) {
   const parts = text.split(/\s+and\s+|,\s*/).filter((part) => part.trim());
   return parts.map((part) => {
     const found = part.match(/^\s*(.+?)\s*(<=|>=|!=|==|=|<|>)\s*(.+?)\s*$/);
-    if (!found) return (row) => part.toLowerCase().trim().split(/\s+/).every((word) => words[row].includes(word));
-    const [, name, sign, given] = found;
-    const number = name === "run" ? -1 : column(name);
-    if (number < 0 && name !== "run") throw new Error(`no run has ${name}`);
+    const [, name, sign, given] = found ?? [];
+    const number = name === "run" ? -1 : column(name), unknown = number < 0 && name !== "run";
+    if (!found || (unknown && sign === "=")) // "seed=2" is a part of a name
+      return (row) => part.toLowerCase().trim().split(/\s+/).every((word) => words[row].includes(word));
+    if (unknown) throw new Error(`no run has ${name}`);
     const plain = given.replace(/^["'](.*)["']$/, "$1"), wanted = Number(plain);
     return (row) => {
       const value = cell(row, number);
