@@ -31,6 +31,7 @@ OWN = ("run", "state", "step", "total_steps", "tags", "note", "error")
 """What is known of a run beside its settings, its last line of metrics and its results."""
 SEED = "run.seed"
 FOLDER = "run.folder"
+_VALIDATION = ("val", "valid", "validation")
 _LOWER = re.compile(r"(^|/)(loss|.*_loss|frechet|perplexity|ece|nll|step_seconds|data_wait|memory_gb)$")
 _DOTTED = re.compile(
     r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|`[^`]*`)|(?<![\w.])([A-Za-z_][\w-]*(?:[./@][A-Za-z0-9_][\w-]*)+)"
@@ -77,14 +78,15 @@ def read_run(folder: Path, *, settings: bool) -> Listed:
 
 def _read_run(folder: Path, settings: bool) -> Listed:
     state, remarks = read_state(folder), read_remarks(folder)
-    results, errors, better = _measured(read_results(folder).rows)
+    found = read_results(folder)
+    results, errors, better = _measured(found.rows)
     last = read_last(folder)
     facts = {
         "run": str(folder),
         "state": state.outcome if state else "",
         "step": max(last.get("step", 0), state.step if state else 0),
         "total_steps": provenance.read(folder).get("plan", {}).get("total_steps"),
-        "error": (state.error or "") if state else "",
+        "error": "; ".join([*([state.error] if state and state.error else []), *found.damaged]),
         "tags": list(remarks.tags),
         "note": remarks.note,
     }
@@ -97,15 +99,16 @@ def _read_run(folder: Path, settings: bool) -> Listed:
 def _measured(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
     """Of each metric what was measured at the latest step: values, standard errors and which way is better.
 
-    Of several splits, the first one has the metric's name alone, the others "knn/top1@test".
+    Of several splits, that for validation has the metric's name alone, the others "knn/top1@test".
     """
     latest: dict[str, Row] = {}
     first: dict[str, str] = {}
     for row in rows:
+        first[row.metric] = min(first.get(row.metric, row.split), row.split, key=lambda s: (s not in _VALIDATION, s))
+    for row in rows:
         if row.step is None:
             continue
-        split = first.setdefault(row.metric, row.split)
-        name = row.metric if row.split == split else f"{row.metric}@{row.split}"
+        name = row.metric if row.split == first[row.metric] else f"{row.metric}@{row.split}"
         if name not in latest or row.step >= (latest[name].step or 0):
             latest[name] = row
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config.load import dump, load_run
 from pipeline.core.evaluation import Number
 from pipeline.record.metrics import MetricsLog
-from pipeline.record.outputs import found, keep
+from pipeline.record.outputs import keep
 from pipeline.record.results import Origin
 from pipeline.record.state import Outcome, State, write_state
 
@@ -59,6 +59,6 @@ def make_run(
             numbers = [Number(f"{evaluation}/top1", value, 1200, "val", 0.01)]
             data = {"train": "ab" * 16, "val": "cd" * 16}
             origin = Origin(f"step {done}", done, f"{seed:032x}", evaluation, {"k": 20}, data)
-            keep(folder, numbers, found(numbers, origin))
+            keep(folder, numbers, origin)
     write_state(folder, State(outcome, {"finished": 0, "failed": 70}.get(outcome, 75), done, 0, error=error))
     return folder

@@ -15,7 +15,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import Number
 from pipeline.record.files import Lines, read_lines
 from pipeline.record.notes import Remarks, read_remarks, remark
-from pipeline.record.outputs import found, keep
+from pipeline.record.outputs import keep
 from pipeline.record.results import Origin
 from pipeline.record.runs import (
     Listed,
@@ -146,7 +146,7 @@ def test_runs_whose_settings_are_not_known_are_not_taken_for_each_other():
 def test_of_a_metric_the_latest_step_counts_and_splits_are_told_apart(tmp_path):
     def kept(step: int | None, value: float, split: str = "val") -> None:
         number = [Number("knn/top1", value, 100, split, 0.02)]
-        keep(tmp_path, number, found(number, Origin(f"step {step}", step, f"{step}", "knn", {}, {"val": "ab"})))
+        keep(tmp_path, number, Origin(f"step {step}", step, f"{step}", "knn", {}, {"val": split}))
 
     for step, value in ((20, 0.5), (10, 0.9), (None, 0.95)):
         kept(step, value)
@@ -164,6 +164,14 @@ def test_one_run_that_cannot_be_read_says_why_and_spoils_nothing(tmp_path):
     assert read_run(folder, settings=False).facts["state"] == ""
     (folder / "metrics.jsonl").write_text("[1]\n")
     assert read_run(folder, settings=False).facts["state"] == "unreadable"
+
+
+def test_a_damaged_result_is_told_beside_the_others(tmp_path):
+    number = [Number("knn/top1", 0.5, 100, "val", 0.02)]
+    keep(tmp_path, number, Origin("step 3", 3, "ab", "knn", {}, {"val": "ab"}))
+    (tmp_path / "results" / "knn-torn.json").write_text("{")
+    run = read_run(tmp_path, settings=False)
+    assert run.measured == {"knn/top1": 0.5} and "knn-torn.json" in run.facts["error"]
 
 
 def test_notes_and_tags_of_people_beside_the_words_of_the_run(tmp_path):
