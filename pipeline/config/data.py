@@ -179,6 +179,32 @@ def _check_parts(path: object, keep: str | None, where: str | None, sidecar: dic
         raise ValueError("sidecar joins one data set by its keys, and there are several; name one")
 
 
+class EvalData(Strict):
+    """A data set as an evaluation looks at it: a whole one, or a part of it."""
+
+    path: Text
+    """Folder or URL of shards; or a folder of images, or of a data set of torchvision, of which shards are then made in
+    the cache (SLUICE_CACHE, or ~/.cache/sluice)."""
+    torchvision: Text | None = None
+    """Name of the data set of torchvision that lies in ``path``: "CIFAR10". Nothing is downloaded."""
+    split: Text | None = None
+    """Of a folder with one for each split, or of a data set of torchvision: "train", "val", "test"."""
+    keep: Text | None = None
+    """As ``data.keep`` of a run."""
+    where: Text | None = None
+    """As ``data.where`` of a run."""
+    sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])
+
+    def __str__(self) -> str:
+        """For people."""
+        parts = [self.torchvision, self.path, self.split, self.keep and f"keep {self.keep}", self.where]
+        return ", ".join(filter(None, parts))
+
+    def __hash__(self) -> int:
+        """Of all settings."""
+        return hash(self.model_dump_json())
+
+
 class Data(Strict):
     """The training stream."""
 
