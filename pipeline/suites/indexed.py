@@ -156,8 +156,8 @@ def _check_room(size: int, folder: Path, root: Path) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DataError(
-            f"{root} holds {size / 1e9:.3g} GB, and the cache {cache_folder(KIND)} has room for {free / 1e9:.3g} GB; set "
-            f"{VARIABLE} to another folder, or build shards with `sluice prep build` and name them"
+            f"{root} holds {size / 1e9:.3g} GB, and the cache {cache_folder(KIND)} has room for {free / 1e9:.3g} GB; "
+            f"set {VARIABLE} to another folder, or build shards with `sluice prep build` and name them"
         )
 
 

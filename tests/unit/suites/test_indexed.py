@@ -178,5 +178,5 @@ def test_a_set_of_torchvision_by_split(cifar, monkeypatch):
         shards_of(EvalData(path=str(cifar), torchvision="CIFAR11", split="test"))
     with pytest.raises(ConfigError, match="Caltech101 has no splits"):
         shards_of(EvalData(path=str(cifar), torchvision="Caltech101", split="test"))
-    with pytest.raises(DataError, match="STL10.*Unknown value 'all'.*Valid values"):
+    with pytest.raises(DataError, match=r"STL10.*Unknown value 'all'.*Valid values"):
         shards_of(EvalData(path=str(cifar), torchvision="STL10", split="all"))
