@@ -5,11 +5,11 @@ classifier trained on made images does on real ones ("classification_accuracy");
 classifier trained on real images.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 
-from pipeline.core.evaluation import EvalContext, Number
+from pipeline.core.evaluation import EvalContext, Output
 from pipeline.evals._classes import renumbered
+from pipeline.evals._classified import classified, guesses
 from pipeline.evals._samples import OfSamples, SamplesConfig, check_told_classes
 
 
@@ -18,7 +18,9 @@ class Config(SamplesConfig):
 
 
 class Agreement(OfSamples):
-    """Reports "agreement/top1", the part of the images in which the judge sees the class that was asked for."""
+    """Reports "agreement/top1", the part of the images in which the judge sees the class that was asked for; with at
+    least five classes "top5"; the mean over classes, and the table of which were taken for which.
+    """
 
     judges = ("judge.logits",)
 
@@ -31,7 +33,7 @@ class Agreement(OfSamples):
         super().check(ctx)
         check_told_classes(ctx, "agreement")
 
-    def run(self, ctx: EvalContext) -> Iterator[Number]:
+    def run(self, ctx: EvalContext) -> Iterator[Output]:
         """Make and classify; every rank its share.
 
         Raises:
@@ -41,6 +43,4 @@ class Agreement(OfSamples):
         _, logits, label = self.judged(ctx, "judge.logits")
         assert label is not None
         asked = renumbered(label, ctx.classes["generator"], ctx.classes["judge.logits"], "the model", "the judge")
-        hits = logits.argmax(dim=1) == asked
-        n, p = len(hits), float(hits.double().mean())
-        yield Number("agreement/top1", p, n, "made", math.sqrt(p * (1 - p) / n), samples=hits.numpy())
+        yield from classified("agreement", guesses(logits), asked, ctx.classes["judge.logits"], "made")

@@ -95,7 +95,7 @@ def test_on_four_ranks(folder, monkeypatch):
 
 def test_every_rank_of_every_world_reports_the_same(folder):
     whole = json.loads((folder / "1-0.json").read_text())
-    assert len(whole) == 29
+    assert len(whole) == 31
     for world in (2, 4):
         found = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
         assert all(other == found[0] for other in found)
