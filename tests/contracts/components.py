@@ -27,7 +27,7 @@ OBJECTIVES = "pipeline.objectives"
 TOYS = "tests.toys"
 """Objectives of the tests' own, for what no method in the product uses yet."""
 CLASSES = tuple(f"class {i}" for i in range(7))
-REQUIRED = {"ood": {"unknown": ("other",)}}
+REQUIRED = {"drift": {"domains": ("other",)}, "ood": {"unknown": ("other",)}}
 """Settings of evaluations that have no default."""
 SAMPLES = 1000
 """Of that data set."""
