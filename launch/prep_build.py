@@ -331,6 +331,21 @@ def glyphs(
 
 
 @_source
+def scenes(
+    characters: Annotated[int, typer.Option(help="Classes beside the background.")] = 20,
+    train: Annotated[int, typer.Option(help="Scenes to learn from.")] = 2000,
+    val: Annotated[int, typer.Option(help="Scenes of typefaces that train does not show.")] = 400,
+    most: Annotated[int, typer.Option(help="Most characters in a scene.")] = 5,
+    pixels: Pixels = 64,
+    seed: int = 0,
+) -> Source:
+    """Build scenes of several characters with exact masks (mask.png), for segmentation."""
+    from data_prep.sources.scenes import ScenesSource
+
+    return ScenesSource(characters, train, val, most, pixels, seed)
+
+
+@_source
 def digits(pixels: Pixels = 32) -> Source:
     """Build scikit-learn's 1,797 handwritten digits."""
     from data_prep.sources.digits import DigitsSource

@@ -92,7 +92,7 @@ LEAST_INK = 0.3
 _JUDGES = (0, 8)
 """Typefaces that these are measured in: a sans and a serif that draw all BLOCKS."""
 _BOX = 24
-_FINE = 2
+FINE = 2
 """Drawn at so many times the size, then averaged: smooth edges."""
 
 
@@ -177,18 +177,18 @@ class Drawing:
     def read(self) -> bytes:
         """The image as PNG."""
         r = random.Random(self.seed)
-        side = self.size * _FINE
-        glyph = _mask(self.face, self.character, side, r.choice((0, 0, 1)))
+        side = self.size * FINE
+        glyph = ink(self.face, self.character, side, r.choice((0, 0, 1)))
         v = self.variation
         angle, scale = math.radians(r.uniform(-20, 20) * v), 1 + r.uniform(-0.25, 0.15) * v
         dx, dy = r.uniform(-0.1, 0.1) * v * side, r.uniform(-0.1, 0.1) * v * side
         c, s, centre = math.cos(angle) / scale, math.sin(angle) / scale, side / 2
         x, y = centre + dx, centre + dy
         matrix = (c, s, centre - c * x - s * y, -s, c, centre + s * x - c * y)
-        mask = glyph.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).reduce(_FINE)
-        ink, paper = _colours(r, v)
+        mask = glyph.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR).reduce(FINE)
+        colour, paper = _colours(r, v)
         target = io.BytesIO()
-        Image.composite(Image.new("RGB", mask.size, ink), Image.new("RGB", mask.size, paper), mask).save(
+        Image.composite(Image.new("RGB", mask.size, colour), Image.new("RGB", mask.size, paper), mask).save(
             target, "PNG", compress_level=3
         )
         return target.getvalue()
@@ -198,13 +198,13 @@ def _colours(r: random.Random, variation: float) -> tuple[tuple[int, ...], tuple
     """Ink and paper that differ clearly in brightness: random ones, mixed with black ink and white paper."""
     while True:
         bits = r.getrandbits(48).to_bytes(6, "big")
-        ink = tuple(round(variation * x) for x in bits[:3])
+        colour = tuple(round(variation * x) for x in bits[:3])
         paper = tuple(round(255 - variation * (255 - x)) for x in bits[3:])
-        if abs(_brightness(*ink) - _brightness(*paper)) > 80:
-            return ink, paper
+        if abs(brightness(*colour) - brightness(*paper)) > 80:
+            return colour, paper
 
 
-def _brightness(red: int, green: int, blue: int) -> float:
+def brightness(red: float, green: float, blue: float) -> float:
     """Luma of Rec. 601, 0 to 255."""
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -236,7 +236,7 @@ def _font(face: int, size: int) -> ImageFont.FreeTypeFont:
 
 
 @lru_cache(maxsize=4096)
-def _mask(face: int, character: str, side: int, stroke: int) -> Image.Image:
+def ink(face: int, character: str, side: int, stroke: int) -> Image.Image:
     """L[side,side]: the character's ink in the middle, a capital letter about 60 % of the side high."""
     font = _font(face, round(side * 0.8))
     image = Image.new("L", (side, side))
