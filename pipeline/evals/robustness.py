@@ -24,6 +24,7 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import EvalContext, Evaluation, Figure, Number, Output, Table, Uses
 from pipeline.core.random import SampleRandom
 from pipeline.dist.gather import gather_ragged
+from pipeline.dist.group import by_all
 from pipeline.evals._classes import renumbered
 from pipeline.evals._figures import Line, lines
 from pipeline.evals._head import Classifier, HeadConfig, head_of
@@ -147,14 +148,21 @@ class Robustness(Evaluation):
 
     def _right(self, ctx: EvalContext, head: Classifier) -> Tensor:
         """Whether each sample is classified rightly, clean and in each cell: bool[N,1+S], the same on every rank."""
+        ids, found = by_all(lambda: self._of_rank(ctx, head))
+        order, samples = gather_ragged(ids), ctx.streams[self.config.test].samples
+        if not torch.equal(order.sort().values, torch.arange(samples)):
+            raise DataError(f"the ranks' shares hold {len(order)} samples, not each of {samples} once")
+        return gather_ragged(found)[order.argsort()]
+
+    def _of_rank(self, ctx: EvalContext, head: Classifier) -> tuple[Tensor, Tensor]:
+        """Ids int64[n] and bool[n,1+S] of this rank's share."""
         stream, device = ctx.streams[self.config.test], ctx.place.device
         cells = [(name, severity) for name in self.config.corruptions for severity in self.config.severities]
         ids, found = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 1 + len(cells), dtype=torch.bool)]
         for batch in stream:
             image, sample = batch["image"].to(device), batch["id"].to(device)
-            label = renumbered(
-                batch["label"].cpu(), stream.classes, head.classes, f"stream {self.config.test!r}", head.whose
-            ).to(device)
+            own = batch["label"].cpu()
+            label = renumbered(own, stream.classes, head.classes, f"stream {self.config.test!r}", head.whose).to(device)
             columns = [_hits(head, image, label)]
             for name, severity in cells:
                 purpose = f"robustness.{name}.{severity}"
@@ -162,10 +170,7 @@ class Robustness(Evaluation):
                 columns.append(_hits(head, corrupted(image, name, severity, draw), label))
             ids.append(batch["id"].cpu())
             found.append(torch.stack(columns, dim=1).cpu())
-        order = gather_ragged(torch.cat(ids))
-        if not torch.equal(order.sort().values, torch.arange(stream.samples)):
-            raise DataError(f"the ranks' shares hold {len(order)} samples, not each of {stream.samples} once")
-        return gather_ragged(torch.cat(found))[order.argsort()]
+        return torch.cat(ids), torch.cat(found)
 
 
 def _hits(head: Classifier, image: Tensor, label: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ NAMES = [
     for name in registry.names("pipeline.evals")
     if set(build_evaluation(name).uses().encoders) <= {"image", "logits", "text"}
     and set(build_evaluation(name).uses().streams) <= {"train", "val"}
+    and not any("mask" in fields for fields in build_evaluation(name).uses().streams.values())
 ]
-"""Those that look at real images and their texts, of two streams."""
+"""Those that look at real images and their texts, of two streams; masks are of patches, which these encoders lack."""
 SETTINGS = {
     "knn": {"k": (5, 20)},
     "linear_probe": {"steps": 200},
