@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import cli_runs
+from launch import cli_results
 from pipeline.core.errors import SluiceError
 
 app = typer.Typer(
@@ -223,12 +223,6 @@ def export(
     _become(arguments)
 
 
-@app.command("report")
-def report(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]) -> None:
-    """Write report.html into a run's folder: curves, pictures, results. Of several runs: all results in one table."""
-    _become(["report", *(word for run in runs for word in ("--run", str(_run_and_checkpoint(run)[0])))])
-
-
 Run = Annotated[Path, typer.Argument(help="Run folder.")]
 
 
@@ -286,7 +280,7 @@ def board(run: Run, port: Annotated[int, typer.Option(min=1, max=65535, help="On
     show(run, port)
 
 
-cli_runs.add(app)
+cli_results.add(app)
 
 
 def _again(path: Path) -> Path:
@@ -317,11 +311,9 @@ def _run_and_checkpoint(path: Path) -> tuple[Path, Path | None]:
 
 def _become(arguments: list[str]) -> NoReturn:
     """Replace this process by ``pipeline.run``, so that signals and the exit code are its own."""
-    from launch.local import check_alone, child_environment, run_command
+    from launch.local import become
 
-    check_alone(os.environ)
-    sys.stdout.flush()
-    os.execve(sys.executable, run_command(arguments), child_environment(procs=1))
+    become(arguments)
 
 
 def main() -> None:

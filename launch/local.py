@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from launch.hosts import (
     Order,
@@ -57,6 +58,13 @@ def train(config: RunConfig, path: Path, overrides: Sequence[str], procs: int) -
     environment = child_environment(procs)
     command = run_command(arguments) if procs == 1 else deepspeed_command("pipeline.run", arguments, procs, environment)
     return supervise(command, Path(config.run.folder), environment)
+
+
+def become(arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by ``pipeline.run``, so that signals and the exit code are its own."""
+    check_alone(os.environ)
+    sys.stdout.flush()
+    os.execve(sys.executable, run_command(arguments), child_environment(procs=1))
 
 
 def train_part(config: RunConfig, path: Path, overrides: Sequence[str], part: Part, *, tied: bool = False) -> int:

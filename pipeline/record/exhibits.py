@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.record.confusion import heat_map, matrix_of
 from pipeline.record.formats import decimals
 from pipeline.record.lines import aligned
 from pipeline.record.pictures import Shot, Shown, encode, shot
@@ -25,10 +26,10 @@ FIGURE_BYTES = 1_200_000
 F = TypeVar("F", bound=Found)
 
 
-def exhibits(folder: Path, results: Results) -> str:
-    """HTML of all tables and figures of a folder; empty where there are none."""
+def exhibits(results: Results) -> str:
+    """HTML of all tables and figures; empty where there are none. Files of figures are whole paths."""
     tables = "".join(_tables(apart, cells) for apart, cells in aligned(results.tables))
-    return (f"<h2>Tables</h2>{tables}" if tables else "") + _figures(folder, results.figures)
+    return (f"<h2>Tables</h2>{tables}" if tables else "") + _figures(results.figures)
 
 
 def _newest(cells: Sequence[F | None]) -> list[F]:
@@ -50,9 +51,11 @@ def _tables(apart: str, cells: Sequence[KeptTable | None]) -> str:
     found = _newest(cells)
     parts: list[str] = []
     for table in found[:MODELS]:
-        is_open = not parts and len(table.rows) <= OPEN
+        matrix = matrix_of(table)
+        is_open = not parts and (matrix is not None or len(table.rows) <= OPEN)
+        body = _table(table) if matrix is None else heat_map(matrix)
         title = f"<summary>{escape(table.model)}</summary>"
-        parts.append(f"<details{' open' * is_open}>{title}{_table(table)}</details>")
+        parts.append(f"<details{' open' * is_open}>{title}{body}</details>")
     return _title(found[0], apart) + "".join(parts) + _left_out(len(found) - len(parts), "model", f"{FOLDER}/")
 
 
@@ -83,7 +86,7 @@ def _cell(cell: Cell, places: int) -> str:
     return f"{cell:,}" if isinstance(cell, int) else escape(cell or "")
 
 
-def _figures(folder: Path, figures: Sequence[KeptFigure]) -> str:
+def _figures(figures: Sequence[KeptFigure]) -> str:
     """Each figure's newest models, as many as fit; the newest of each before any older one."""
     groups = [(apart, _newest(cells)) for apart, cells in aligned(figures)]
     drawn: dict[tuple[object, ...], str] = {}
@@ -91,7 +94,7 @@ def _figures(folder: Path, figures: Sequence[KeptFigure]) -> str:
     for age in range(MODELS):
         for _, found in groups:
             if age < len(found):
-                picture = _encoded(folder, found[age])
+                picture = _encoded(found[age])
                 size = 0 if isinstance(picture, str) else len(picture.data)
                 if size <= room:
                     drawn[found[age].key] = picture if isinstance(picture, str) else shot(picture)
@@ -104,9 +107,9 @@ def _figures(folder: Path, figures: Sequence[KeptFigure]) -> str:
     return f"<h2>Figures</h2>{''.join(sections)}" if sections else ""
 
 
-def _encoded(folder: Path, figure: KeptFigure) -> Shot | str:
+def _encoded(figure: KeptFigure) -> Shot | str:
     """The picture; or, where its file cannot be read, words that say so."""
     try:
-        return encode(Shown(figure.model, folder / figure.file, figure.caption))
+        return encode(Shown(figure.model, Path(figure.file), figure.caption))
     except OSError as error:
         return f"<p class=soft>{escape(figure.model)}: {escape(figure.file)} cannot be read ({escape(str(error))})</p>"

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 EARLIER = "results.json"
 """Where earlier programs kept all results of a folder."""
 Cell = str | int | float | None
@@ -85,10 +87,15 @@ class Found:
         return self.settings.get("limit")
 
     @property
+    def task(self) -> tuple[object, ...]:
+        """All that decides the result but the model and the seed."""
+        data = tuple(sorted(self.manifests.items()))
+        return (self.evaluation, self.version, self.metric, self.split, self.config, data)
+
+    @property
     def what(self) -> tuple[object, ...]:
         """All that decides the result but the model: rows of a line have it in common."""
-        data = tuple(sorted(self.manifests.items()))
-        return (self.evaluation, self.version, self.metric, self.split, self.config, data, self.seed)
+        return (*self.task, self.seed)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -106,6 +113,15 @@ class Kept:
     """Name in the file; ``n`` of the row tells how many there are."""
     sources: str | None
     """Name in the file of the sample's sources; None: each is its own."""
+
+
+class Outcomes(NamedTuple):
+    """What each sample adds to a number; see :class:`pipeline.core.evaluation.Number`."""
+
+    values: np.ndarray
+    """bool or float32[n], in the order of the stream."""
+    sources: np.ndarray | None = None
+    """int64[n]; None: no two samples share one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO, TypeVar
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import Any, Literal, TypeVar
 
 from pipeline.record.formats import decimals, with_error
-from pipeline.record.results import Found, KeptTable, Results, Row
+from pipeline.record.results import Found, Row
 
 F = TypeVar("F", bound=Found)
 
-_PLAIN_WIDTH = 240
-"""Columns a table may take where no terminal sets them: in a log, a wrapped cell is harder to read than a long line."""
 _APART = 24
 """Most letters of a value that tells lines apart."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number of one model: of one seed, or the mean over several."""
+
+    rows: tuple[Row, ...]
+    """By seed."""
+    value: float
+    stderr: float | None
+    """Of the samples, and of the seeds where there are several; None where neither is known."""
+
+    @property
+    def n(self) -> int:
+        """Samples."""
+        return self.rows[0].n
+
+    @property
+    def better(self) -> Literal["higher", "lower"] | None:
+        """Which way is good."""
+        return self.rows[0].better
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint."""
+        return self.rows[0].step
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        """Of the rows."""
+        return tuple(row.seed for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -37,7 +58,7 @@ class Line:
     split: str
     apart: str
     """What tells it from other lines of the same metric: "temperature=0.1"; empty where it needs nothing."""
-    cells: tuple[Row | None, ...]
+    cells: tuple[Score | None, ...]
     """By model, in the order of :func:`models`."""
 
     @property
@@ -46,9 +67,14 @@ class Line:
         return f"{self.metric} [{self.apart}]" if self.apart else self.metric
 
     @property
-    def measured(self) -> list[Row]:
+    def measured(self) -> list[Score]:
         """The cells that hold a number."""
         return [c for c in self.cells if c is not None]
+
+    @property
+    def data(self) -> str:
+        """What it was measured on, as the suite calls it: the set of streams, else the stream."""
+        return self.measured[-1].rows[0].data_name or self.split
 
     @property
     def best(self) -> float | None:
@@ -59,13 +85,18 @@ class Line:
             return None
         return max(finite) if better == "higher" else min(finite)
 
+    @property
+    def places(self) -> int:
+        """Digits after the point that are worth printing."""
+        return decimals([c.value for c in self.measured], [c.stderr for c in self.measured if c.stderr is not None])
+
     def texts(self) -> list[str]:
         """What to print for each cell; empty where nothing was measured."""
-        places = decimals([c.value for c in self.measured], [c.stderr for c in self.measured if c.stderr is not None])
+        places = self.places
         return ["" if c is None else with_error(c.value, c.stderr, places) for c in self.cells]
 
 
-def _columns(results: Sequence[Found]) -> dict[tuple[str, str], str]:
+def columns(results: Sequence[Found]) -> dict[tuple[str, str], str]:
     """Model and weights to the name of their column: models that are not checkpoints first, then by step."""
     first = {(row.model, row.weights): (row.step is not None, row.step or 0) for row in results}
     times = Counter(model for model, _ in first)
@@ -78,16 +109,65 @@ def _columns(results: Sequence[Found]) -> dict[tuple[str, str], str]:
 
 def models(results: Sequence[Found]) -> list[str]:
     """Columns of the table; of one name with several weights, each with the beginning of its hash."""
-    return list(_columns(results).values())
+    return list(columns(results).values())
 
 
 def lines(results: Sequence[Row]) -> list[Line]:
-    """Lines of the table, in the order in which the metrics first came."""
+    """Lines of the table, in the order in which the metrics first came.
+
+    Where all models were measured with the same several seeds, the line holds their means over them.
+    """
     found = []
-    for apart, cells in aligned(results):
-        row = next(c for c in cells if c is not None)
-        found.append(Line(row.evaluation, row.metric, row.split, apart, cells))
+    for apart, cells in aligned(_together(results)):
+        row = next(c for c in cells if c is not None).rows[0]
+        found.append(Line(row.evaluation, row.metric, row.split, apart, tuple(c and c.score for c in cells)))
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seeds(Found):
+    """Rows that only their seeds tell apart, as one result."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def score(self) -> Score:
+        return score(self.rows)
+
+
+def score(rows: Sequence[Row]) -> Score:
+    """One row as it is, or the mean of several seeds' rows with a standard error of seeds and samples."""
+    if len(rows) == 1:
+        return Score(tuple(rows), rows[0].value, rows[0].stderr)
+    from pipeline.record.judging import mean_over_seeds  # with SciPy, which is slow to import and seldom needed
+
+    mean = mean_over_seeds(rows)
+    return Score(tuple(rows), mean.value, None if math.isnan(mean.error) else mean.error)
+
+
+def _together(results: Sequence[Row]) -> list[_Seeds]:
+    """Rows of several seeds as one, where every model has the same seeds."""
+    alike: dict[tuple[object, ...], dict[tuple[str, str], list[Row]]] = {}
+    for row in results:
+        alike.setdefault(row.task, {}).setdefault((row.model, row.weights), []).append(row)
+    merged = {
+        what
+        for what, of_models in alike.items()
+        if len({tuple(sorted(str(row.seed) for row in rows)) for rows in of_models.values()}) == 1
+    }
+    found = []
+    for row in results:
+        rows = alike[row.task][row.model, row.weights]
+        if row.task not in merged or len(rows) == 1:
+            found.append(_seeds([row], row.seed))
+        elif row is rows[0]:
+            found.append(_seeds(sorted(rows, key=lambda one: (one.seed is not None, one.seed)), None))
+    return found
+
+
+def _seeds(rows: Sequence[Row], seed: int | None) -> _Seeds:
+    shared: dict[str, Any] = {name: getattr(rows[0], name) for name in Found.__dataclass_fields__}
+    return _Seeds(**{**shared, "seed": seed}, rows=tuple(rows))
 
 
 def aligned(results: Sequence[F]) -> list[tuple[str, tuple[F | None, ...]]]:
@@ -96,7 +176,7 @@ def aligned(results: Sequence[F]) -> list[tuple[str, tuple[F | None, ...]]]:
     Returns:
         Of each group what tells it from others of its name, and its results in the order of :func:`models`.
     """
-    columns = _columns(results)
+    order = columns(results)
     found: dict[tuple[object, ...], dict[tuple[str, str], F]] = {}
     for row in results:
         found.setdefault(row.what, {})[row.model, row.weights] = row
@@ -106,22 +186,26 @@ def aligned(results: Sequence[F]) -> list[tuple[str, tuple[F | None, ...]]]:
         alike.setdefault((row.evaluation, row.metric, row.split), []).append(row)
     together: list[tuple[str, tuple[F | None, ...]]] = []
     for group in alike.values():
-        for row, apart in zip(group, _apart(group), strict=True):
-            together.append((apart, tuple(found[row.what].get(column) for column in columns)))
+        for row, fact in zip(group, apart(group), strict=True):
+            together.append((fact, tuple(found[row.what].get(column) for column in order)))
     return together
 
 
-def _apart(group: Sequence[Found]) -> list[str]:
+def apart(group: Sequence[Found]) -> list[str]:
     """What tells rows of one metric from each other, for each of them."""
-    facts = [_flat(row.settings, "") for row in group]
-    for fact, row in zip(facts, group, strict=True):
-        if not row.settings:
-            fact["settings"] = row.config[:6]
-        fact |= {f"{use} data": mark[:6] for use, mark in row.manifests.items()}
-        fact |= {"seed": row.seed, "version": row.version}
+    facts = [facts_of(row) for row in group]
     keys = dict.fromkeys(key for fact in facts for key in fact)
     differ = [key for key in keys if len({json.dumps(fact.get(key)) for fact in facts}) > 1]
-    return [", ".join(f"{key}={_short(fact[key])}" for key in differ if key in fact) for fact in facts]
+    return [", ".join(f"{key}={short_fact(fact[key])}" for key in differ if key in fact) for fact in facts]
+
+
+def facts_of(row: Found) -> dict[str, Any]:
+    """All that decides a result but the model, by names that a person knows."""
+    facts = _flat(row.settings, "")
+    if not row.settings:
+        facts["settings"] = row.config[:6]
+    facts |= {f"{use} data": mark[:6] for use, mark in row.manifests.items()}
+    return facts | {"seed": row.seed, "version": row.version}
 
 
 def _flat(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -132,59 +216,7 @@ def _flat(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
-def _short(value: Any) -> str:
+def short_fact(value: Any) -> str:
+    """A setting's value, cut where it is long."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= _APART else text[: _APART - 3] + "..."
-
-
-def table_text(results: Sequence[Row]) -> str:
-    """The comparison as standard output shows it."""
-    text = io.StringIO()
-    table(results, text, like=sys.stdout)
-    return text.getvalue().rstrip("\n")
-
-
-def table(results: Sequence[Row], stream: TextIO, like: TextIO | None = None) -> None:
-    """Print the comparison: metrics as rows, models as columns, the best of each row in bold on a terminal.
-
-    Args:
-        results: what is compared.
-        stream: where it goes.
-        like: how wide and bold it is, is as for this stream; left out: ``stream``.
-    """
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("metric")
-    shown.add_column("split")
-    for model in models(results):
-        shown.add_column(Text(model), justify="right")
-    found = lines(results)
-    for line in found:
-        cells = [
-            Text(text, style="bold" if row is not None and row.value == line.best else "")
-            for row, text in zip(line.cells, line.texts(), strict=True)
-        ]
-        shown.add_row(Text(line.name), Text(line.split), *cells)
-    _print(shown, stream, (like or stream).isatty())
-
-
-def _print(shown: Table, stream: TextIO, terminal: bool) -> None:
-    width = None if terminal else _PLAIN_WIDTH
-    Console(file=stream, width=width, force_terminal=terminal or None).print(shown)
-
-
-def found_text(folder: Path, new: Results) -> str:
-    """A word of each table and figure, which are too big for a terminal; empty where there is none."""
-    said = [f"table {t.metric} on {t.split}, {len(t.rows):,} rows: {folder / t.record}" for t in new.tables]
-    return "\n".join(said + [f"figure {f.metric} on {f.split}: {folder / f.file}" for f in new.figures])
-
-
-def whole_text(found: KeptTable) -> str:
-    """A table of an evaluation with all its rows."""
-    text = io.StringIO()
-    shown = Table(title=Text(f"{found.metric} on {found.split}, {found.model}"), box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in found.columns:
-        shown.add_column(Text(column))
-    for row in found.rows:
-        shown.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    _print(shown, text, sys.stdout.isatty())
-    return text.getvalue().rstrip("\n")

@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.core.errors import DataError
 from pipeline.core.files import replace_file
 from pipeline.record.files import dumps, number
-from pipeline.record.found import Kept, KeptFigure, KeptTable, Origin, Results, Row
+from pipeline.record.found import Kept, KeptFigure, KeptTable, Origin, Outcomes, Results, Row
 
 FOLDER = "results"
 VERSION = 4
@@ -54,15 +54,6 @@ class Record(NamedTuple):
     about: About
     body: dict[str, Any]
     """All of it; see :func:`write_record`."""
-
-
-class Outcomes(NamedTuple):
-    """What each sample adds to a number."""
-
-    values: np.ndarray
-    """bool or float32[n], in the order of the stream."""
-    sources: np.ndarray | None
-    """int64[n]; None: no two samples share one."""
 
 
 def write_record(
@@ -184,14 +175,12 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     return file.getvalue()
 
 
-def outcomes(row: Row) -> Outcomes | None:
-    """What each sample adds to a number; None where that was not kept.
+def outcomes(kept: Kept, n: int) -> Outcomes:
+    """What each of ``n`` samples adds to a number.
 
     Raises:
         DataError: the file is missing, damaged or of another record.
     """
-    if (kept := row.outcomes) is None:
-        return None
     try:
         with np.load(io.BytesIO(_checked(kept.file, kept.sha256)), allow_pickle=False) as arrays:
             values = arrays[kept.values]
@@ -199,7 +188,7 @@ def outcomes(row: Row) -> Outcomes | None:
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{kept.file} is damaged ({error}); evaluate again") from error
     if values.dtype == np.uint8:
-        values = np.unpackbits(values, count=row.n).astype(bool)
+        values = np.unpackbits(values, count=n).astype(bool)
     return Outcomes(values, sources)
 
 

@@ -7,9 +7,7 @@ import os
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,16 @@ from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.files import replace_file
 from pipeline.record.curves import Curves, chart, curves
 from pipeline.record.exhibits import exhibits
-from pipeline.record.files import dumps, read_lines
+from pipeline.record.files import read_lines
 from pipeline.record.formats import duration, short
-from pipeline.record.lines import Line, lines, models
 from pipeline.record.metrics import FILE as METRICS
 from pipeline.record.metrics import History, read_history
-from pipeline.record.notes import FILE as NOTES
+from pipeline.record.page import NO_CURVES, facts, folded, page, tiles
 from pipeline.record.pictures import Shown, encode, shot
+from pipeline.record.recorder import NOTES
 from pipeline.record.records import FOLDER as RESULTS
-from pipeline.record.results import EARLIER, Results, read_results
+from pipeline.record.results import EARLIER, located, read_results
+from pipeline.record.scoreboard import scoreboard
 from pipeline.record.showcase import read_pictures
 from pipeline.record.state import State, read_state
 
@@ -46,8 +45,8 @@ _KNOWN: dict[str, tuple[str, dict[str, bool]]] = {
 }
 
 
-def write_report(run_folder: str | os.PathLike[str]) -> Path:
-    """Write the page of a run, finished or not, and return its path.
+def write_report(run_folder: str | os.PathLike[str], out: Path | None = None) -> Path:
+    """Write the page of a run, finished or not, and return its path: ``out``, or ``report.html`` in its folder.
 
     What the run has not got yet (results, pictures, more than one line of metrics) is left out of the page.
 
@@ -60,7 +59,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         raise ConfigError(
             f"{folder} is not a run's folder: it has no {METRICS}, {RESULTS}/ or {provenance.CONFIG_FILE}"
         )
-    path = folder / FILE
+    path = folder / FILE if out is None else out
     replace_file(path, _page(folder.resolve()).encode())
     return path
 
@@ -69,39 +68,18 @@ def _page(folder: Path) -> str:
     history = read_history(folder)
     state, starts = read_state(folder), _starts(folder)
     data = curves(history.rows) if history.rows else None
-    results = read_results(folder)
+    results = located(read_results(folder), folder)
     body = [
         _header(folder.name, state, starts),
         _tiles(history.rows, state, starts),
-        _results(results),
-        exhibits(folder, results),
+        scoreboard(results),
+        exhibits(results),
         _curves(data, history) if data else "<h2>Curves</h2><p class=soft>No metrics were logged yet.</p>",
         _showcase(read_pictures(folder)),
         _origin(folder, starts),
     ]
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    embedded = (
-        {"x": data.x, "step": data.step, "series": _rounded(data)} if data else {"x": [], "step": [], "series": {}}
-    )
-    # The policy is a promise that the browser keeps: this page loads nothing.
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{escape(folder.name)} - Sluice</title><style>{_asset("page.css")}</style></head>
-<body>{"".join(body)}<footer>Written by Sluice, {now}.</footer><dialog></dialog>
-<script type="application/json" id="curves">{_in_script(embedded)}</script>
-<script>{_asset("page.js")}</script></body></html>
-"""
-
-
-def _asset(name: str) -> str:
-    return resources.files("pipeline.record").joinpath(name).read_text(encoding="utf-8")
-
-
-def _in_script(value: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    return dumps(value).replace("<", "\\u003c")
+    embedded = {"x": data.x, "step": data.step, "series": _rounded(data)} if data else NO_CURVES
+    return page(folder.name, "".join(body), embedded)
 
 
 def _rounded(data: Curves) -> dict[str, list[float | None]]:
@@ -159,7 +137,7 @@ def _tiles(rows: Sequence[dict[str, Any]], state: State | None, starts: Sequence
     waits = [row["data_wait"] for row in rows if "data_wait" in row]
     seconds = _training_seconds(rows)
     attempt = max(state.attempt if state else 0, *(row.get("attempt", 0) for row in rows), 0)
-    tiles = {
+    shown = {
         "Steps": f"{step:,}" + (f" / {total:,}" if total and total != step else ""),
         "Samples": short(last["samples"]) if "samples" in last else None,
         "Epochs": f"{last['epoch']:.4g}" if "epoch" in last else None,
@@ -169,8 +147,7 @@ def _tiles(rows: Sequence[dict[str, Any]], state: State | None, starts: Sequence
         "Training time": duration(seconds) if seconds else None,
         "Restarts": str(attempt) if attempt else None,
     }
-    shown = [f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in tiles.items() if text is not None]
-    return f'<dl class="tiles">{"".join(shown)}</dl>'
+    return tiles(shown)
 
 
 def _training_seconds(rows: Sequence[dict[str, Any]]) -> float:
@@ -180,50 +157,6 @@ def _training_seconds(rows: Sequence[dict[str, Any]]) -> float:
         total += row.get("step_seconds", math.nan) * (row["step"] - before)
         before = row["step"]
     return total if math.isfinite(total) else 0.0
-
-
-def _results(results: Results) -> str:
-    rows = results.rows
-    damaged = "".join(f"<p class=soft>{escape(sentence)}</p>" for sentence in results.damaged)
-    if not rows:
-        return f"<h2>Results</h2>{damaged or '<p class=soft>No evaluation was run yet.</p>'}"
-    head = "".join(f"<th>{escape(model)}</th>" for model in models(rows))
-    found = lines(rows)
-    return (
-        f'<h2>Results</h2>{damaged}<div class="wide"><table><thead><tr><th>Metric</th>{head}</tr></thead>'
-        f"<tbody>{''.join(map(_result_line, found))}</tbody></table></div>"
-        f"{_trends(found)}"
-    )
-
-
-def _trends(found: Sequence[Line]) -> str:
-    """Charts of the metrics that were measured at three checkpoints or more."""
-    figures = []
-    for line in found:
-        points = [{"step": c.step, line.metric: c.value} for c in line.measured if c.step]
-        if len(points) >= 3:
-            figures.append(chart(f"{line.name}, {line.split}", [line.metric], curves(points)))
-    return (
-        f'<h3>Over training <small>against steps</small></h3><div class="charts">{"".join(figures)}</div>'
-        if figures
-        else ""
-    )
-
-
-def _result_line(line: Line) -> str:
-    arrow = {"higher": " &uarr;", "lower": " &darr;"}.get(line.measured[-1].better or "", "")
-    sizes = " / ".join(f"{n:,}" for n in dict.fromkeys(c.n for c in line.measured))
-    head = (
-        f"<th>{escape(line.name)}{arrow}"
-        f"<small>{escape(line.evaluation)} on {escape(line.split)}, n = {sizes}</small></th>"
-    )
-    cells = []
-    for row, text in zip(line.cells, line.texts(), strict=True):
-        value, _, error = text.partition(" +- ")
-        error = f' <span class="error-bar">&plusmn; {error}</span>' if error else ""
-        best = ' class="best"' if row is not None and row.value == line.best else ""
-        cells.append(f"<td{best}>{value}{error}</td>")
-    return f"<tr>{head}{''.join(cells)}</tr>"
 
 
 def _curves(data: Curves, history: History) -> str:
@@ -290,35 +223,26 @@ def _origin(folder: Path, starts: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     notes, _ = read_lines(folder / NOTES)
     if notes:
-        parts.append(_folded("Notes", _facts([(_moment(note["time"]), note["text"]) for note in notes])))
+        parts.append(folded("Notes", facts([(_moment(note["time"]), note["text"]) for note in notes])))
     config = folder / provenance.CONFIG_FILE
     if config.exists():
-        parts.append(_folded("Configuration", f"<pre>{escape(config.read_text(encoding='utf-8'))}</pre>"))
+        parts.append(folded("Configuration", f"<pre>{escape(config.read_text(encoding='utf-8'))}</pre>"))
     if changes := [change for start in starts[-1:] for change in start.get("changes", [])]:
         pairs = [
             (f"after step {change['step']:,}", f"{key}: {was['before']}, now {was['now']}")
             for change in changes
             for key, was in change["settings"].items()
         ]
-        parts.append(_folded("Settings that became others", _facts(pairs)))
+        parts.append(folded("Settings that became others", facts(pairs)))
     starts = [{k: v for k, v in start.items() if k != "changes"} for start in starts]
     before: dict[str, str] = {}
     for number, start in enumerate(starts, start=1):
         flat = dict(_flat(start))
         changed = [(k, v) for k, v in flat.items() if before.get(k) != v]
         title = f"Start {number}: what was different" if before else "Provenance"
-        parts.append(_folded(title, _facts(changed)))
+        parts.append(folded(title, facts(changed)))
         before = flat
     return "<h2>Origin</h2>" + "".join(parts) if parts else ""
-
-
-def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary>{body}</details>"
-
-
-def _facts(pairs: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in pairs)
-    return f'<dl class="facts">{items}</dl>'
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:

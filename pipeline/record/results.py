@@ -14,17 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipeline.config.provenance import CONFIG_FILE
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import replace_file
 from pipeline.record.files import number
 from pipeline.record.found import EARLIER, Cell, Found, Kept, KeptFigure, KeptTable, Origin, Results, Row
-from pipeline.record.records import FOLDER, Outcomes, outcomes, read_records, slug
+from pipeline.record.records import FOLDER, read_records, slug
 
 __all__ = [
-    "EARLIER", "Cell", "Found", "Kept", "KeptFigure", "KeptTable", "Origin", "Outcomes", "Results", "Row", "outcomes",
-    "read_results", "read_together", "ready", "run_names",
+    "CHECKPOINT", "EARLIER", "Cell", "Found", "Kept", "KeptFigure", "KeptTable", "Origin", "Results", "Row",
+    "read_results", "read_together", "ready", "run_names", "run_of",
 ]  # fmt: skip
 
+CHECKPOINT = "checkpoint.json"
+"""In the folder of a checkpoint."""
 _FIGURES = "figures"
 _READ = (1, 2, 3)
 """Versions of ``results.json``."""
@@ -76,19 +79,36 @@ def _earlier_figure(entry: dict[str, Any]) -> KeptFigure:
     return replace(figure, file=f"{_FIGURES}/{slug(figure.metric)}-{mark}.png")
 
 
-def read_together(folders: Sequence[str]) -> list[Row]:
-    """The rows of several runs, with each model called "RUN: MODEL".
+def read_together(folders: Sequence[str]) -> Results:
+    """The results of several runs, with each model called "RUN: MODEL", and files where they lie.
 
     Raises:
         ConfigError: a run was not evaluated.
     """
-    together = []
+    together = Results([], [], [])
     for folder, name in run_names(folders).items():
-        found = read_results(folder).rows
-        if not found:
+        found = read_results(folder)
+        if not found.rows:
             raise ConfigError(f"{folder} has no results; evaluate it first: sluice eval {folder} SUITE")
-        together += [replace(row, model=f"{name}: {row.model}") for row in found]
+        rows, tables, figures, damaged = located(found, folder)
+        together = together.and_of(Results(_of(rows, name), _of(tables, name), _of(figures, name), damaged))
     return together
+
+
+def located(results: Results, folder: str | os.PathLike[str]) -> Results:
+    """With the whole paths of pictures."""
+    return results._replace(figures=[replace(f, file=str(Path(folder) / f.file)) for f in results.figures])
+
+
+def _of(found: Sequence[F], run: str) -> list[F]:
+    return [replace(one, model=f"{run}: {one.model}") for one in found]
+
+
+def run_of(folder: str) -> str:
+    """The folder of a checkpoint's run; any other folder is itself."""
+    path = Path(folder).resolve()
+    in_run = (path / CHECKPOINT).is_file() and (path.parent.parent / CONFIG_FILE).is_file()
+    return str(path.parent.parent) if in_run else folder
 
 
 def run_names(folders: Iterable[str]) -> dict[str, str]:

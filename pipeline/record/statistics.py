@@ -23,6 +23,8 @@ from typing import NamedTuple, cast
 import numpy as np
 from scipy import optimize, stats
 
+from pipeline.record.found import Outcomes
+
 LEVEL = 0.95
 """Of the intervals; a test finds a difference at one minus this."""
 POWER = 0.8
@@ -38,15 +40,6 @@ _BOOTSTRAPPED = 100_000
 _AT_ONCE = 4_000_000
 """Sources drawn at once."""
 _Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
-
-
-class Outcomes(NamedTuple):
-    """What each sample adds to a number; see :class:`pipeline.core.evaluation.Number`."""
-
-    values: np.ndarray
-    """bool or float32[N]."""
-    sources: np.ndarray | None = None
-    """int64[N]; None: each sample is its own."""
 
 
 class Difference(NamedTuple):

@@ -8,10 +8,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import load
-from pipeline.config.exitcodes import CRASH, FINISHED
+from pipeline.config.exitcodes import CRASH
 from pipeline.core.errors import SluiceError
 from pipeline.engine.environment import set_aside
 from pipeline.record.logs import outlive_readers, rank_log
@@ -51,19 +52,13 @@ def main(argv: Sequence[str]) -> int:
 
         return guarded(lambda: cost(args.config, args.overrides, args.ranks))
 
-    from pipeline.record.console import say
-    from pipeline.record.lines import table_text
-    from pipeline.record.report import write_report
-    from pipeline.record.results import read_together
+    from pipeline.run import reporting
 
-    def report() -> int:
-        if len(args.runs) == 1:
-            say(str(write_report(args.runs[0])))
-        else:
-            say(table_text(read_together(args.runs)))
-        return FINISHED
-
-    return guarded(report)
+    if args.command == "compare":
+        work = partial(reporting.compare, args.subjects, args.format, args.out)
+    else:
+        work = partial(reporting.report, args.runs, args.format, args.out)
+    return guarded(work)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,8 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     rewind = commands.add_parser("rewind")
     rewind.add_argument("--run", required=True)
     rewind.add_argument("--step", type=int, required=True)
+    compare = commands.add_parser("compare")
+    compare.add_argument("subjects", nargs="+")
+    compare.add_argument("--format", default="text")
+    compare.add_argument("--out")
     report = commands.add_parser("report")
     report.add_argument("--run", required=True, action="append", dest="runs")
+    report.add_argument("--format")
+    report.add_argument("--out")
     return parser
 
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from pipeline.core.evaluation import Figure, Number, Output, Table
-from pipeline.record.lines import found_text, whole_text
 from pipeline.record.outputs import keep
 from pipeline.record.results import EARLIER, Origin, Results, read_results
+from pipeline.record.terminal import found_text, whole_text
 
 ABOUT: dict[str, Any] = {"evaluation": "zero_shot", "settings": {"k": [20]}, "data": {"test": "m" * 32}}
 

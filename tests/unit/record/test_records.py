@@ -12,8 +12,8 @@ import pytest
 from pipeline.core.errors import DataError
 from pipeline.core.evaluation import Figure, Number
 from pipeline.record.outputs import keep
-from pipeline.record.records import About, read_record, whole
-from pipeline.record.results import Origin, outcomes, read_results
+from pipeline.record.records import About, outcomes, read_record, whole
+from pipeline.record.results import Origin, read_results
 
 ORIGIN = Origin("step 3", 3, "w", "knn", {"k": [20]}, {"test": "m"}, 7)
 HITS = np.arange(1003) % 3 == 0
@@ -39,10 +39,11 @@ def write(folder: Path) -> Path:
 def test_what_each_sample_adds_comes_back_and_takes_little_room(tmp_path):
     write(tmp_path)
     top1, loss, again, none = read_results(tmp_path).rows
-    assert outcomes(none) is None
+    assert none.outcomes is None
     for row, values, sources in ((top1, HITS, SOURCES), (loss, LOSSES, None), (again, ~HITS, SOURCES)):
-        kept = outcomes(row)
-        assert kept is not None and kept.values.dtype == values.dtype and np.array_equal(kept.values, values)
+        assert row.outcomes is not None
+        kept = outcomes(row.outcomes, row.n)
+        assert kept.values.dtype == values.dtype and np.array_equal(kept.values, values)
         assert (kept.sources is None) == (sources is None)
         assert sources is None or (kept.sources is not None and np.array_equal(kept.sources, sources))
     keep(tmp_path, numbers()[:1], ORIGIN)
@@ -106,7 +107,7 @@ def test_a_record_is_whole_with_all_that_lies_beside_it(tmp_path, suffix, damage
     assert len(results.rows) == 4 and results.damaged == ()
     if suffix == ".npz":
         with pytest.raises(DataError, match=beside.name):
-            outcomes(results.rows[0])
+            outcomes(results.rows[0].outcomes, 1003)
 
 
 def test_a_record_tells_who_made_it(tmp_path):

@@ -9,9 +9,10 @@ import pytest
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.evaluation import Number
-from pipeline.record.lines import lines, models, table
+from pipeline.record.lines import lines, models
 from pipeline.record.outputs import found, keep
 from pipeline.record.results import Origin, Row, read_results, read_together, ready, run_names
+from pipeline.record.terminal import table
 
 
 def top1(
@@ -161,7 +162,7 @@ def test_unlike_things_do_not_share_a_line_and_say_what_they_differ_in():
     cold = {"k": [20], "temperature": 0.07, "image": {"size": 64}}
     first, second = lines(top1(0.5, settings=warm) + top1(0.6, settings=cold))
     assert (first.name, second.name) == ("knn/top1 [temperature=0.1]", "knn/top1 [temperature=0.07]")
-    first, second = lines(top1(0.5, seed=0) + top1(0.6, seed=1))
+    first, second = lines(top1(0.5, seed=0) + top1(0.6, "step 20", 20, seed=1))
     assert (first.name, second.name) == ("knn/top1 [seed=0]", "knn/top1 [seed=1]")
     assert len(lines([old(0.5), *top1(0.6, "step 20", 20)])) == 2
 
@@ -197,7 +198,7 @@ def test_runs_stand_side_by_side_and_are_told_apart(tmp_path):
     for folder, value in ((short, 0.5), (long, 0.7)):
         folder.mkdir()
         add(folder, top1(value) + top1(0.1, "random init", None))
-    together = read_together([str(short), str(long)])
+    together = read_together([str(short), str(long)]).rows
     assert models(together) == ["short: random init", "long: random init", "short: step 10", "long: step 10"]
     (line,) = lines(together)
     assert [c.value for c in line.measured] == [0.1, 0.1, 0.5, 0.7] and line.best == 0.7
@@ -209,7 +210,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     for name, value in (("a/mae", 0.5), ("b/mae", 0.7)):
         (tmp_path / name).mkdir(parents=True)
         add(tmp_path / name, top1(value))
-    together = read_together([str(tmp_path / "a/mae"), str(tmp_path / "b/mae"), str(tmp_path / "b/../b/mae")])
+    together = read_together([str(tmp_path / "a/mae"), str(tmp_path / "b/mae"), str(tmp_path / "b/../b/mae")]).rows
     assert models(together) == ["a/mae: step 10", "b/mae: step 10"]
     assert run_names(["x/a", "y/a", "z/b"]) == {"x/a": "x/a", "y/a": "y/a", "z/b": "b"}
     assert run_names(["runs/a/mae", "runs/b/mae"]) == {"runs/a/mae": "a/mae", "runs/b/mae": "b/mae"}
