@@ -33,6 +33,8 @@ class StepOutput(NamedTuple):
     """Scalar, the mean over this rank's micro-batch."""
     metrics: dict[str, Tensor]
     """Detached scalars (means over the micro-batch), with the same keys in the same order on every rank."""
+    losses: Tensor | None = None
+    """float32[B], detached: each sample's part, whose mean is ``loss``; None where that is no mean over samples."""
 
 
 class Picture(NamedTuple):

@@ -34,7 +34,8 @@ def accumulate(engine: SingleEngine, batches: Sequence[Batch], ctx: StepContext)
         ctx: of the step.
 
     Yields:
-        Of each micro-batch what came out, and the batch on the device; of a pairwise objective that of all, each time.
+        Of each micro-batch what came out, and the batch on the device; of a pairwise objective that of all, each time,
+        with the parts of its samples.
     """
     objective = engine.objective
     if isinstance(objective, PairwiseObjective) and len(batches) > 1:
@@ -65,12 +66,14 @@ def _in_two_passes(
             engine.call(batch, ctx, then=keep)
     after = _generator_states(engine.place.device)
     output, gradients = _loss_of_all(objective, parts, ctx)
+    sizes = [len(batch["id"]) for batch in batches]
+    losses = [None] * len(batches) if output.losses is None else output.losses.split(sizes)
     for index, batch in enumerate(batches):
         _set_generators(engine.place.device, dice[index])
         scalar = engine.call(batch, ctx, then=partial(_times, gradients[index]))
         # The engine divides by the number of micro-batches; the loss of all is a mean already.
         engine.backward(scalar * len(batches), last=index == len(batches) - 1)
-        yield output, batch
+        yield output._replace(losses=losses[index]), batch
     _set_generators(engine.place.device, after)
 
 
@@ -95,7 +98,7 @@ def _loss_of_all(
         )
         for index in range(len(parts))
     ]
-    return StepOutput(output.loss.detach(), output.metrics), gradients
+    return StepOutput(output.loss.detach(), output.metrics, output.losses), gradients
 
 
 def _times(gradients: Embeddings, embeddings: Embeddings) -> Tensor:

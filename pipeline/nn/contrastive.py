@@ -39,6 +39,8 @@ Columns = Literal["gathered", "blocks", "here"]
 """How columns are shared: all gathered at once; block by block from their owners, so that memory stays at the local
 batch; or these alone, without any traffic."""
 
+Reduction = Literal["mean", "none"]
+
 TILES = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of a tile: large enough for the matrix product, small enough for cache and memory."""
 
@@ -239,8 +241,18 @@ def _positives(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     return (rows * columns).sum(dim=1) * scale
 
 
+def _reduced(losses: Tensor, reduction: Reduction) -> Tensor:
+    return losses if reduction == "none" else losses.mean()
+
+
 def info_nce(
-    rows: Tensor, columns: Tensor, scale: Tensor, *, share: Columns = "gathered", tile: int | None = None
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    *,
+    share: Columns = "gathered",
+    tile: int | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Symmetric softmax loss over the global batch.
 
@@ -250,14 +262,15 @@ def info_nce(
         scale: [1], the inverse temperature.
         share: how columns reach the other ranks.
         tile: rows and columns of a tile; left out: by the device.
+        reduction: "none" gives the part of each sample, whose mean is the loss.
 
     Returns:
-        Scalar, the mean over this rank's pairs.
+        Scalar, the mean over this rank's pairs; or float[n].
     """
     rows, columns, scale = _exact(rows), _exact(columns), _exact(scale)
     pairs = _Pairs("softmax", share, both=True, tile=tile)
     across, down = _OverAllPairs.apply(rows, columns, scale, None, pairs)
-    return ((across + down) / 2 - _positives(rows, columns, scale)).mean()
+    return _reduced((across + down) / 2 - _positives(rows, columns, scale), reduction)
 
 
 def sigmoid_loss(
@@ -268,6 +281,7 @@ def sigmoid_loss(
     *,
     share: Columns = "gathered",
     tile: int | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Every pair as a decision of its own.
 
@@ -278,17 +292,24 @@ def sigmoid_loss(
         bias: [1], added to every logit.
         share: how columns reach the other ranks.
         tile: rows and columns of a tile; left out: by the device.
+        reduction: "none" gives the part of each sample, whose mean is the loss.
 
     Returns:
-        Scalar: the sum over all pairs of this rank's rows, over the number of rows.
+        Scalar: the sum over all pairs of this rank's rows, over the number of rows; or float[n].
     """
     rows, columns, scale, bias = _exact(rows), _exact(columns), _exact(scale), _exact(bias)
     sums, _ = _OverAllPairs.apply(rows, columns, scale, bias, _Pairs("sigmoid", share, tile=tile))
-    return sums.mean()
+    return _reduced(sums, reduction)
 
 
 def nt_xent(
-    first: Tensor, second: Tensor, scale: Tensor, *, share: Columns = "gathered", tile: int | None = None
+    first: Tensor,
+    second: Tensor,
+    scale: Tensor,
+    *,
+    share: Columns = "gathered",
+    tile: int | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Normalised temperature-scaled cross-entropy: each view finds the other among both views of all samples.
 
@@ -298,18 +319,22 @@ def nt_xent(
         scale: [1], the inverse temperature.
         share: how columns reach the other ranks.
         tile: rows and columns of a tile; left out: by the device.
+        reduction: "none" gives the part of each sample, whose mean is the loss.
 
     Returns:
-        Scalar, the mean over this rank's 2n views.
+        Scalar, the mean over this rank's 2n views; or float[n], of both views of a sample.
     """
     first, second, scale = _exact(first), _exact(second), _exact(scale)
     views = torch.cat([first, second])
     pairs = _Pairs("softmax", share, skip_self=True, tile=tile)
     across, _ = _OverAllPairs.apply(views, views, scale, None, pairs)
-    return across.mean() - _positives(first, second, scale).mean()
+    of_views = across.view(2, -1).mean(dim=0)
+    return _reduced(of_views - _positives(first, second, scale), reduction)
 
 
-def in_batch_nce(rows: Tensor, keys: Tensor, scale: Tensor, *, tile: int | None = None) -> Tensor:
+def in_batch_nce(
+    rows: Tensor, keys: Tensor, scale: Tensor, *, tile: int | None = None, reduction: Reduction = "mean"
+) -> Tensor:
     """Each row finds its key among those of the global batch. Keys get no gradient.
 
     Args:
@@ -317,16 +342,25 @@ def in_batch_nce(rows: Tensor, keys: Tensor, scale: Tensor, *, tile: int | None 
         keys: unit vectors [n,D].
         scale: [1].
         tile: rows and columns of a tile; left out: by the device.
+        reduction: "none" gives the part of each sample, whose mean is the loss.
 
     Returns:
-        Scalar, the mean over this rank's rows.
+        Scalar, the mean over this rank's rows; or float[n].
     """
     rows, keys, scale = _exact(rows), _exact(keys).detach(), _exact(scale)
     across, _ = _OverAllPairs.apply(rows, keys, scale, None, _Pairs("softmax", tile=tile))
-    return (across - _positives(rows, keys, scale)).mean()
+    return _reduced(across - _positives(rows, keys, scale), reduction)
 
 
-def queue_nce(rows: Tensor, keys: Tensor, queue: Tensor, scale: Tensor, *, tile: int | None = None) -> Tensor:
+def queue_nce(
+    rows: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    scale: Tensor,
+    *,
+    tile: int | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
     """Each row finds its own key among the queue's, which every rank holds whole. Keys and queue get no gradient.
 
     Args:
@@ -335,15 +369,16 @@ def queue_nce(rows: Tensor, keys: Tensor, queue: Tensor, scale: Tensor, *, tile:
         queue: unit vectors [K,D], the same on every rank.
         scale: [1].
         tile: rows and columns of a tile; left out: by the device.
+        reduction: "none" gives the part of each sample, whose mean is the loss.
 
     Returns:
-        Scalar, the mean over this rank's rows.
+        Scalar, the mean over this rank's rows; or float[n].
     """
     rows, keys, scale = _exact(rows), _exact(keys).detach(), _exact(scale)
     pairs = _Pairs("softmax", "here", tile=tile)
     others, _ = _OverAllPairs.apply(rows, _exact(queue).detach(), scale, None, pairs)
     positive = _positives(rows, keys, scale)
-    return (torch.logaddexp(positive, others) - positive).mean()
+    return _reduced(torch.logaddexp(positive, others) - positive, reduction)
 
 
 def traffic_bytes(rows: int, width: int, world: int, *, both: bool, element: int = 4) -> int:

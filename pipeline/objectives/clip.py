@@ -195,10 +195,12 @@ class CLIP(PairwiseObjective):
             "agreement": (image * text).detach().sum(dim=1).mean(),
         }
         if self.bias is None:
-            return StepOutput(info_nce(image, text, scale, share=self.config.share), metrics)
-        bias = embeddings.shared["bias"]
-        loss = sigmoid_loss(image, text, scale, bias, share=self.config.share)
-        return StepOutput(loss, metrics | {"bias": bias.detach().squeeze(0)})
+            losses = info_nce(image, text, scale, share=self.config.share, reduction="none")
+        else:
+            bias = embeddings.shared["bias"]
+            losses = sigmoid_loss(image, text, scale, bias, share=self.config.share, reduction="none")
+            metrics["bias"] = bias.detach().squeeze(0)
+        return StepOutput(losses.mean(), metrics, losses.detach())
 
     def limits(self) -> Mapping[str, tuple[float, float]]:
         """The inverse temperature stays between 1 and 100, as in the paper."""

@@ -173,7 +173,7 @@ class DDPM(Objective):
         quarter = (own.quantile * 4).long()
         for q in range(4):
             metrics[f"loss_q{q}"] = 4 * loss.detach().where(quarter == q, 0.0).mean()
-        return StepOutput(loss.mean(), metrics)
+        return StepOutput(loss.mean(), metrics, loss.detach())
 
     def noised(self, batch: Batch, ctx: StepContext) -> Noised:
         """The images of a batch, each with a noise level and noise of its own."""

@@ -98,8 +98,8 @@ class MAE(Objective):
         with dropping_for(batch, ctx):
             predicted = self.reconstruct(self.view(batch, ctx), keep)
         error = (predicted - self.targets(batch)).square().mean(dim=-1)
-        loss = error.mean() if self.config.loss_on == "all" else error.gather(1, hidden).mean()
-        return StepOutput(loss, {"loss_visible": error.detach().gather(1, keep).mean()})
+        losses = (error if self.config.loss_on == "all" else error.gather(1, hidden)).mean(dim=1)
+        return StepOutput(losses.mean(), {"loss_visible": error.detach().gather(1, keep).mean()}, losses.detach())
 
     def masks(self, batch: Batch, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Visible and hidden patches of each sample: int64[B,V], int64[B,N-V]."""

@@ -188,15 +188,16 @@ class MoCo(PairwiseObjective):
         rows = embeddings.rows
         scale = rows["query"].new_full((1,), 1 / self.config.temperature)
         if self.predictor is None:
-            loss = queue_nce(rows["query"], rows["key"], self.queue, scale)
+            losses = queue_nce(rows["query"], rows["key"], self.queue, scale, reduction="none")
             self._fresh = rows["key"].detach()
             agreement = (rows["query"] * rows["key"]).sum(dim=1)
         else:
-            both = in_batch_nce(rows["query"], rows["key2"], scale) + in_batch_nce(rows["query2"], rows["key"], scale)
+            both = (("query", "key2"), ("query2", "key"))
+            parts = [in_batch_nce(rows[query], rows[key], scale, reduction="none") for query, key in both]
             # 2 T: the paper's code makes the gradient's size independent of the temperature.
-            loss = both * (2 * self.config.temperature)
+            losses = (parts[0] + parts[1]) * (2 * self.config.temperature)
             agreement = (rows["query"] * rows["key2"]).sum(dim=1)
-        return StepOutput(loss, {"agreement": agreement.detach().mean()})
+        return StepOutput(losses.mean(), {"agreement": agreement.detach().mean()}, losses.detach())
 
     def after_step(self, clock: Clock) -> None:
         """Put the step's keys into the queue, in the order of the global batch, in place of the oldest."""

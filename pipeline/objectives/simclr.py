@@ -88,10 +88,11 @@ class SimCLR(PairwiseObjective):
         """NT-Xent; "agreement" is the mean cosine of the two views of a sample."""
         first, second = embeddings.rows["first"], embeddings.rows["second"]
         scale = first.new_full((1,), 1 / self.config.temperature)
-        loss = nt_xent(first, second, scale, share=self.config.share)
+        losses = nt_xent(first, second, scale, share=self.config.share, reduction="none")
         if self.config.loss == "sum":
-            loss = 2 * loss
-        return StepOutput(loss, {"agreement": (first * second).detach().sum(dim=1).mean()})
+            losses = 2 * losses
+        agreement = (first * second).detach().sum(dim=1).mean()
+        return StepOutput(losses.mean(), {"agreement": agreement}, losses.detach())
 
     def encoders(self) -> dict[str, nn.Module]:
         """The encoder without the head."""

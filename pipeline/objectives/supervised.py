@@ -93,16 +93,16 @@ class Supervised(Objective):
             with dropping_for(batch, ctx):
                 logits = self.head(self.norm(self.encoder.features(x))).float()
             own, other = (self._cross_entropy(logits, target) for target in (label, label[partner]))
-            loss = (part * own + (1 - part) * other).mean()
+            losses = part * own + (1 - part) * other
         else:
             with dropping_for(batch, ctx):
                 logits = self.logits(image)
-            loss = self._cross_entropy(logits, label).mean()
+            losses = self._cross_entropy(logits, label)
         best = logits.detach().topk(min(5, len(self.classes)), dim=1).indices == label[:, None]
         metrics = {"top1": best[:, :1].any(dim=1).float().mean()}
         if len(self.classes) >= 5:
             metrics["top5"] = best.any(dim=1).float().mean()
-        return StepOutput(loss, metrics)
+        return StepOutput(losses.mean(), metrics, losses.detach())
 
     def _cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
         return functional.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing, reduction="none")

@@ -64,7 +64,7 @@ def test_loss_is_finite_and_every_trainable_parameter_gets_a_gradient(name):
     assert trainable
     for ctx, mine in zip(contexts(objective), parts_of(objective), strict=True):
         with alone(mine, trainable.values()):
-            loss, _ = objective(make_batch(objective, name), ctx)
+            loss = objective(make_batch(objective, name), ctx).loss
             assert loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
             loss.backward()
     assert [n for n, p in trainable.items() if p.grad is None or not p.grad.isfinite().all()] == []
@@ -94,6 +94,26 @@ def test_the_mean_over_parts_of_a_batch_is_the_loss_of_the_batch(name):
     torch.testing.assert_close((parts[0].loss + parts[1].loss) / 2, whole.loss, rtol=1e-5, atol=1e-6)
     for key, value in whole.metrics.items():
         torch.testing.assert_close((parts[0].metrics[key] + parts[1].metrics[key]) / 2, value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_mean_of_its_samples_parts(name):
+    """And the part of a sample is its own: in a batch of its own it is the same, unless samples are compared."""
+    objective = build_objective(name).train()
+    if not isinstance(objective, PairwiseObjective):
+        objective = objective.double()
+    batch = make_batch(objective, name)
+    for ctx in contexts(objective):
+        output = objective(batch, ctx)
+        if output.losses is None:
+            assert package_of(name) != OBJECTIVES, "a product's loss tells its parts"
+            continue
+        assert output.losses.shape == (8,) and not output.losses.requires_grad
+        torch.testing.assert_close(output.losses.double().mean(), output.loss.detach().double(), rtol=1e-6, atol=0)
+        if not isinstance(objective, PairwiseObjective):
+            rows = slice(2, 5)
+            few = objective(part(batch, rows), ctx).losses
+            torch.testing.assert_close(few, output.losses[rows], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,8 +60,8 @@ class ToyDistill(Objective):
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         wanted = self.teacher(batch["image"]).float()
-        loss = (self.student(batch["image"]).float() - wanted).square().mean()
-        return StepOutput(loss, {"teacher_norm": wanted.norm(dim=1).mean()})
+        losses = (self.student(batch["image"]).float() - wanted).square().mean(dim=1)
+        return StepOutput(losses.mean(), {"teacher_norm": wanted.norm(dim=1).mean()}, losses.detach())
 
     @torch.no_grad()
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:

@@ -44,8 +44,8 @@ class Twins(PairwiseObjective):
 
     def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
         left, right = (functional.normalize(embeddings.rows[n], dim=1, eps=1e-3) for n in ("left", "right"))
-        loss = info_nce(left, right, embeddings.shared["scale"], tile=5)
-        return StepOutput(loss, {"scale": embeddings.shared["scale"].detach().squeeze()})
+        losses = info_nce(left, right, embeddings.shared["scale"], tile=5, reduction="none")
+        return StepOutput(losses.mean(), {"scale": embeddings.shared["scale"].detach().squeeze()}, losses.detach())
 
 
 class Plan:
@@ -59,8 +59,8 @@ def batch() -> Batch:
     return {"id": ids, "epoch": torch.ones_like(ids), "x": torch.randn(BATCH, 6, generator=generator)}
 
 
-def gradients(chunks: tuple[int, ...]) -> list[tuple[float, dict[str, np.ndarray], int]]:
-    """Of each number of micro-batches: loss, gradients, and calls of the towers."""
+def gradients(chunks: tuple[int, ...]) -> list[tuple[float, dict[str, np.ndarray], int, dict[int, float]]]:
+    """Of each number of micro-batches: loss, gradients, calls of the towers, and the part of each sample."""
     found = []
     with process_group(1.0) as place:
         for count in chunks:
@@ -76,7 +76,8 @@ def gradients(chunks: tuple[int, ...]) -> list[tuple[float, dict[str, np.ndarray
             assert [b["id"].tolist() for _, b in outputs] == [p["id"].tolist() for p in parts]
             assert len({float(o.loss.detach()) for o, _ in outputs}) == 1
             named = {n: p.grad.numpy() for n, p in objective.named_parameters() if p.grad is not None}
-            found.append((float(outputs[0][0].loss.detach()), named, objective.calls))
+            parts_of = {i: x for o, b in outputs for i, x in zip(b["id"].tolist(), o.losses.tolist(), strict=True)}
+            found.append((float(outputs[0][0].loss.detach()), named, objective.calls, parts_of))
     return found
 
 
@@ -86,17 +87,22 @@ def test_chunks_change_neither_the_gradient_nor_the_temperatures(world, chunks):
     assert [e.problem for e in ended] == [None] * world
     torch.manual_seed(0)
     objective = Twins().train()
-    expected_loss = objective(batch(), CONTEXT).loss
+    whole = objective(batch(), CONTEXT)
+    expected_loss = whole.loss
     expected_loss.backward()
     expected = {n: p.grad.numpy() for n, p in objective.named_parameters()}
     for end in ended:
-        for count, (_, found, calls) in zip(chunks, end.value, strict=True):
+        for count, (_, found, calls, _) in zip(chunks, end.value, strict=True):
             assert calls == (1 if count == 1 else 2 * count)
             assert found.keys() == expected.keys()
             for name, want in expected.items():
                 np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=name)
     losses = [np.mean([end.value[i][0] for end in ended]) for i in range(len(chunks))]
     np.testing.assert_allclose(losses, float(expected_loss.detach()), rtol=1e-5)
+    own = dict(zip(batch()["id"].tolist(), whole.losses.tolist(), strict=True))
+    for i in range(len(chunks)):
+        told = {sample: part for end in ended for sample, part in end.value[i][3].items()}
+        assert told == pytest.approx(own, rel=1e-5) and len(told) == BATCH
 
 
 class Noisy(Twins):

@@ -206,3 +206,35 @@ def test_traffic_is_the_formula_and_half_of_gathering_both_sides():
         assert keys == both_sides / 4  # keys get no gradient, so nothing goes home
     # 5 numbers per sample beside 2 * 512: half a per cent more than half.
     assert contrastive.traffic_bytes(64, 512, 8, both=True) / (4 * 7 * 64 * 512 * 4) < 0.503
+
+
+def part_of(name: str, i: int, rows: Tensor, columns: Tensor, queue: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """What sample i adds, by its own row and column of the whole matrix."""
+    if name == "nt_xent":
+        views, parts = torch.cat([rows, columns]), []
+        for view, other in ((i, i + len(rows)), (i + len(rows), i)):
+            logits = scale * views @ views[view]
+            parts.append(torch.cat([logits[:view], logits[view + 1 :]]).logsumexp(0) - logits[other])
+        return torch.stack(parts).mean()
+    if name == "queue_nce":
+        own = scale * rows[i] @ columns[i]
+        return torch.cat([own.view(1), (scale * queue @ rows[i]).view(-1)]).logsumexp(0) - own
+    across, down = scale * columns @ rows[i], scale * rows @ columns[i]
+    if name == "sigmoid_loss":
+        z = -torch.ones(len(rows), dtype=rows.dtype)
+        z[i] = 1
+        return functional.softplus(-z * (across + bias)).sum()
+    if name == "in_batch_nce":
+        return across.logsumexp(0) - across[i]
+    return (across.logsumexp(0) + down.logsumexp(0)) / 2 - across[i]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_those_of_their_own_samples(name, lone_group):
+    data = inputs(torch.float64)
+    scale, bias = torch.tensor([9.0], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)
+    rows, columns, queue = data["rows"], data["columns"], data["queue"]
+    found = tiled(name, rows, columns, queue, scale, bias, tile=4, reduction="none")
+    expected = [part_of(name, i, rows, columns, queue, scale[0], bias) for i in range(len(rows))]
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert found.std() > 0.01, "parts that are alike would hide an exchange"
