@@ -251,6 +251,24 @@ def logs(
         sys.stdout.flush()
 
 
+@app.command("losses")
+def losses(
+    run: Run,
+    by: Annotated[str, typer.Option(metavar="worst|forgotten|late", help="Which samples come first.")] = "worst",
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Write their numbers into a file, for data.keep.")] = None,
+    others: Annotated[bool, typer.Option("--others", help="Into that file go all samples but these.")] = False,
+    source: Annotated[str | None, typer.Option(help="Of several data sets the one whose numbers are written.")] = None,
+) -> None:
+    """List the samples with the highest loss, the forgotten or the late learnt, where record.losses kept them."""
+    from launch.losses import ORDERS, show
+    from pipeline.core.errors import ConfigError
+
+    if by not in ORDERS:
+        raise ConfigError(f"--by {by}: write {', '.join(ORDERS)}")
+    typer.echo(show(run, by, count, out, others, source))
+
+
 @app.command("cancel")
 def cancel(run: Run) -> None:
     """Ask a run to save and end, in SLURM or here."""

@@ -23,8 +23,8 @@ from pipeline.config.strict import Component, Folder, Fraction, Positive, Positi
 
 __all__ = [
     "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "Every",
-    "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Run", "RunConfig", "Sidecar",
-    "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width", "without_silence",
+    "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Record", "Run", "RunConfig",
+    "Sidecar", "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width", "without_silence",
 ]  # fmt: skip
 
 
@@ -207,6 +207,13 @@ class Start(Strict):
     """What begins so here stays as it is drawn: "head."."""
 
 
+class Record(Strict):
+    """What a run keeps beside its metrics."""
+
+    losses: Literal["never", "every epoch"] = "never"
+    """What each sample lost, by its id: see `sluice losses`."""
+
+
 class RunConfig(Strict):
     """One training run."""
 
@@ -224,6 +231,7 @@ class RunConfig(Strict):
     start: Start | None = None
     """Left out: weights are drawn, or what the objective's own settings say."""
     every: Every = Every()
+    record: Record = Record()
 
     def optimizers(self) -> dict[str, Optimizer]:
         """All that are configured, by the name of their table: "optimizer", "phases.critic.optimizer"."""

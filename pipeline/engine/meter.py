@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.core.digest import batch_digest
 from pipeline.core.protocols import Batch, Clock, StepOutput
 from pipeline.dist.group import sum_over_ranks
+from pipeline.engine.ledger import Ledger
 from pipeline.record.beats import Pulse
 
 T = TypeVar("T")
@@ -37,12 +38,16 @@ class Meter:
         device: of the rank.
         world_size: ranks of the job.
         pulse: told of every step; None: nobody is.
+        ledger: keeps the losses of samples; None: nobody does.
     """
 
-    def __init__(self, device: torch.device, world_size: int, pulse: Pulse | None = None) -> None:
+    def __init__(
+        self, device: torch.device, world_size: int, pulse: Pulse | None = None, ledger: Ledger | None = None
+    ) -> None:
         self.device = device
         self.world_size = world_size
         self.pulse = pulse
+        self.ledger = ledger
         self.loss = torch.zeros((), device=device)
         """Of the last step on this rank, added up over its updates."""
         self.norm = torch.zeros((), device=device)
@@ -96,6 +101,8 @@ class Meter:
         self._outputs.append(torch.stack([v.detach().float() for v in (output.loss, *output.metrics.values())]))
         if not self._updates:  # all updates of a step see the same batches
             self._digest += batch_digest(batch)
+            if self.ledger is not None:
+                self.ledger.add(output, batch)
 
     def end_update(self, phase: str, rate: float, norm: Tensor) -> None:
         """Close an update: the mean over the micro-batches.
@@ -145,6 +152,11 @@ class Meter:
         }
         self.restart()
         return line
+
+    def keep(self) -> None:
+        """Write the losses of samples; on all ranks together."""
+        if self.ledger is not None:
+            self.ledger.flush()
 
     def _memory(self) -> float:
         """Peak memory in GB of this rank: of the device, or of the process where there is none."""

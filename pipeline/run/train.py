@@ -19,10 +19,12 @@ from pipeline.core.errors import NonFiniteError
 from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext, Stream
 from pipeline.data.dataset import open_data
 from pipeline.data.facts import facts
+from pipeline.data.selection import Selection, sources
 from pipeline.dist.group import Place, by_first, from_first, process_group, sum_over_ranks
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CHECKPOINTS, CheckpointStore
+from pipeline.engine.ledger import Ledger
 from pipeline.engine.loop import Outcome, fit
 from pipeline.engine.meter import Meter
 from pipeline.engine.saving import Saver, Series
@@ -31,12 +33,13 @@ from pipeline.engine.surveys import Surveyor
 from pipeline.engine.watch import Watch
 from pipeline.nn.weights import no_initial_weights
 from pipeline.record.files import Lines
+from pipeline.record.losses import LossFiles
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
 from pipeline.record.state import close_state
 from pipeline.run import frozen
 from pipeline.run import start as beginnings
-from pipeline.run.attempt import Attempt, attempt
+from pipeline.run.attempt import Attempt, attempt, in_folder
 from pipeline.run.build import (
     build_engine,
     build_objective,
@@ -83,6 +86,7 @@ class Job:
 
     def log(self, clock: Clock) -> None:
         """One line of metrics, and this rank's bad samples."""
+        self.meter.keep()
         line = self.meter.line(clock)
         line["epoch"] = clock.step / self.plan.steps_per_epoch
         events = self.stream.events()
@@ -98,6 +102,7 @@ class Job:
 
     def checkpoint(self, clock: Clock) -> None:
         """Save everything that resuming and evaluating need."""
+        self.meter.keep()
         state = {
             "step": clock.step,
             "samples": clock.samples,
@@ -180,7 +185,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
             stack.enter_context(closing(recorder))
         clock = beginning.clock
         start.pulse.at("start", clock.step)
-        meter = Meter(place.device, place.world_size, start.pulse)
+        meter = Meter(place.device, place.world_size, start.pulse, _ledger(config, manifest))
         series = Series(period(plan, config.run.keep_every), config.run.keep_optimizer)
         saver = Saver(store, config.run.keep, start.saved if place.first else lambda step: None, series)
         watch = Watch(place.device, stop, saver)
@@ -233,6 +238,16 @@ def _engine(
         if place.first:
             provenance.started(config.run.folder, report)
     return build_engine(config, objective, plan, place), origins
+
+
+def _ledger(config: RunConfig, manifest: manifests.Manifest) -> Ledger | None:
+    """What keeps the losses of samples, where that is wanted; all ranks together."""
+    if config.record.losses == "never":
+        return None
+    files = LossFiles(Path(config.run.folder), manifest.samples)
+    sets = [(m.root, m.samples, m.kept if isinstance(m, Selection) else None) for m in sources(manifest)]
+    by_first(lambda: in_folder(files.folder, lambda: files.describe(sets)))
+    return Ledger(files)
 
 
 def _recorder(
