@@ -182,8 +182,13 @@ class EvalContext(Protocol):
         """
         ...
 
-    def train(self, objective: Objective, stream: str, training: Training) -> None:
-        """Train an objective, which is the evaluation's own, on a stream's data; on all ranks, through the one loop.
+    def train(self, objective: Objective, data: str | Path, training: Training) -> None:
+        """Train an objective, which is the evaluation's own; on all ranks, through the one loop.
+
+        Args:
+            objective: on every rank the same.
+            data: name of a stream whose data set it is, or the folder of one.
+            training: how long and how.
 
         Raises:
             Mistakes: what does not fit the data or the number of ranks.

@@ -88,5 +88,5 @@ def halves(real: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def spread(rows: Tensor, count: int) -> Tensor:
-    """``count`` rows, evenly from all; all where there are no more."""
+    """``count`` rows, drawn once for all; all where there are no more."""
     return rows if len(rows) <= count else rows[chosen(torch.arange(len(rows)), len(rows), count)]

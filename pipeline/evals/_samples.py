@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
@@ -57,6 +58,7 @@ class Seen(NamedTuple):
 class OfSamples(Evaluation):
     """What evaluations of made images share. They judge them by encoders of another run."""
 
+    version = 2
     judges: Sequence[str] = ()
 
     def __init__(self, config: SamplesConfig) -> None:
@@ -120,8 +122,18 @@ def check_told_classes(ctx: EvalContext, name: str) -> None:
 
 
 def chosen(ids: Tensor, size: int, wanted: int) -> Tensor:
-    """Which of ``size`` samples are among ``wanted`` that are spread evenly, bool[B]: a function of ``ids`` alone."""
-    return (ids + 1) * wanted // size > ids * wanted // size
+    """Which of ``size`` samples are among ``wanted`` that are drawn once for all, bool[B]: a function of ``ids`` alone.
+
+    Not at even steps: where classes come in turn, some would be left out.
+    """
+    return _drawn(size, wanted)[ids]
+
+
+@lru_cache(maxsize=8)
+def _drawn(size: int, wanted: int) -> Tensor:
+    drawn = torch.zeros(size, dtype=torch.bool)
+    drawn[torch.randperm(size, generator=torch.Generator().manual_seed(0))[:wanted]] = True
+    return drawn
 
 
 def in_order(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -33,7 +33,7 @@ class Config(Strict):
     train: str = "train"
     """Stream that the baseline is fitted on."""
     samples: Annotated[int, Field(ge=1)] | None = None
-    """Images to measure, about evenly from the whole stream; left out: all."""
+    """Images to measure, drawn from the whole stream; left out: all."""
     steps: Annotated[int, Field(ge=2)] | None = None
     """Noise levels; of a process that has no number of its own."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -45,6 +45,8 @@ class Likelihood(Evaluation):
     "likelihood/histogram" is what a model needs that knows nothing but how often each value occurs at each pixel of the
     training images (counts plus one).
     """
+
+    version = 2
 
     def __init__(self, config: Config) -> None:
         self.config = config

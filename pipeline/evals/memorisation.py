@@ -111,7 +111,7 @@ def near(x: Tensor, real: Tensor, place: Place) -> Near:
 
 
 def left_out(real: Tensor, count: int, place: Place) -> Near:
-    """The same of ``count`` training images, evenly from all, each as though it were none of them."""
+    """The same of ``count`` training images, drawn from all, each as though it were none of them."""
     rows = chosen(torch.arange(len(real)), len(real), min(count, len(real))).nonzero()[:, 0]
     distance, index = (found[:, 0] for found in nearest(real[rows], real, 1, place, own=rows))
     which, back = index.unique(return_inverse=True)

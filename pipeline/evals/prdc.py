@@ -29,7 +29,7 @@ class Config(JudgedConfig):
     k: Annotated[int, Field(ge=1)] = 5
     """Neighbours that a ball reaches to."""
     real: Annotated[int, Field(ge=3)] = 10_000
-    """Real images, evenly from the reference; all where it has no more. By custom as many as samples."""
+    """Real images, drawn from the reference; all where it has no more. By custom as many as samples."""
 
 
 class PRDC(Judged):

@@ -65,7 +65,8 @@ class Context:
             raise ConfigError("this evaluation reads texts, and the model was trained without any, so it has no words")
         return self.tokenize(texts)
 
-    def train(self, objective: Objective, stream: str, training: Training) -> None:
-        """Train an objective on a stream's data."""
+    def train(self, objective: Objective, data: str | Path, training: Training) -> None:
+        """Train an objective on a stream's data, or on those of a folder."""
+        folder = self.data[data] if isinstance(data, str) else str(data)
         with torch.enable_grad(), torch.random.fork_rng():
-            train_on(objective, self.data[stream], training, self.place, self.folder)
+            train_on(objective, folder, training, self.place, self.folder)

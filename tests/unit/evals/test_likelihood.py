@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.core.errors import ConfigError
+from pipeline.evals._samples import chosen
 from pipeline.evals.likelihood import Config as LikelihoodConfig
 from pipeline.evals.likelihood import Likelihood
 from tests.unit.evals.generated import CLASSES, SHAPE, encoders, real, run
@@ -33,8 +34,18 @@ def test_fewer_samples_are_the_same_ones_on_any_rank(lone_group):
     streams = {"val": real(100), "train": real(50)}
     found = run(Likelihood(LikelihoodConfig(samples=30)), encoders(), streams)
     assert found["likelihood/bits_per_dim"].n == 30
-    chosen = Likelihood(LikelihoodConfig(samples=30))._chosen(torch.arange(100), 100)
-    assert int(chosen.sum()) == 30 and chosen[-1] and int(chosen[:50].sum()) == 15
+    own = Likelihood(LikelihoodConfig(samples=30))._chosen(torch.arange(100), 100)
+    assert int(own.sum()) == 30 and 8 <= int(own[:50].sum()) <= 22
+    assert torch.equal(Likelihood(LikelihoodConfig(samples=30))._chosen(torch.arange(60, 80), 100), own[60:80])
+    assert Likelihood(LikelihoodConfig(samples=300))._chosen(torch.arange(100), 100).all()
+
+
+@pytest.mark.parametrize("wanted", [40, 50, 80])
+def test_fewer_samples_are_of_all_classes_where_they_come_in_turn(wanted):
+    """Four of five samples must not be all but those of a class."""
+    for classes in (2, 4, 5):
+        found = chosen(torch.arange(100), 100, wanted).nonzero()[:, 0] % classes
+        assert (torch.bincount(found, minlength=classes) > wanted / classes / 2).all()
 
 
 class Exact(nn.Module):

@@ -85,7 +85,7 @@ def test_recall_sees_what_precision_does_not(lone_group):
     own = {steps: Config(samples=100, real=100, sampler={"name": "ddim", "steps": steps}) for steps in (10, STEPS)}
     good, few = (run(PRDC(own[steps]), encoders(), streams) for steps in (STEPS, 10))
     flat = run(PRDC(own[STEPS]), encoders() | {"generator": generator(std=0.01, classes=0)}, streams)
-    assert good["prdc/precision"].value == few["prdc/precision"].value == 1
+    assert min(good["prdc/precision"].value, few["prdc/precision"].value) > 0.95
     assert good["prdc/recall"].value > 0.7 > 0.2 > few["prdc/recall"].value and few["prdc/density"].value > 1.5
     assert good["prdc/coverage"].value > 0.9 > 0.3 > flat["prdc/coverage"].value
     assert good["prdc/coverage_real"].value > 0.75 and good["prdc/coverage_real"].better is None
