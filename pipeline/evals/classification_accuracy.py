@@ -7,7 +7,7 @@ Shape letters: B samples.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -137,7 +137,7 @@ class ClassificationAccuracy(OfSamples):
         """
         own = self.config.classifier
         settings = check_component(OBJECTIVES, own, "classification_accuracy", ("classifier",))
-        make = registry.component(OBJECTIVES, own.name, Objective)
+        make = cast("Callable[..., Objective]", registry.component(OBJECTIVES, own.name, Objective))
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(self.config.training.seed)
             objective = make(settings, facts)
