@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import cli_results
+from launch import cli_results, cli_runs
 from pipeline.core.errors import SluiceError
 
 app = typer.Typer(
@@ -298,6 +298,7 @@ def board(run: Run, port: Annotated[int, typer.Option(min=1, max=65535, help="On
     show(run, port)
 
 
+cli_runs.add(app)
 cli_results.add(app)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -13,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch import history, slurm
 from launch.history import Attempt, Submitted
@@ -22,13 +21,12 @@ from pipeline.config.exitcodes import CONFIG, NONFINITE
 from pipeline.core.errors import LaunchError
 from pipeline.record import lock, logs, metrics
 from pipeline.record.beats import Beat, read_beats
-from pipeline.record.files import number
+from pipeline.record.files import tail
 from pipeline.record.formats import duration, short
 from pipeline.record.process import boot, born
 from pipeline.record.state import FILE as STATE
 from pipeline.record.state import State, read_state
 
-TAIL_BYTES = 1 << 16
 SILENT_SECONDS = 120.0
 """A run on another machine that has said nothing for so long, and for 10 of its steps, is not called running."""
 CLOCKS = 3600.0
@@ -38,6 +36,8 @@ DEPTH = 12
 """Folders below runs/ in which runs are looked for."""
 ROOT = Path("runs")
 WATCH_SECONDS = 2.0
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading a file raises that holds something else than it should."""
 _MEANING = {CONFIG: "something to mend", NONFINITE: "not finite", 1: "a crash"}
 
 
@@ -128,28 +128,63 @@ def read_status(runs: Sequence[Path]) -> list[Status]:
         LaunchError: a run alone that cannot be read, or of which SLURM does not tell.
     """
     alone = len(runs) == 1
-    known = {run: _history(run) for run in runs}
-    last = {run: history.last_submitted(entries, run) for run, entries in known.items()}
-    jobs = {entry.job: entry.name for entry in last.values() if entry is not None}
-    states: dict[str, str] | None = {}
-    try:
-        states = slurm.states(jobs) if shutil.which("squeue") else {}
-    except LaunchError as error:
-        if alone:
-            raise
-        print(f"sluice: {error}; what is queued is not known", file=sys.stderr)
-        states = None
-    moving = lock.moving([run for run in runs if _doubtful(run)])
+    scene = _scene(runs, alone)
     found: list[Status] = []
     for run in runs:
-        entry = last[run]
         try:
-            found.append(_status(run, known[run], entry.job if entry else None, states, run in moving, alone))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found.append(_status(run, scene, alone))
+        except UNREADABLE as error:
             if alone:
                 raise LaunchError(f"cannot read what {run} says of itself: {error}") from error
             found.append(Status(run, "unreadable", str(error)))
     return found
+
+
+def phases(runs: Sequence[Path]) -> dict[Path, tuple[str, str]]:
+    """Phase and detail of each run, as :class:`Status` has them, from as few files as say so."""
+    scene = _scene(runs, alone=False)
+    found: dict[Path, tuple[str, str]] = {}
+    for run in runs:
+        try:
+            state = read_state(run)
+            beats = read_beats(run) if state is not None and state.outcome == "running" else []
+            found[run] = _phase(run, state, beats, scene)
+        except UNREADABLE as error:
+            found[run] = ("unreadable", str(error))
+    return found
+
+
+class _Scene(NamedTuple):
+    """What is known of several runs from elsewhere than their own words."""
+
+    histories: dict[Path, list[Submitted | Attempt]]
+    jobs: dict[Path, str | None]
+    """The last one submitted of each."""
+    queue: dict[str, str] | None
+    """State of the jobs that SLURM knows as queued or running; None: it does not answer."""
+    moving: set[Path]
+    """Runs whose holders show that they live."""
+
+
+def _scene(runs: Sequence[Path], alone: bool) -> _Scene:
+    """Look around once for all.
+
+    Raises:
+        LaunchError: SLURM does not answer, and only one run is asked about.
+    """
+    histories = {run: _history(run) for run in runs}
+    last = {run: history.last_submitted(entries, run) for run, entries in histories.items()}
+    jobs = {entry.job: entry.name for entry in last.values() if entry is not None}
+    queue: dict[str, str] | None = {}
+    try:
+        queue = slurm.states(jobs) if jobs and shutil.which("squeue") else {}
+    except LaunchError as error:
+        if alone:
+            raise
+        print(f"sluice: {error}; what is queued is not known", file=sys.stderr)
+        queue = None
+    moving = lock.moving([run for run in runs if _doubtful(run)])
+    return _Scene(histories, {run: entry.job if entry else None for run, entry in last.items()}, queue, moving)
 
 
 def _history(run: Path) -> list[Submitted | Attempt]:
@@ -168,17 +203,11 @@ def _doubtful(run: Path) -> bool:
     return bool(ages) and (min(ages) < -CLOCKS / 10 or SILENT_SECONDS < min(ages) < CLOCKS)
 
 
-def _status(
-    run: Path,
-    entries: Sequence[Submitted | Attempt],
-    job: str | None,
-    states: dict[str, str] | None,
-    moving: bool,
-    alone: bool,
-) -> Status:
+def _status(run: Path, scene: _Scene, alone: bool) -> Status:
     state, beats = read_state(run), read_beats(run)
-    line = last_line(run)
-    phase, detail = _phase(run, state, beats, job, states, moving)
+    entries, job = scene.histories[run], scene.jobs[run]
+    line = metrics.read_last(run)
+    phase, detail = _phase(run, state, beats, scene)
     again = sum(isinstance(e, Attempt) and e.job == job and e.decision == "requeue" for e in entries)
     if again:
         detail = "; ".join(filter(None, [detail, f"requeued {again} {'time' if again == 1 else 'times'}"]))
@@ -194,7 +223,7 @@ def _status(
         run,
         phase,
         detail,
-        job=job if states and job in states else None,
+        job=job if scene.queue and job in scene.queue else None,
         line=line,
         total_steps=plan.get("total_steps"),
         checkpoint=newest_checkpoint(run),
@@ -212,24 +241,23 @@ def _stopped(run: Path, phase: str, entries: Sequence[Submitted | Attempt], job:
     if isinstance(last, Attempt):
         return last.reason if last.decision == "stop" else ""
     log = run / history.FOLDER / f"slurm-{job}.out"
-    said = [line for line in _tail(log).decode(errors="replace").splitlines() if line.strip()]
+    said = [line for line in tail(log).decode(errors="replace").splitlines() if line.strip()]
     return f"{log} ends with: {said[-1]}" if said else ""
 
 
-def _phase(
-    run: Path, state: State | None, beats: list[Beat], job: str | None, states: dict[str, str] | None, moving: bool
-) -> tuple[str, str]:
-    queued = (states or {}).get(job or "")
+def _phase(run: Path, state: State | None, beats: list[Beat], scene: _Scene) -> tuple[str, str]:
+    job = scene.jobs[run]
+    queued = (scene.queue or {}).get(job or "")
     if queued is not None:
         where = f"SLURM job {job} is {queued.lower()}"
         running = queued in ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED")
         return ("running" if running else "queued"), where
     if state is None:
-        gone = "is gone from the queue" if states is not None else "may be queued or running"
+        gone = "is gone from the queue" if scene.queue is not None else "may be queued or running"
         return "not started", f"SLURM job {job} {gone}" if job else ""
     if state.outcome != "running":
         return _ended(state)
-    if not lock.copied(run / lock.FILE) and (moving or alive(beats, state)):
+    if not lock.copied(run / lock.FILE) and (run in scene.moving or alive(beats, state)):
         return "running", ""
     return "died", "without a word; `sluice resume` goes on"
 
@@ -278,26 +306,6 @@ def rank_behind(beats: Sequence[Beat]) -> str:
     since = duration(max(0.0, time.time() - first.time))
     front = max(b.step for b in beats)
     return f"rank {first.rank} on {first.host}{more}: in {first.phase!r} of step {first.step} of {front} for {since}"
-
-
-def last_line(run: Path) -> dict[str, Any]:
-    """The last whole line of the metrics; empty before the first."""
-    for line in reversed(_tail(run / metrics.FILE).split(b"\n")[:-1]):
-        try:
-            return {name: number(value) for name, value in json.loads(line).items()}
-        except ValueError:  # torn by a kill
-            continue
-    return {}
-
-
-def _tail(path: Path) -> bytes:
-    """The end of a file; nothing where there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            return file.read()
-    except FileNotFoundError:
-        return b""
 
 
 def newest_checkpoint(run: Path) -> tuple[int, float] | None:

@@ -40,6 +40,8 @@ class Image(Strict):
     """Random area and ratio; or short side resized then centre crop; or both sides resized."""
     crop_fraction: Fraction = 1.0
     """Of centre crops: side of the crop as a part of the resized image's; 0.875 resizes to 256 and cuts out 224."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How pixels are resized, antialiased in any case."""
     scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     """Area of a random crop, as a part of the image's."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
@@ -175,6 +177,32 @@ def _check_parts(path: object, keep: str | None, where: str | None, sidecar: dic
         raise ValueError(f"{'keep' if keep else 'where'} is of one data set; write it beside each path")
     if sidecar:
         raise ValueError("sidecar joins one data set by its keys, and there are several; name one")
+
+
+class EvalData(Strict):
+    """A data set as an evaluation looks at it: a whole one, or a part of it."""
+
+    path: Text
+    """Folder or URL of shards; or a folder of images, or of a data set of torchvision, of which shards are then made in
+    the cache (SLUICE_CACHE, or ~/.cache/sluice)."""
+    torchvision: Text | None = None
+    """Name of the data set of torchvision that lies in ``path``: "CIFAR10". Nothing is downloaded."""
+    split: Text | None = None
+    """Of a folder with one for each split, or of a data set of torchvision: "train", "val", "test"."""
+    keep: Text | None = None
+    """As ``data.keep`` of a run."""
+    where: Text | None = None
+    """As ``data.where`` of a run."""
+    sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])
+
+    def __str__(self) -> str:
+        """For people."""
+        parts = [self.torchvision, self.path, self.split, self.keep and f"keep {self.keep}", self.where]
+        return ", ".join(filter(None, parts))
+
+    def __hash__(self) -> int:
+        """Of all settings."""
+        return hash(self.model_dump_json())
 
 
 class Data(Strict):

@@ -17,14 +17,14 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config.data import Beside, Cache, Captions, Crop, Data, Image, Sidecar, Source
+from pipeline.config.data import Beside, Cache, Captions, Crop, Data, EvalData, Image, Sidecar, Source
 from pipeline.config.durations import Duration
 from pipeline.config.strict import Component, Folder, Fraction, Positive, PositiveFloat, Strict, Text, Weights, Width
 
 __all__ = [
-    "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "Every",
-    "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Record", "Run", "RunConfig",
-    "Sidecar", "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width", "without_silence",
+    "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "EvalData",
+    "Every", "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Record", "Run",
+    "RunConfig", "Sidecar", "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width", "without_silence",
 ]  # fmt: skip
 
 

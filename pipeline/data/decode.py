@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -153,11 +154,11 @@ def random_box(size: tuple[int, int], image: Image, numbers: Sequence[float]) ->
     return Box((h - height) // 2, (w - width) // 2, max(height, 1), max(width, 1))
 
 
-def resize(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
-    """uint8[3,h,w] to uint8[3,H,W]: bicubic with antialiasing, on the CPU in fixed point, as Pillow does it."""
+def resize(pixels: Tensor, shape: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """uint8[3,h,w] to uint8[3,H,W] with antialiasing, on the CPU in fixed point, as Pillow does it."""
     if pixels.device.type == "cpu":
-        return F.interpolate(pixels.unsqueeze(0), shape, mode="bicubic", antialias=True).squeeze(0)
-    resized = F.interpolate(pixels.unsqueeze(0).float(), shape, mode="bicubic", antialias=True)
+        return F.interpolate(pixels.unsqueeze(0), shape, mode=mode, antialias=True).squeeze(0)
+    resized = F.interpolate(pixels.unsqueeze(0).float(), shape, mode=mode, antialias=True)
     return resized.round_().clamp_(0, 255).to(torch.uint8).squeeze(0)
 
 
@@ -191,6 +192,7 @@ class ImageDecoder:
     def __init__(self, image: Image, seed: int) -> None:
         self._image = image
         self._seed = seed
+        self._resize = partial(resize, mode=image.interpolation)
         self.each = image.each
         """The geometry of each view."""
         self.names = list(self.shapes("image"))
@@ -221,18 +223,18 @@ class ImageDecoder:
         """
         return self.views(open_image(data), geometry)
 
-    def views(self, stored: Stored, geometry: Sequence[Geometry], resize: Resize = resize) -> list[Tensor]:
+    def views(self, stored: Stored, geometry: Sequence[Geometry], resize: Resize | None = None) -> list[Tensor]:
         """The views of an image whose header has been read; it is decoded once.
 
         Args:
             stored: the image.
             geometry: for each view.
-            resize: what makes [C,H,W] of [C,h,w].
+            resize: what makes [C,H,W] of [C,h,w]; None: as images are resized.
 
         Raises:
             ValueError: not a readable image.
         """
-        image = self._image
+        image, resize = self._image, resize or self._resize
         if image.crop != "random_resized":
             whole = stored.window(Box(0, 0, *stored.size))
             centred = image.crop == "center"

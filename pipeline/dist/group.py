@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,8 @@ from pipeline.dist.collectives import gather_into
 
 T = TypeVar("T")
 
+_WORD_SECONDS = 1.0
+"""How often a rank that works alone lets the others know that it does."""
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 LONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -138,6 +141,21 @@ def by_first(work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return cast("T", result)
+
+
+def by_first_in_time(work: Callable[[], T]) -> T:
+    """As :func:`by_first`, for work that takes longer than the time-out of a collective."""
+    if dist.get_world_size() == 1:
+        return by_first(work)
+    pool = ThreadPoolExecutor(1) if dist.get_rank() == 0 else None
+    try:
+        begun = pool.submit(work) if pool is not None else None
+        while not from_first(begun is not None and bool(wait([begun], _WORD_SECONDS).done)):
+            pass
+        return by_first(lambda: cast("Future[T]", begun).result())
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=False)
 
 
 def by_all(work: Callable[[], T]) -> T:

@@ -73,9 +73,7 @@ def by_class(
     recall = counts.diagonal()[there] / samples[there]
     error = math.sqrt(float((recall * (1 - recall) / samples[there]).sum())) / len(recall)
     yield Number(f"{name}/mean_per_class_recall{suffix}", float(recall.mean()), len(label), split, error)
-    if len(classes) <= SHOWN:
-        rows = [[own, *map(int, row)] for own, row in zip(classes, counts, strict=True)]
-        yield Table(f"{name}/confusion{suffix}", ["class", *classes], rows, split)
+    yield from confusion_table(name, counts, classes, split, suffix)
 
 
 def confusion(guess: Tensor, label: Tensor, classes: int) -> np.ndarray:
@@ -83,3 +81,12 @@ def confusion(guess: Tensor, label: Tensor, classes: int) -> np.ndarray:
     taken = guess >= 0
     pairs = label[taken] * classes + guess[taken]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes).numpy()
+
+
+def confusion_table(
+    name: str, counts: np.ndarray, classes: Sequence[str], split: str, suffix: str = ""
+) -> Iterator[Table]:
+    """Counts of :func:`confusion` as a table, where there are at most fifty classes."""
+    if len(classes) <= SHOWN:
+        rows = [[own, *map(int, row)] for own, row in zip(classes, counts, strict=True)]
+        yield Table(f"{name}/confusion{suffix}", ["class", *classes], rows, split)

@@ -10,32 +10,43 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.evaluation import EvalContext, Evaluation, Features, Number, Uses
+from pipeline.core.evaluation import EvalContext, Evaluation, Features, Number, Output, Uses
 from pipeline.core.registry import suggest
-from pipeline.dist.group import from_first
+from pipeline.dist.group import by_first
 from pipeline.evals._classes import in_classes_of
 from pipeline.evals._denoiser import denoiser_of
-from pipeline.evals._probe import HELD_OUT, Probe, ProbeConfig, check_size
+from pipeline.evals._logistic import LogisticConfig, Regression
+from pipeline.evals._probe import check_samples, held_out, rows
 from pipeline.nn.diffusion.features import DenoiserFeatures
 from pipeline.nn.diffusion.model import Generator
 
+L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Strengths that are tried, unless settings say others."""
 
-class Config(ProbeConfig):
-    """Settings of the search; those of the probe are those of "linear_probe"."""
+
+class Config(LogisticConfig):
+    """Settings of the search; those of the probes are those of "logistic_regression", with fewer strengths."""
 
     noise: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.01, 0.05, 0.1, 0.2)
     """Quantiles of the noise levels."""
     blocks: tuple[str, ...] | None = None
     """Blocks by their names; left out: all."""
 
+    def strengths(self, samples: int) -> list[float]:
+        """Left out: six, since there are as many fits as blocks and noise levels."""
+        if self.c is None and self.l2 is None:
+            return [1 / (l2 * samples) for l2 in L2]
+        return super().strengths(samples)
+
 
 class DenoiserProbe(Evaluation):
     """Reports "denoiser_probe/BLOCK@NOISE", the accuracy on a held-out tenth of the training stream, for the grid;
-    and for the best of it "denoiser_probe/top1" on the test stream, its "_noise", and what the linear probe reports.
+    and for the best of it "denoiser_probe/top1" on the test stream, its "_noise", and what the regression reports.
     """
+
+    version = 2
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -48,7 +59,7 @@ class DenoiserProbe(Evaluation):
         """Blocks that are there."""
         self._blocks(denoiser_of(ctx))
 
-    def run(self, ctx: EvalContext) -> Iterator[Number]:
+    def run(self, ctx: EvalContext) -> Iterator[Output]:
         """Extract all blocks on all ranks, a noise level at a time; fit on the first, tell all.
 
         Raises:
@@ -61,12 +72,12 @@ class DenoiserProbe(Evaluation):
             encoder = DenoiserFeatures(generator.denoiser, generator.process, tuple(blocks), noise)
             name = f"generator.{'+'.join(blocks)}@{noise!r}"
             train, test = (ctx.features(name, s, module=encoder) for s in (self.config.train, self.config.test))
-            check_size(train, self.config.train)
             test = in_classes_of(test, train.classes, self.config.test, f"stream {self.config.train!r}")
+            check_samples(train, test, self.config.train, self.config.test)
             widths = list(blocks.values())
             for block, *parts in zip(blocks, *(_split(f, widths) for f in (train, test)), strict=True):
                 found[block, noise] = parts
-        yield from from_first(self._search(found) if ctx.place.first else [])
+        yield from by_first(lambda: self._search(found, ctx.place.device))
 
     def _blocks(self, generator: Generator) -> dict[str, int]:
         """The blocks that are tried, with their widths."""
@@ -76,25 +87,21 @@ class DenoiserProbe(Evaluation):
             raise ConfigError(f"denoiser_probe.blocks: there is no {unknown[0]!r}; {suggest(unknown[0], list(taps))}")
         return {block: taps[block] for block in wanted}
 
-    def _search(self, found: Mapping[tuple[str, float], Sequence[Features]]) -> list[Number]:
-        probe = Probe(self.config, "denoiser_probe")
-        results, best, chosen = [], -1.0, next(iter(found))
+    def _search(self, found: Mapping[tuple[str, float], Sequence[Features]], device: torch.device) -> list[Output]:
+        regression = Regression(self.config, "denoiser_probe", device)
+        results: list[Output] = []
+        best, chosen = -1.0, next(iter(found))
         for (block, noise), (train, _) in found.items():
-            held = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(1))
-            cut = len(train.x) // HELD_OUT
-            parts = [_rows(train, rows) for rows in (held[cut:], held[:cut])]
-            top1 = next(r for r in probe.probe(*parts) if r.name == "denoiser_probe/top1")
+            held, rest = held_out(len(train.x), seed=1)
+            outputs = regression.measured(rows(train, rest), rows(train, held))
+            top1 = next(o for o in outputs if isinstance(o, Number) and o.name == "denoiser_probe/top1")
             name = f"denoiser_probe/{block}@{noise:g}"
             results.append(top1._replace(name=name, split=self.config.train, better=None))
             if top1.value > best:
                 best, chosen = top1.value, (block, noise)
-        results += probe.probe(*found[chosen])
+        results += regression.measured(*found[chosen])
         n = len(found[chosen][0].x)
         return [*results, Number("denoiser_probe/noise", chosen[1], n, self.config.train, better=None)]
-
-
-def _rows(features: Features, rows: Tensor) -> Features:
-    return Features(features.x[rows], {"label": features.label[rows]}, features.classes)
 
 
 def _split(features: Features, widths: list[int]) -> list[Features]:

@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.evaluation import EvalContext, Evaluation, Features, Number, Uses
+from pipeline.core.evaluation import EvalContext, Evaluation, Features, Number, Output, Uses
 from pipeline.dist.group import sum_over_ranks
 from pipeline.evals._classes import in_classes_of
+from pipeline.evals._classified import GUESSES, confusion, confusion_table, guesses
 
 BIAS = 100.0
 """The constant feature whose weight is the bias: large, so that a small weight is enough."""
@@ -41,7 +42,10 @@ class Config(Strict):
 
 
 class FewShot(Evaluation):
-    """Reports "few_shot/top1_5shot" for each number of samples per class: the mean over draws, and its error."""
+    """Reports "few_shot/top1_5shot", and with at least five classes "top5_5shot", for each number of samples per class:
+    the mean over draws, its standard error over draws, and the share of draws that classify each sample rightly. The
+    table "few_shot/confusion_10shot" counts the guesses of all draws, for the most samples.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -54,7 +58,7 @@ class FewShot(Evaluation):
         """The share of a class."""
         return {f"few_shot/top1_{shots}shot": (1 / classes, 1.0) for shots in self.config.shots}
 
-    def run(self, ctx: EvalContext) -> Iterator[Number]:
+    def run(self, ctx: EvalContext) -> Iterator[Output]:
         """Extract on all ranks; each computes its share of the draws.
 
         Raises:
@@ -65,15 +69,37 @@ class FewShot(Evaluation):
         test = in_classes_of(test, train.classes, self.config.test, f"stream {self.config.train!r}")
         self._check(train, test)
         tasks = [(shots, draw) for shots in self.config.shots for draw in range(self.config.draws)]
-        found = torch.zeros(len(tasks), dtype=torch.float64)
+        classes = len(train.classes)
+        # Guesses of all ranks are added up: each is zero in all but one.
+        found = torch.zeros(len(tasks), len(test.x), min(GUESSES, classes), dtype=torch.int64)
         for place in range(ctx.place.rank, len(tasks), ctx.place.world_size):
             chosen = self.draw(train.label, *tasks[place])
-            weights = ridge(train.x[chosen], train.label[chosen], test.x, len(train.classes), self.config.l2)
-            found[place] = (weights.argmax(dim=1) == test.label).double().mean()
-        found = sum_over_ranks(found)
-        for shots, top1 in zip(self.config.shots, found.view(-1, self.config.draws), strict=True):
-            error = float(top1.std()) / math.sqrt(len(top1))
-            yield Number(f"few_shot/top1_{shots}shot", float(top1.mean()), len(test.x), self.config.test, error)
+            scores = ridge(train.x[chosen], train.label[chosen], test.x, classes, self.config.l2)
+            found[place] = guesses(scores)
+        found = sum_over_ranks(found).view(-1, self.config.draws, *found.shape[1:])
+        for shots, guess in zip(self.config.shots, found, strict=True):
+            yield from self._accuracies(shots, guess == test.label[:, None], classes)
+        most = self.config.shots.index(max(self.config.shots))
+        counts = confusion(found[most, :, :, 0].flatten(), test.label.repeat(self.config.draws), classes)
+        yield from confusion_table(
+            "few_shot", counts, train.classes, self.config.test, f"_{max(self.config.shots)}shot"
+        )
+
+    def _accuracies(self, shots: int, right: Tensor, classes: int) -> Iterator[Number]:
+        """Of hits bool[draws,N,5] of the guesses."""
+        for name, k in (("top1", 1), ("top5", GUESSES)):
+            if k <= classes:
+                hits = right[:, :, :k].any(dim=2)
+                share, drawn = hits.float().mean(dim=0), hits.double().mean(dim=1)
+                error = float(drawn.std()) / math.sqrt(len(drawn))
+                yield Number(
+                    f"few_shot/{name}_{shots}shot",
+                    float(drawn.mean()),
+                    len(share),
+                    self.config.test,
+                    error,
+                    samples=share.numpy(),
+                )
 
     def draw(self, label: Tensor, shots: int, draw: int) -> Tensor:
         """Places of ``shots`` samples of each class that occurs, int64; more shots of a draw hold the fewer ones."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,22 @@ def trunk(encoder: nn.Module) -> ImageEncoder:
     raise ConfigError("this encoder has no blocks that can be read; it is no backbone of timm")
 
 
+class Offered(NamedTuple):
+    """What can be read off an encoder."""
+
+    blocks: int
+    """0: none can be read, only what the encoder itself gives."""
+    class_token: bool
+
+
+def offered(encoder: nn.Module) -> Offered:
+    """What can be read off ``encoder``."""
+    if not any(isinstance(module, ImageEncoder) for module in encoder.modules()):
+        return Offered(0, False)
+    backbone = trunk(encoder).backbone
+    return Offered(len(_blocks(backbone)), _has_class_token(backbone))
+
+
 @contextmanager
 def caught(encoder: nn.Module, count: int) -> Iterator[list[Tensor]]:
     """Catch the outputs of the last ``count`` blocks while the encoder runs: [B,T,D] after the last norm, or [B,D,H,W].
@@ -111,12 +127,16 @@ def _blocks(backbone: Backbone) -> list[nn.Module]:
     return [named[stage["module"]] for stage in getattr(backbone, "feature_info", []) if stage["module"] in named]
 
 
+def _has_class_token(backbone: Backbone) -> bool:
+    return getattr(backbone, "has_class_token", getattr(backbone, "num_prefix_tokens", 0) > 0)
+
+
 def _pooled(backbone: Backbone, blocks: Sequence[Tensor], reading: Reading) -> Tensor:
     """What ``reading`` says of the outputs of the last blocks."""
     wanted, last = blocks[len(blocks) - reading.blocks :], blocks[-1]
     parts: list[Tensor] = []
     if "cls" in reading.pool:
-        if last.ndim != 3 or not getattr(backbone, "has_class_token", backbone.num_prefix_tokens > 0):
+        if last.ndim != 3 or not _has_class_token(backbone):
             raise ConfigError(f'the encoder has no class token; read it with pool = "mean", not {reading.pool!r}')
         parts += [x[:, 0] for x in wanted]
     if "mean" in reading.pool:

@@ -5,6 +5,7 @@ Nothing is unpickled freely: files are safetensors, or what ``torch.load(weights
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,8 @@ TIMM = "timm"
 """Key of a file's metadata that says, in JSON, what ``timm.create_model`` is to be given."""
 IMAGE_SIZE = "image_size"
 """Key of a file's metadata that holds height and width, in JSON."""
+NORMAL = "normalisation"
+"""Key of a file's metadata that holds "mean" and "std" of each channel, for values from 0 to 1, in JSON."""
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -84,7 +87,11 @@ def export_encoder(
         rebuilt = timm.create_model(config.encoder, **args).state_dict()
     assert {k: v.shape for k, v in rebuilt.items()} == {k: v.shape for k, v in state.items()}, args
     size = new_image_size or image_size
-    made = {TIMM: json.dumps({"architecture": config.encoder, "args": args}), IMAGE_SIZE: json.dumps(size)}
+    made = {
+        TIMM: json.dumps({"architecture": config.encoder, "args": args}),
+        IMAGE_SIZE: json.dumps(size),
+        NORMAL: json.dumps({"mean": config.mean, "std": config.std}),
+    }
     save(path, state, made)
     return args
 
@@ -128,6 +135,16 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds no weights by name")
     return content, {}
+
+
+def weights_hash(modules: Mapping[str, nn.Module]) -> str:
+    """Hash of all parameters and buffers with their names; modules that share some are hashed as often."""
+    found = hashlib.sha256()
+    for name, module in sorted(modules.items()):
+        for key, tensor in sorted(module.state_dict().items()):
+            found.update(f"{name}/{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 _wanted: ContextVar[bool] = ContextVar("wanted", default=True)

@@ -88,3 +88,16 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         else:
             rows.append(row)
     return rows, torn
+
+
+TAIL_BYTES = 1 << 16
+
+
+def tail(path: Path) -> bytes:
+    """The end of a file, :data:`TAIL_BYTES` at most; nothing where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            return file.read()
+    except FileNotFoundError:
+        return b""

@@ -9,13 +9,14 @@ surveys its data. How a value that is not finite is written: :mod:`pipeline.reco
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.record.files import Lines, number, read_lines
+from pipeline.record.files import Lines, number, read_lines, tail
 
 FILE = "metrics.jsonl"
 Value = float | int | str
@@ -68,3 +69,13 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if torn:
         logging.getLogger(__name__).warning("%s: skipped %d torn line(s)", Path(folder) / FILE, torn)
     return rows
+
+
+def read_last(folder: Path) -> dict[str, Any]:
+    """The last whole line, from the end of the file; empty before the first."""
+    for line in reversed(tail(folder / FILE).split(b"\n")[:-1]):
+        try:
+            return {name: number(value) for name, value in json.loads(line).items()}
+        except ValueError:  # torn by a kill
+            continue
+    return {}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from pipeline.record.files import Lines
 from pipeline.record.logs import console
 from pipeline.record.metrics import MetricsLog, Value
+from pipeline.record.notes import FILE as NOTES
 from pipeline.record.progress import progress
 from pipeline.record.showcase import save_pictures
 
 if TYPE_CHECKING:
     from pipeline.core.protocols import Picture
 
-NOTES = "notes.jsonl"
 TENSORBOARD = "tensorboard"
 
 

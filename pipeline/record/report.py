@@ -20,9 +20,9 @@ from pipeline.record.files import read_lines
 from pipeline.record.formats import duration, short
 from pipeline.record.metrics import FILE as METRICS
 from pipeline.record.metrics import History, read_history
+from pipeline.record.notes import FILE as NOTES
 from pipeline.record.page import NO_CURVES, facts, folded, page, tiles
 from pipeline.record.pictures import Shown, encode, shot
-from pipeline.record.recorder import NOTES
 from pipeline.record.records import FOLDER as RESULTS
 from pipeline.record.results import EARLIER, located, read_results
 from pipeline.record.scoreboard import scoreboard

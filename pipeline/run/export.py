@@ -18,6 +18,8 @@ from pipeline.run.weights import Restored, parse_weights, restore
 
 ENCODER = "encoder.safetensors"
 WHOLE = "objective.safetensors"
+FACTS, TOKENIZER = "facts", "tokenizer"
+"""Keys of its metadata: what the objective was told of the data, in JSON; the tokenizer's file, where there is one."""
 
 
 def export(
@@ -52,6 +54,9 @@ def export(
     _write_encoder(trained, folder, image_size, patch_size)
     objective, config, facts, saved = trained
     made = {"step": str(saved.step), "config": config.model_dump_json(), IMAGE_SIZE: json.dumps(facts.image_size)}
+    made[FACTS] = json.dumps(facts.plain())
+    if saved.state.get("tokenizer") is not None:
+        made[TOKENIZER] = saved.state["tokenizer"]
     save(folder / WHOLE, objective.state_dict(), made)
     say(f"{folder / WHOLE}: all weights of objective {config.objective.name!r}")
     for name, offered in objective.exports().items():

@@ -12,7 +12,7 @@ from pipeline.core.errors import CheckpointError
 from pipeline.engine.checkpoint import CHECKPOINTS, PREFIX, THIN, read_manifest, verify_file
 from pipeline.record.files import Lines
 from pipeline.record.lock import RunLock
-from pipeline.record.recorder import NOTES
+from pipeline.record.notes import FILE as NOTES
 from pipeline.record.state import State, read_state, write_state
 from pipeline.run.attempt import in_folder
 

@@ -18,14 +18,13 @@ from torch import nn
 from pipeline.config import load
 from pipeline.config.exitcodes import FINISHED
 from pipeline.config.mistakes import Mistakes
-from pipeline.config.schema import Component, Image, RunConfig, SuiteConfig
+from pipeline.config.schema import Component, SuiteConfig, Weights
 from pipeline.core import registry
 from pipeline.core.components import EVALS, check_suite
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import Evaluation, Output
 from pipeline.data.evaluation import OrderedStream, open_eval
 from pipeline.dist.group import Place, by_first, process_group
-from pipeline.engine.fragments import MODEL
 from pipeline.record.console import say
 from pipeline.record.outputs import found, keep
 from pipeline.record.records import FOLDER, About, whole
@@ -35,7 +34,8 @@ from pipeline.record.terminal import found_text, table_text, whole_text
 from pipeline.suites.context import Context
 from pipeline.suites.identity import code_hash, origin_of, streams_named
 from pipeline.suites.progress import Progress, Shown
-from pipeline.suites.subject import Subject, of_checkpoint, untrained
+from pipeline.suites.subject import Subject, open_subject
+from pipeline.suites.subjects import MODEL, find
 
 
 def evaluate(
@@ -66,9 +66,9 @@ def evaluate(
     with ExitStack() as stack:
         place = stack.enter_context(process_group(timeout_minutes=60))
         by_first(lambda: ready(target))
-        subject = untrained(folder, place) if random_init else of_checkpoint(folder, checkpoint, plan.weights, place)
+        subject = _opened(f"random:{run}" if random_init else checkpoint or run, plan.weights, place)
         if out is not None:
-            subject = replace(subject, name=f"{folder.resolve().name}: {subject.name}")
+            subject = replace(subject, name=subject.title)
         progress = stack.enter_context(closing(Progress(sys.stderr, quiet=not place.first)))
         context = _context(plan, subject, target, place, stack, progress)
         prepared = _prepare(evaluations, plan, settings, subject, context, suite)
@@ -90,6 +90,14 @@ def evaluate(
             if more := found_text(target, new):
                 say(f"{more}\nshown in {page}")
     return FINISHED
+
+
+def _opened(spelled: str, weights: Weights, place: Place) -> Subject:
+    """What one word names."""
+    specs = by_first(lambda: find([spelled], [weights]))
+    if len(specs) > 1:
+        raise ConfigError(f"{spelled} are {len(specs)}, and one is wanted: {specs[0].name}, {specs[1].name}")
+    return open_subject(specs[0], place)
 
 
 def _there(folder: Path, origin: Origin, code: str) -> bool:
@@ -147,7 +155,7 @@ def _context(
     classes = dict.fromkeys(subject.encoders, subject.classes)
     encoders = dict(subject.encoders)
     if suite.judge is not None:
-        judge = of_checkpoint(Path(suite.judge), None, MODEL, place)
+        judge = _opened(suite.judge, MODEL, place)
         encoders |= {f"judge.{name}": encoder for name, encoder in judge.encoders.items()}
         classes |= {f"judge.{name}": judge.classes for name in judge.encoders}
     opened = _open_streams(suite, subject, place, stack)
@@ -176,7 +184,7 @@ def _prepare(
         if missing := [name for name in evaluation.uses().encoders if name not in context.encoders]:
             problems[number] = _lacks(component.name, missing[0], context.encoders)
         else:
-            geometry = _geometry(suite, subject.config)
+            geometry = subject.crop(suite.image)
             origins[number] = origin_of(subject, component.name, evaluation, settings[number], geometry, context)
     prepared: list[tuple[Origin, Context]] = []
     for number, origin in origins.items():
@@ -197,26 +205,21 @@ def _lacks(name: str, encoder: str, encoders: Mapping[str, nn.Module]) -> str:
     return f"evaluation {name!r} needs the encoder {encoder!r}; this objective has {', '.join(encoders) or 'none'}"
 
 
-def _geometry(suite: SuiteConfig, config: RunConfig) -> Image:
-    """The suite's, or centre crops of the size of the run."""
-    return suite.image or Image(size=config.data.image.size, crop="center")
-
-
 def _open_streams(suite: SuiteConfig, subject: Subject, place: Place, stack: ExitStack) -> dict[str, OrderedStream]:
     """The suite's data sets; texts in them are read as the model was taught to read."""
-    config = subject.config
+    image = subject.crop(suite.image)
     return {
         name: stack.enter_context(
             closing(
                 open_eval(
                     folder,
-                    _geometry(suite, config),
+                    image,
                     suite.fields,
                     batch=suite.batch,
                     workers=suite.workers,
                     rank=place.rank,
                     world=place.world_size,
-                    captions=config.data.captions,
+                    captions=subject.captions,
                     tokenizer=subject.tokenizer,
                 )
             )

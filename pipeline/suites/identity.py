@@ -10,13 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from pydantic import BaseModel
-from torch import nn
 
 from pipeline.config.schema import Image
 from pipeline.core.components import EVALS
 from pipeline.core.evaluation import Evaluation
+from pipeline.nn.weights import weights_hash
 from pipeline.record.found import Origin
 from pipeline.suites.context import Context
 from pipeline.suites.subject import Subject
@@ -25,16 +24,6 @@ JUDGE = "judge."
 """Before the names of encoders that judge."""
 _CODE = ("pipeline.evals.", "pipeline.nn.")
 """Where the code lies that makes numbers of features, and features of images."""
-
-
-def weights_hash(modules: Mapping[str, nn.Module]) -> str:
-    """Hash of all parameters and buffers with their names; modules that share some are hashed as often."""
-    found = hashlib.sha256()
-    for name, module in sorted(modules.items()):
-        for key, tensor in sorted(module.state_dict().items()):
-            found.update(f"{name}/{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:32]
 
 
 def origin_of(
@@ -55,7 +44,9 @@ def origin_of(
     seed = own.pop("seed", None)
     named = streams_named(own, uses.streams)
     settled = {key: value for key, value in own.items() if key not in {use.partition(".")[0] for use in named}}
-    settled["image"] = image.model_dump(mode="json")
+    # Before it could be chosen, it was bicubic.
+    unsaid = {"interpolation"} if image.interpolation == "bicubic" else None
+    settled["image"] = image.model_dump(mode="json", exclude=unsaid)
     if judges := {n: context.encoders[n] for n in uses.encoders if n.startswith(JUDGE)}:
         settled["judge"] = context.once(("weights", *judges), lambda: weights_hash(judges))
     data = {use: context.streams[stream].fingerprint for use, stream in named.items()}

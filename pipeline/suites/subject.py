@@ -1,28 +1,33 @@
-"""What is measured: the encoders of a checkpoint, or of the same model untrained."""
+"""What is measured: encoders, and what is known of their training. Here ours are opened, in ``foreign.py`` others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
 from pipeline.config import load
-from pipeline.config.schema import RunConfig, Weights
-from pipeline.core.errors import ConfigError
+from pipeline.config.schema import Captions, Image, RunConfig
+from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.manifest import load as load_manifest
-from pipeline.core.protocols import Batch, Objective
+from pipeline.core.protocols import Batch, DataFacts, Objective
 from pipeline.data.facts import facts
 from pipeline.data.text import TextDecoder, read_tokenizer
-from pipeline.dist.group import Place
-from pipeline.engine.fragments import MODEL
-from pipeline.nn.weights import no_initial_weights
+from pipeline.dist.group import Place, by_all
+from pipeline.nn.weights import no_initial_weights, read
 from pipeline.run.build import build_objective
+from pipeline.run.export import FACTS, TOKENIZER
 from pipeline.run.frozen import leave_out
-from pipeline.run.weights import restore
+from pipeline.run.weights import Restored, restore
+from pipeline.suites import foreign, foreign_clip
+from pipeline.suites.foreign import Opened, hold, table
+from pipeline.suites.subjects import Spec
 
-RANDOM = "random init"
+_ATTEMPTS = 3
+"""How often the newest checkpoint of a run that goes on is looked for, before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -30,52 +35,134 @@ class Subject:
     """Encoders, and what is known of their training."""
 
     name: str
-    """As a person calls it: "step 400", "random init"."""
+    """What it is called among those of its source: "step 400", "random init"."""
+    source: str
+    """What it comes from: the name of a run, a file, a model."""
     step: int | None
     """The checkpoint's; None: it is not one of a run's checkpoints."""
     encoders: dict[str, nn.Module]
     """In eval mode, on the device of the rank."""
     classes: tuple[str, ...]
     """Of the training data."""
-    config: RunConfig
+    image: Image | str
+    """How images are cropped for it, where a suite does not say otherwise; or why that cannot be said."""
+    captions: Captions
+    """How texts become tokens."""
     tokenizer: bytes | None
     """The file of the tokenizer that it was trained with; None: it was trained without texts."""
+
+    @property
+    def title(self) -> str:
+        """What it is called among all."""
+        return self.source if self.name == self.source else f"{self.source}: {self.name}"
+
+    def crop(self, asked: Image | None) -> Image:
+        """How images are cropped: as is asked for, or else as it takes them.
+
+        Raises:
+            ConfigError: that cannot be said.
+        """
+        if asked is None and isinstance(self.image, str):
+            raise ConfigError(f"{self.title}: {self.image}; say in the suite's [image] how they are to be cropped")
+        return asked or cast("Image", self.image)
 
     def tokenize(self, texts: Sequence[str]) -> Batch:
         """Texts as the encoder "text" takes them."""
         assert self.tokenizer is not None
-        return TextDecoder(self.config.data.captions, self.tokenizer, 0).tokens(texts)
+        return TextDecoder(self.captions, self.tokenizer, 0).tokens(texts)
 
 
-def of_checkpoint(run: Path, checkpoint: str | None, weights: Weights, place: Place) -> Subject:
-    """A checkpoint of a run; None: the newest whole one.
+def open_subject(spec: Spec, place: Place) -> Subject:
+    """Build what a spec names and fill it with its weights. All ranks call this together.
 
     Raises:
-        ConfigError: there is none.
-        CheckpointError: the one that is named is not whole.
+        ConfigError: there is no such model, or no weights of it.
+        CheckpointError: a file that is damaged, of another model, or gone by now.
     """
-    objective, config, known, saved = restore(run, checkpoint, place, weights)
-    averaged = "" if weights == MODEL else f", {weights}"
+    openers: dict[str, Callable[[], Opened]] = {
+        "untrained": lambda: _untrained(_path(spec)),
+        "objective": lambda: _exported(_path(spec)),
+        "encoder": lambda: foreign.encoder(_path(spec)),
+        "timm": lambda: foreign.timm_model(spec.model, _path(spec)),
+        "random": lambda: foreign.timm_model(spec.model, None),
+        "open_clip": lambda: foreign_clip.open_clip_model(spec.model, _path(spec)),
+    }
+    found, step = _checkpoint(spec, place) if spec.kind == "checkpoint" else (by_all(openers[spec.kind]), None)
+    encoders: dict[str, nn.Module] = {}
+    for name, encoder in found.encoders.items():
+        encoders[name] = encoder.to(place.device).eval().requires_grad_(False)
+    return Subject(spec.called(step), spec.source, step, encoders, *found[1:])
+
+
+def _path(spec: Spec) -> Path:
+    assert spec.path is not None, spec
+    return spec.path
+
+
+def _checkpoint(spec: Spec, place: Place) -> tuple[Opened, int]:
+    """A checkpoint of any engine and world size, with its step. The newest one of a run may have gone by now."""
+    path, attempts = _path(spec), _ATTEMPTS if spec.newest else 1
+    run, named = spec.run or path, str(path)
+    for attempt in range(attempts):
+        # What was the newest is looked for once more if it is damaged, or removed while it is read.
+        chosen = None if attempt else named
+        try:
+            if chosen is None:
+                return _of_run(restore(run, None, place, spec.weights))
+            return by_all(lambda: _of_run(restore(run, named, place, spec.weights)))
+        except CheckpointError as error:
+            if path.exists():
+                problem = CheckpointError(str(error))
+            else:
+                problem = CheckpointError(
+                    f"{path} is gone: a run removes its older checkpoints while it goes on (run.keep)"
+                )
+            if attempt + 1 == attempts:
+                raise problem from error
+    raise AssertionError
+
+
+def _of_run(restored: Restored) -> tuple[Opened, int]:
+    objective, config, known, saved = restored
     told = saved.state.get("tokenizer")
     tokenizer = told.encode() if told is not None else _tokenizer(config, saved.state["stream"].get("tokenizer"))
-    encoders = _ready(objective, place)
-    return Subject(f"step {saved.step}{averaged}", saved.step, encoders, known.classes, config, tokenizer)
+    return _ours(objective, known, config, tokenizer), saved.step
 
 
-def untrained(run: Path, place: Place) -> Subject:
+def _ours(objective: Objective, known: DataFacts, config: RunConfig, tokenizer: bytes | None) -> Opened:
+    image = Image(size=config.data.image.size, crop="center")
+    objective.eval().requires_grad_(False)
+    return Opened(objective.encoders(), known.classes, image, config.data.captions, tokenizer)
+
+
+def _untrained(run: Path) -> Opened:
     """The model of a run with weights as they are drawn at random, also where the run began from others' weights."""
     config = load.load_run(run / "config.toml")
-    manifest = load_manifest(config.data.train)
-    known = facts(config.data, manifest)
+    known = facts(config.data, load_manifest(config.data.train))
+    return _ours(_built(config, known, run), known, config, _tokenizer(config, None))
+
+
+def _exported(file: Path) -> Opened:
+    """All weights of an objective, as ``sluice export`` writes them."""
+    tensors, metadata = read(file)
+    config = RunConfig.model_validate_json(metadata["config"])
+    if FACTS not in metadata:
+        raise CheckpointError(
+            f"{file} was exported by an earlier version, which did not write all that is needed here; export it again, "
+            "or evaluate the checkpoint itself"
+        )
+    known = DataFacts.of(table(file, FACTS, metadata[FACTS]))
+    objective = _built(config, known, file)
+    hold(objective, tensors, file, f"the objective {config.objective.name!r}")
+    told = metadata.get(TOKENIZER)
+    return _ours(objective, known, config, told.encode() if told is not None else None)
+
+
+def _built(config: RunConfig, known: DataFacts, where: Path) -> Objective:
     with no_initial_weights():
-        objective = build_objective(config, known, str(run))
+        objective = build_objective(config, known, str(where))
     leave_out(objective)
-    return Subject(RANDOM, None, _ready(objective, place), known.classes, config, _tokenizer(config, None))
-
-
-def _ready(objective: Objective, place: Place) -> dict[str, nn.Module]:
-    objective.to(place.device).eval().requires_grad_(False)
-    return objective.encoders()
+    return objective
 
 
 def _tokenizer(config: RunConfig, trained: str | None) -> bytes | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pipeline.core import registry
 from pipeline.core.evaluation import Evaluation, Figure, Number, Table
 from pipeline.core.protocols import Batch
 from pipeline.dist.group import process_group
+from pipeline.nn.weights import weights_hash
 from tests.contracts.components import ListStream, build_evaluation, context, numbers, plain
 
 CLASSES = 6
@@ -29,6 +31,7 @@ NAMES = [
 """Those that look at real images and their texts, of two streams; masks are of patches, which these encoders lack."""
 SETTINGS = {
     "knn": {"k": (5, 20)},
+    "linear_probe": {"steps": 200},
     "robustness": {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5)},
 }
 """Where an evaluation's defaults ask for more than the tiny streams hold, or for much of the same."""
@@ -88,8 +91,14 @@ def streams(noise: float, seed: int = 0, rank: int = 0, world: int = 1) -> dict[
     return made
 
 
-def run(name: str, streams: dict[str, ListStream], seed: int = 0) -> dict[str, Number]:
-    return numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(encoders(seed), streams))
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """What evaluations keep goes into a folder of the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run(name: str, streams: dict[str, ListStream], seed: int = 0, **more: Any) -> dict[str, Number]:
+    return numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(encoders(seed), streams, **more))
 
 
 def encoders(seed: int = 0) -> dict[str, nn.Module]:
@@ -187,11 +196,22 @@ def test_tables_and_figures_are_of_the_promised_form(name, lone_group):
             assert output.image.dtype == np.uint8 and output.image.ndim == 3 and output.image.shape[2] == 3
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_encoders_are_left_as_they_were(name, lone_group):
+    known = encoders()
+    before = weights_hash(known)
+    numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(known, streams(0.6)))
+    assert weights_hash(known) == before
+    assert not any(module.training for encoder in known.values() for module in encoder.modules())
+
+
 def evaluate_on_ranks(folder, noise):
     with process_group(timeout_minutes=1):
         rank, world = dist.get_rank(), dist.get_world_size()
         for name in NAMES:
-            found = [plain(r) for r in run(name, streams(noise, 0, rank, world)).values()]
+            found = [
+                plain(r) for r in run(name, streams(noise, 0, rank, world), folder=folder / f"kept-{world}").values()
+            ]
             (folder / f"{name}-{world}-{rank}.json").write_text(json.dumps(found))
 
 

@@ -92,7 +92,7 @@ def test_what_it_cannot_do_is_one_message(change, says, trained, glyphs, tmp_pat
 def test_a_run_without_checkpoints_says_what_to_do(trained, tmp_path, capsys):
     (tmp_path / "config.toml").write_text((trained / "config.toml").read_text())
     assert main(["eval", "--run", str(tmp_path), "--suite", str(trained / "suite.toml")]) == 2
-    assert "--random-init" in capsys.readouterr().err
+    assert "random:" in capsys.readouterr().err
 
 
 def test_an_untrained_model_is_untrained_also_where_the_run_began_from_weights(trained, glyphs, tmp_path, capsys):
@@ -176,7 +176,7 @@ def test_each_evaluation_has_a_folder_of_its_own(trained, glyphs, tmp_path, monk
 
 def test_a_folder_that_takes_no_results_is_refused_before_anything_is_computed(trained, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("pipeline.suites.evaluate.of_checkpoint", None)
+    monkeypatch.setattr("pipeline.suites.evaluate.open_subject", None)
     command = ["eval", "--run", str(trained), "--suite", str(trained / "suite.toml"), "--out", str(tmp_path / "file")]
     assert main(command) == 2
     assert "--out FOLDER" in capsys.readouterr().err

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline.suites.subjects import Spec, find
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +15,7 @@ from pipeline.core.errors import CheckpointError
 from pipeline.dist.group import process_group
 from pipeline.run.__main__ import main
 from pipeline.suites.subject import Subject, open_subject
+from pipeline.suites.subjects import Spec, find
 from tests.integration.runs import codes, overrides, run
 
 

@@ -43,3 +43,36 @@ def test_what_no_rank_can_do_is_said_once():
             by_all(lambda broken=broken: look(broken))
         assert str(caught.value) == said and caught.value.everywhere, "rank 0 prints it, whoever had it"
     dist.destroy_process_group()
+
+
+@pytest.mark.world_size(2)
+def test_long_work_of_the_first_rank_keeps_no_other_in_one_collective(tmp_path):
+    """The work ends only after the other rank has come out of several of them."""
+    import torch.distributed as dist
+
+    from pipeline.dist import group
+
+    dist.init_process_group("gloo")
+    heard, plain = 0, group.from_first
+
+    def counted(value):
+        nonlocal heard
+        heard += 1
+        if heard == 3 and dist.get_rank() == 1:
+            (tmp_path / "heard").touch()
+        return plain(value)
+
+    def work() -> str:
+        while not (tmp_path / "heard").exists():
+            pass
+        return "done"
+
+    group.from_first, group._WORD_SECONDS = counted, 0.01
+    assert group.by_first_in_time(work) == "done"
+
+    def fail() -> str:
+        raise DataError("no images")
+
+    with pytest.raises(DataError, match="no images"):
+        group.by_first_in_time(fail)
+    dist.destroy_process_group()

@@ -53,16 +53,40 @@ def test_mean_and_error_are_those_over_draws(lone_group):
     found = measured(streams, shots=[1, 3], draws=4)
     train, test = streams["train"], streams["val"]
     for shots in (1, 3):
-        hits = []
+        hits, five = [], []
         for draw in range(4):
             chosen = FewShot(Config()).draw(train.label, shots, draw)
             scores = descended(train.image[chosen], train.label[chosen], test.image, 6, 2.0**10)
-            hits.append(sum(int(s.argmax()) == int(t) for s, t in zip(scores, test.label, strict=True)) / 31)
+            hits.append([int(s.argmax()) == int(t) for s, t in zip(scores, test.label, strict=True)])
+            ranked = [sorted(range(6), key=s.__getitem__, reverse=True)[:5] for s in scores.tolist()]
+            five.append(sum(int(t) in best for best, t in zip(ranked, test.label, strict=True)) / 31)
+        each = [sum(column) / 4 for column in zip(*hits, strict=True)]
+        hits = [sum(row) / 31 for row in hits]
         mean = sum(hits) / 4
         error = math.sqrt(sum((h - mean) ** 2 for h in hits) / 3 / 4)
         result = found[f"few_shot/top1_{shots}shot"]
         assert result.value == pytest.approx(mean) and result.stderr == pytest.approx(error) and result.n == 31
+        assert result.samples.tolist() == each and len(set(each)) > 2
+        assert found[f"few_shot/top5_{shots}shot"].value == pytest.approx(sum(five) / 4)
     assert found["few_shot/top1_3shot"].value > found["few_shot/top1_1shot"].value > 1 / 6
+
+
+def test_the_table_counts_the_guesses_of_all_draws(lone_group):
+    streams = make_streams(samples=(120, 31))
+    evaluation = FewShot(Config(shots=(2, 1), draws=3))
+    with torch.no_grad():
+        outputs = {o.name: o for o in evaluation.run(context({"image": Identity()}, streams))}
+    counts, hits = [[0] * 6 for _ in range(6)], 0
+    for draw in range(3):
+        chosen = evaluation.draw(streams["train"].label, 2, draw)
+        scores = descended(
+            streams["train"].image[chosen], streams["train"].label[chosen], streams["val"].image, 6, 1024
+        )
+        for score, truth in zip(scores, streams["val"].label.tolist(), strict=True):
+            counts[truth][int(score.argmax())] += 1
+            hits += int(score.argmax()) == truth
+    assert [row[1:] for row in outputs["few_shot/confusion_2shot"].rows] == counts
+    assert outputs["few_shot/top1_2shot"].value == pytest.approx(hits / 93)
 
 
 def test_too_few_samples_of_a_class_are_named(lone_group):

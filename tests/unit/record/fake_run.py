@@ -12,8 +12,8 @@ from pipeline.core.evaluation import Figure, Number, Output, Table
 from pipeline.core.protocols import Picture
 from pipeline.record.files import Lines
 from pipeline.record.metrics import MetricsLog
+from pipeline.record.notes import FILE as NOTES
 from pipeline.record.outputs import keep
-from pipeline.record.recorder import NOTES
 from pipeline.record.results import Origin
 from pipeline.record.showcase import save_pictures
 from pipeline.record.state import State, write_state

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.nn.weights import weights_hash
 from pipeline.record.results import Origin
 from pipeline.suites import identity
-from pipeline.suites.identity import code_hash, streams_named, weights_hash
+from pipeline.suites.identity import code_hash, streams_named
 
 
 def modules() -> dict[str, nn.Module]:
