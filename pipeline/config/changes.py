@@ -20,7 +20,8 @@ Rule = Literal["how", "course", "experiment", "never"]
 RULES: tuple[tuple[str, Rule], ...] = (
     ("run.folder", "how"),
     ("run.keep", "how"),
-    ("run.keep_*", "how"),
+    ("run.keep_every", "how"),
+    ("run.keep_optimizer", "how"),
     ("run.change", "how"),
     ("run.length", "course"),
     ("run.seed", "never"),  # the order of samples, and what is drawn for each
