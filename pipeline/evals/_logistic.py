@@ -22,10 +22,12 @@ from torch import Tensor
 from pipeline.config.schema import Strict
 from pipeline.core.evaluation import Features, Number, Output, Table, Uses
 from pipeline.evals._classified import classified, guesses
-from pipeline.evals._probe import Rates, Scale, held_out, scaled
+from pipeline.evals._probe import Rates, Scale, held_out, scaled, statistics
 
 STRENGTHS = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
 """C of DINOv2: 45 from 1e-6 to 1e5."""
+UNSEEN = -1e4
+"""Bias of a class without samples, where a head must have finite weights."""
 
 
 class LogisticConfig(Strict):
@@ -157,15 +159,11 @@ class Regression:
     def measured(self, train: Features, test: Features) -> list[Output]:
         """Choose the strength, fit on all of ``train`` and measure on ``test``, which is in the same classes."""
         n, config = len(train.x), self.config
-        grid = config.strengths(n)
-        tried = self._sweep(train) if len(grid) > 1 else []
-        best = max(range(len(grid)), key=lambda i: tried[i].top1 if tried else 0.0)  # of equals the strongest
-        x, test_x = self._scaled(train.x, test.x)
-        seen, label = self._classes(train.label)
-        start = tried[best].model if tried and len(tried[best].model.bias) == len(seen) else None
-        model = fit(axes(x), label, len(seen), grid[best], config.tolerance, config.max_iterations, start)
+        best, tried, seen, model = self._chosen(train)
+        _, test_x = self._scaled(train.x, test.x)
         scores = torch.full((len(test_x), len(train.classes)), -math.inf)
         scores[:, seen] = (test_x @ model.weight.T + model.bias).float().cpu()
+        grid = config.strengths(n)
         edge = len(grid) > 1 and best in (0, len(grid) - 1)
         facts = {"c": grid[best], "c_at_edge": float(edge), "converged": float(model.converged)}
         return [
@@ -173,6 +171,32 @@ class Regression:
             *(Number(f"{self.name}/{key}", value, n, config.train, better=None) for key, value in facts.items()),
             *([self._table(tried)] if tried else []),
         ]
+
+    def head(self, train: Features) -> tuple[Tensor, Tensor]:
+        """Choose the strength and fit on all of ``train``: weight [K,D] and bias [K] for features as they are.
+
+        A class that ``train`` has no sample of scores far below all others.
+        """
+        assert self.config.scale == "standardise"
+        _, _, seen, model = self._chosen(train)
+        mean, std = statistics(train.x.to(self.device, self.dtype))
+        weight = model.weight / std
+        bias = model.bias - weight @ mean
+        whole = weight.new_zeros(len(train.classes), train.x.shape[1]), bias.new_full((len(train.classes),), UNSEEN)
+        for own, found in zip(whole, (weight, bias), strict=True):
+            own[seen.to(self.device)] = found
+        return whole[0].float().cpu(), whole[1].float().cpu()
+
+    def _chosen(self, train: Features) -> tuple[int, list[Tried], Tensor, Fitted]:
+        """The best strength's number, what was tried, the classes that occur, and the fit on all of ``train``."""
+        config, grid = self.config, self.config.strengths(len(train.x))
+        tried = self._sweep(train) if len(grid) > 1 else []
+        best = max(range(len(grid)), key=lambda i: tried[i].top1 if tried else 0.0)  # of equals the strongest
+        x, _ = self._scaled(train.x, train.x[:0])
+        seen, label = self._classes(train.label)
+        start = tried[best].model if tried and len(tried[best].model.bias) == len(seen) else None
+        model = fit(axes(x), label, len(seen), grid[best], config.tolerance, config.max_iterations, start)
+        return best, tried, seen, model
 
     def _sweep(self, train: Features) -> list[Tried]:
         """Fit every strength, each from where the last one ended, and measure it on the held-out part."""

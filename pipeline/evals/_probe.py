@@ -40,8 +40,13 @@ def scaled(scale: Scale, known: Tensor, *others: Tensor) -> list[Tensor]:
         return parts
     if scale == "normalise":
         return [functional.normalize(x) for x in parts]
-    mean, std = known.mean(dim=0), (known.var(dim=0, unbiased=False) + 1e-6).sqrt()
+    mean, std = statistics(known)
     return [(x - mean) / std for x in parts]
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature of [N,D], [D] each."""
+    return x.mean(dim=0), (x.var(dim=0, unbiased=False) + 1e-6).sqrt()
 
 
 def check_samples(train: Features, test: Features, train_stream: str, test_stream: str) -> None:
