@@ -159,6 +159,17 @@ class KeptFigure(Found):
     """Where it lies in the folder of the results."""
 
 
+class Failed(NamedTuple):
+    """An evaluation of a model that has failed."""
+
+    task: str
+    """As the suite calls it."""
+    model: str
+    text: str
+    """Why, in words."""
+    time: str
+
+
 class Results(NamedTuple):
     """All of a folder, each kind in the order in which they first came."""
 
@@ -167,8 +178,9 @@ class Results(NamedTuple):
     figures: list[KeptFigure]
     damaged: tuple[str, ...] = ()
     """A sentence for each file that cannot be read; what it held is evaluated anew when it is asked for."""
+    failed: tuple[Failed, ...] = ()
 
     def and_of(self, more: Results) -> Results:
         """Both."""
         rows, tables, figures = self.rows + more.rows, self.tables + more.tables, self.figures + more.figures
-        return Results(rows, tables, figures, self.damaged + more.damaged)
+        return Results(rows, tables, figures, self.damaged + more.damaged, self.failed + more.failed)

@@ -74,6 +74,7 @@ def results_json(results: Results) -> str:
         "figures": [
             {k: getattr(f, k) for k in ("model", "metric", "split", "caption", "file")} for f in results.figures
         ],
+        "failed": [one._asdict() for one in results.failed],
         "damaged": list(results.damaged),
     }
     return dumps(found, indent=1) + "\n"

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pipeline.config.provenance import CONFIG_FILE
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import replace_file
+from pipeline.record.failed import read_failures
 from pipeline.record.files import number
 from pipeline.record.found import EARLIER, Cell, Found, Kept, KeptFigure, KeptTable, Origin, Results, Row
 from pipeline.record.records import FOLDER, read_records, slug
@@ -44,6 +45,7 @@ def read_results(folder: str | os.PathLike[str]) -> Results:
         _newest([*earlier.tables, *records.tables]),
         _newest([*earlier.figures, *records.figures]),
         earlier.damaged + records.damaged,
+        read_failures(folder),
     )
 
 
@@ -90,8 +92,9 @@ def read_together(folders: Sequence[str]) -> Results:
         found = read_results(folder)
         if not found.rows:
             raise ConfigError(f"{folder} has no results; evaluate it first: sluice eval {folder} SUITE")
-        rows, tables, figures, damaged = located(found, folder)
-        together = together.and_of(Results(_of(rows, name), _of(tables, name), _of(figures, name), damaged))
+        rows, tables, figures, damaged, failed = located(found, folder)
+        failed = tuple(one._replace(model=f"{name}: {one.model}") for one in failed)
+        together = together.and_of(Results(_of(rows, name), _of(tables, name), _of(figures, name), damaged, failed))
     return together
 
 

@@ -14,6 +14,8 @@ from pipeline.record.results import Results
 
 _COLOURS = 6
 """Of the curves of a chart."""
+_FAILURES = 8
+"""Most failures that are shown unasked."""
 _POINTS = 3
 """Fewest checkpoints that make a curve."""
 _Z = 1.96
@@ -27,7 +29,7 @@ _KEY = (
 
 def scoreboard(results: Results) -> str:
     """All numbers, with what could not be read; a sentence where there are none."""
-    damaged = "".join(f"<p class=soft>{escape(sentence)}</p>" for sentence in results.damaged)
+    damaged = "".join(f"<p class=soft>{escape(sentence)}</p>" for sentence in results.damaged) + _failures(results)
     if not results.rows:
         return f"<h2>Results</h2>{damaged or '<p class=soft>No evaluation was run yet.</p>'}"
     found, names = lines(results.rows), models(results.rows)
@@ -35,6 +37,24 @@ def scoreboard(results: Results) -> str:
     wide = len(names) > len(found)
     key = _KEY if len(names) > 1 else ""
     return f"<h2>Results</h2>{damaged}{_table(names, columns, by_model=wide)}{key}{_trends(found, names)}"
+
+
+def _failures(results: Results) -> str:
+    """What has failed, with its word; folded where there is much of it."""
+    if not results.failed:
+        return ""
+    rows = "".join(
+        f"<tr><th>{escape(one.task)}<small>{escape(one.model)}, {escape(one.time[:16].replace('T', ' '))}</small></th>"
+        f"<td class=words>{escape(one.text)}</td></tr>"
+        for one in results.failed
+    )
+    count = len(results.failed)
+    is_open = " open" if count <= _FAILURES else ""
+    title = f"{count:,} evaluation{'s' * (count > 1)} failed"
+    return (
+        f'<details class="failures"{is_open}><summary>{title}</summary>'
+        f'<div class="scroll"><table>{rows}</table></div></details>'
+    )
 
 
 class _Column:

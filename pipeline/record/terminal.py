@@ -28,6 +28,12 @@ def table_text(results: Sequence[Row]) -> str:
     return text.getvalue().rstrip("\n")
 
 
+def results_text(results: Results) -> str:
+    """The comparison, what has failed, and what cannot be read."""
+    failed = [f"failed: {one.task}, {one.model}: {one.text}" for one in results.failed]
+    return "\n".join([table_text(results.rows), *failed, *results.damaged])
+
+
 def table(results: Sequence[Row], stream: TextIO, like: TextIO | None = None) -> None:
     """Print the comparison: metrics as rows, models as columns.
 

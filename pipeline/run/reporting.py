@@ -15,7 +15,7 @@ from pipeline.record.listing import results_csv, results_json, results_markdown
 from pipeline.record.records import slug
 from pipeline.record.report import write_report
 from pipeline.record.results import Results, located, read_results, read_together, run_names, run_of
-from pipeline.record.terminal import table_text
+from pipeline.record.terminal import results_text
 
 
 def compare(words: Sequence[str], kind: str, out: str | None) -> int:
@@ -105,7 +105,7 @@ def _datacomp(runs: Sequence[tuple[str, Results]], folder: Path) -> list[str]:
 
 
 LISTED: Mapping[str, Callable[[Results], str]] = {
-    "text": lambda results: table_text(results.rows),
+    "text": results_text,
     "md": results_markdown,
     "csv": results_csv,
     "json": results_json,
