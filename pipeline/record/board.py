@@ -1,4 +1,4 @@
-"""One page of the results of several runs, side by side."""
+"""One page of results: of several runs side by side, or of a folder of results that is no run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.record.exhibits import exhibits
 from pipeline.record.lines import lines, models
 from pipeline.record.page import facts, folded, page, tiles
-from pipeline.record.results import Results, read_together, run_names
+from pipeline.record.results import Results, located, read_results, read_together, run_names
 from pipeline.record.scoreboard import scoreboard
 
 
@@ -19,15 +19,16 @@ def board(folders: Sequence[str]) -> str:
     Raises:
         ConfigError: a run was not evaluated.
     """
-    results, names = read_together(folders), run_names(folders)
+    results = located(read_results(folders[0]), folders[0]) if len(folders) == 1 else read_together(folders)
+    names = run_names(folders)
     title = ", ".join(names.values())
     head = (
         f'<header><p class="brand">Sluice results</p><div class="title"><h1>{escape(_shortened(title))}</h1></div>'
-        f'<p class="about"><span>{len(names)} runs</span></p></header>'
+        "</header>"
     )
     where = folded("Where the results lie", facts([(name, str(Path(of).resolve())) for of, name in names.items()]))
     body = [head, _tiles(results), scoreboard(results), exhibits(results), f"<h2>Origin</h2>{where}"]
-    return page(_shortened(title), "".join(body))
+    return page(_shortened(title), "".join(body), wide=True)
 
 
 def _shortened(title: str, most: int = 80) -> str:

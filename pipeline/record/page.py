@@ -13,13 +13,14 @@ from pipeline.record.files import dumps
 NO_CURVES: dict[str, Any] = {"x": [], "step": [], "series": {}}
 
 
-def page(title: str, body: str, curves: dict[str, Any] = NO_CURVES) -> str:
+def page(title: str, body: str, curves: dict[str, Any] = NO_CURVES, wide: bool = False) -> str:
     """HTML of a whole page.
 
     Args:
         title: plain text.
         body: HTML.
         curves: points of the charts of class "linked", which move together.
+        wide: for tables of many columns.
     """
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     # The policy is a promise that the browser keeps: this page loads nothing.
@@ -28,7 +29,7 @@ def page(title: str, body: str, curves: dict[str, Any] = NO_CURVES) -> str:
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{escape(title)} - Sluice</title><style>{_asset("page.css")}</style></head>
-<body>{body}<footer>Written by Sluice, {now}.</footer><dialog></dialog>
+<body{' class="roomy"' if wide else ""}>{body}<footer>Written by Sluice, {now}.</footer><dialog></dialog>
 <script type="application/json" id="curves">{_in_script(curves)}</script>
 <script>{_asset("page.js")}{_asset("scores.js")}</script></body></html>
 """

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.config import provenance
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.files import replace_file
+from pipeline.record.board import board
 from pipeline.record.curves import Curves, chart, curves
 from pipeline.record.exhibits import exhibits
 from pipeline.record.files import read_lines
@@ -55,12 +56,18 @@ def write_report(run_folder: str | os.PathLike[str], out: Path | None = None) ->
         DataError: a file in it is damaged.
     """
     folder = Path(run_folder)
-    if not any((folder / name).exists() for name in (METRICS, RESULTS, EARLIER, provenance.CONFIG_FILE)):
+    is_run = any((folder / name).exists() for name in (METRICS, provenance.CONFIG_FILE))
+    if not is_run and not any((folder / name).exists() for name in (RESULTS, EARLIER)):
         raise ConfigError(
             f"{folder} is not a run's folder: it has no {METRICS}, {RESULTS}/ or {provenance.CONFIG_FILE}"
         )
     path = folder / FILE if out is None else out
-    replace_file(path, _page(folder.resolve()).encode())
+    html = _page(folder.resolve()) if is_run else board([str(folder)])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, html.encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write {path} ({error.strerror}); name another by --out") from error
     return path
 
 

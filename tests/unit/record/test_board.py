@@ -167,6 +167,14 @@ def test_where_pages_and_tables_go(runs, capsys, tmp_path):
     assert "Sluice run" in page.read_text()
 
 
+def test_a_folder_of_results_that_is_no_run_has_a_page_of_results(capsys, tmp_path):
+    folder = evaluated(tmp_path / "out", accuracy("knn/top1", 0.5, 0), model="mae: step 5", step=5)
+    assert output(capsys, "report", "--run", folder).strip() == str(folder / "report.html")
+    shown = Page((folder / "report.html").read_text())
+    assert "Sluice results out " in shown.words and "mae: step 5" in shown.words and "Steps" not in shown.words
+    assert "out: mae" not in shown.words
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -181,6 +189,8 @@ def test_what_cannot_be_written_is_refused(runs, capsys, tmp_path, words, messag
     (tmp_path / "file").write_text("")
     assert main(["report", *options(runs), *(word.format(tmp=tmp_path) for word in words)]) == 2
     assert message.partition(".*")[0] in capsys.readouterr().err
+    assert main(["report", "--run", runs[0], "--out", str(tmp_path / "file" / "x.html")]) == 2
+    assert "x.html (Not a directory); name another by --out" in capsys.readouterr().err
 
 
 def test_a_run_without_results_has_no_table(capsys, tmp_path):
