@@ -86,29 +86,41 @@ def _layers(path: Path, overrides: Sequence[str]) -> list[Layer]:
     return [*read_layers(path), Layer("--set", parse_overrides(overrides))]
 
 
+def load_layers(layers: Sequence[Layer], title: str) -> RunConfig:
+    """The configuration of a run, from sources that were read; the ones that win last.
+
+    Raises:
+        Mistakes: with every one.
+    """
+    return _of_layers(RunConfig, layers, title)
+
+
 def _load(model: type[M], path: Path, overrides: Sequence[str]) -> M:
-    layers = _layers(path, overrides)
+    return _of_layers(model, _layers(path, overrides), str(path))
+
+
+def _of_layers(model: type[M], layers: Sequence[Layer], title: str) -> M:
     problems = _nothing_to_unset(layers)
 
     def origin(where: mistakes.Path) -> str | None:
         found = (layer.name for layer in reversed(layers) if where and _contains(layer.values, where))
-        name = next(found, str(path))
-        return None if name == str(path) else name
+        name = next(found, title)
+        return None if name == title else name
 
     values = _merge_all(layers, [])
     config = curve = None
     try:
-        config = mistakes.validate(model, values, str(path), origin=origin)
+        config = mistakes.validate(model, values, title, origin=origin)
     except mistakes.Mistakes as error:
         problems += error.problems
     table = values.get("schedule", {})
     if model is RunConfig and isinstance(table, dict):
         try:
-            curve = schedule(without_silence(table), str(path), origin)
+            curve = schedule(without_silence(table), title, origin)
         except mistakes.Mistakes as error:
             problems += error.problems
     if problems or config is None:
-        raise mistakes.Mistakes(str(path), list(dict.fromkeys(problems)))
+        raise mistakes.Mistakes(title, list(dict.fromkeys(problems)))
     if curve is not None:  # its defaults too, so that a run's folder holds every value
         written = {"name": curve.name, **curve.model_dump(mode="json")}
         config = config.model_copy(update={"schedule": Component.model_validate(written)})
@@ -180,7 +192,7 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
         raise ConfigError(f'{path}: unset must be a list of keys, like unset = ["optimizer.clip"]')
     layers = [layer for b in cast("list[str]", bases) for layer in read_layers(path.parent / b, chain)]
     if gone:
-        layers.append(Layer(str(path), reduce(merge, (_nested(key, UNSET) for key in cast("list[str]", gone)))))
+        layers.append(Layer(str(path), reduce(merge, (nested(key, UNSET) for key in cast("list[str]", gone)))))
     return [*layers, Layer(str(path), values)]
 
 
@@ -223,7 +235,8 @@ def settings_of(table: str, name: str) -> set[str]:
     return set()
 
 
-def _nested(key: str, value: Any) -> Table:
+def nested(key: str, value: Any) -> Table:
+    """A value under the whole name of a setting, as tables."""
     return reduce(lambda inner, k: {k.strip(): inner}, reversed(key.split(".")), value)
 
 
@@ -246,7 +259,7 @@ def parse_overrides(overrides: Iterable[str]) -> Table:
         except ValueError as error:
             problems.append(f"cannot read {override!r}: {error}")
             continue
-        merged = merge(merged, _nested(key, value))
+        merged = merge(merged, nested(key, value))
     if problems:
         raise mistakes.Mistakes("--set", problems)
     return merged
