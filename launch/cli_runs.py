@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(help="Configuration with [sweep] (TOML).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a value of all runs. May be repeated."),
+    ] = None,
+    procs: Annotated[int, typer.Option(min=1, help="Processes (ranks) of each run, on this machine.")] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="Start runs again that have failed for good.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the runs and what would be done; do nothing.")
+    ] = False,
+) -> None:
+    """Train every combination of a sweep, each once; given again, goes on where it was."""
+    from launch import local
+    from launch import sweep as module
+
+    local.check_alone(os.environ)
+    raise typer.Exit(module.sweep(module.Asked(config, overrides or (), procs, retry), dry_run=dry_run))
 
 
 def runs(
@@ -45,5 +66,6 @@ def note(
 
 def add(app: typer.Typer) -> None:
     """Add the verbs to the command."""
+    app.command("sweep")(sweep)
     app.command("runs")(runs)
     app.command("note")(note)

@@ -67,6 +67,11 @@ def write(folder: str | os.PathLike[str], plan: Plan) -> None:
     _save(folder, facts)
 
 
+def digest(config: RunConfig) -> str:
+    """Tells a run's configuration from others."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+
+
 def command() -> dict[str, Any]:
     """What was given to start this, and where: the launcher says so in :data:`COMMAND`."""
     try:

@@ -263,7 +263,7 @@ def _gathered(group: Sequence[Listed]) -> Listed:
                 errors[name] = statistics.stdev(found) / math.sqrt(len(found))
     facts = {
         **{name: next((run.facts[name] for run in group if run.facts[name]), None) for name in OWN},
-        "run": _common_name([run.folder for run in group]),
+        "run": _common_name([run.facts["run"] for run in group]),
         "state": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
         "step": min(run.facts["step"] for run in group),
         "tags": list(dict.fromkeys(tag for run in group for tag in run.facts["tags"])),
@@ -273,8 +273,7 @@ def _gathered(group: Sequence[Listed]) -> Listed:
     return Listed(group[0].folder, facts, settings, means, better, errors, len(group))
 
 
-def _common_name(folders: Sequence[Path]) -> str:
-    """What the folders are called without their seeds; where that is not one name, the first and how many more."""
-    names = {re.sub(r"(^|[,_-])seed[=_-]?\d+", "", str(folder)) for folder in folders}
-    more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
-    return names.pop() if len(names) == 1 and len(folders) > 1 else f"{folders[0]}{more}"
+def _common_name(names: Sequence[str]) -> str:
+    """What runs are called without their seeds; where that is not one name, the first and how many more."""
+    without = {re.sub(r"(^|[,_-])seed[=_-]?\d+", "", name) for name in names}
+    return without.pop() if len(without) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ def attempt(config: RunConfig, place: Place) -> Iterator[Attempt]:
             lock.take()
             return _number(folder, digest)
 
-        digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+        digest = provenance.digest(config)
         number = by_first(lambda: in_folder(folder, take))
         pulse = stack.enter_context(closing(in_folder(folder, lambda: Pulse(folder, place.rank, number))))
         watchdog = Watchdog(folder, pulse, config.engine.hang_minutes * 60, lock)
