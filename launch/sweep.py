@@ -188,7 +188,7 @@ class Sweep:
         (notes / STOP).unlink(missing_ok=True)
         say(f"evaluating {variant.name}")
         log = notes / f"eval-{Path(str(self.plan.suite)).stem}.log"
-        command = [sys.executable, "-m", "launch", "eval", str(folder), str(self.plan.suite)]
+        command = eval_command(folder, str(self.plan.suite))
         # A shell, so that what it says goes to a file; nothing of it is read by the shell.
         logged = ["sh", "-c", 'log=$1; shift; exec "$@" >"$log" 2>&1', "sh", str(log), *command]
 
@@ -204,6 +204,11 @@ class Sweep:
         if error:
             say(f"{variant.name}: the evaluation has failed: {error}")
         write_ended(folder, replace(ended, suite=self.suite, suite_code=code, suite_error=error))
+
+
+def eval_command(folder: Path, suite: str) -> list[str]:
+    """What evaluates a run, as a person would."""
+    return [sys.executable, "-m", "launch", "eval", str(folder), suite]
 
 
 def _asked_since(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import load
+from pipeline.config.sweep import is_sweep, load_sweep
 from pipeline.core import registry
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,8 @@ def test_shipped_configuration(path):
     assert text.startswith("#"), "say first what it is for"
     if path.parent.name == "base":
         tomllib.loads(text)  # a part; the files that build on it are loaded whole
+    elif is_sweep(path):
+        assert load_sweep(path).variants
     else:
         load(path)
 
