@@ -50,10 +50,14 @@ class Agent:
     def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
         self.job = job
         self.environment = environment
-        self.id = environment["SLURM_JOB_ID"]
+        self.task = environment.get("SLURM_ARRAY_TASK_ID", "0")
+        self.number = int(environment["SLURM_JOB_ID"])
+        """Of the job alone, also in an array."""
+        array = environment.get("SLURM_ARRAY_JOB_ID")
+        self.id = f"{array}_{self.task}" if array else environment["SLURM_JOB_ID"]
+        """As the one that submitted it knows it."""
         self.restart = int(environment.get("SLURM_RESTART_COUNT", "0"))
         self.nodes = slurm.node_names(environment["SLURM_JOB_NODELIST"])
-        self.task = environment.get("SLURM_ARRAY_TASK_ID", "0")
         self.run_folder = Path(job.run.replace(TASK, self.task))
         self.ready: Mapping[str, str] = {}
         """What the ranks are to know of the run folder."""
@@ -200,7 +204,7 @@ class Agent:
         if address is None:
             raise LaunchError(f"network interface {interface!r} has no IPv4 address here; see the cluster's profile")
         names = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-        return {"MASTER_ADDR": address, "MASTER_PORT": str(port_of(int(self.id)))} | names
+        return {"MASTER_ADDR": address, "MASTER_PORT": str(port_of(self.number))} | names
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         """The signal handler. It only says so: SLURM may signal this process and its parent, and handlers nest."""
@@ -276,7 +280,8 @@ def _supervised(job: Job) -> int:
 def main(argv: Sequence[str]) -> int:
     """Exit code of the batch script."""
     try:
-        return _supervised(Job.read(Path(argv[0])))
+        task = os.environ.get("SLURM_ARRAY_TASK_ID", "0")
+        return _supervised(Job.read(Path(argv[0].replace(TASK, task))))
     except LaunchError as error:
         say(str(error))
         return error.exit_code

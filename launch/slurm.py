@@ -122,17 +122,19 @@ def states(jobs: Mapping[str, str]) -> dict[str, str]:
     """Jobs that SLURM still knows as queued or running, with their state; tasks of an array count for it.
 
     Args:
-        jobs: number to name, "" if that is not known; a job of another name has only the same number.
+        jobs: number to name, "" if that is not known; a job of another name has only the same number. A task of an
+            array is "12_3", the array "12".
     """
     if not jobs:
         return {}
-    lines = call("squeue", "--noheader", "--me", "--format=%F %A %T %j", seconds=LISTING_SECONDS).splitlines()
-    rows = [line.split(maxsplit=3) for line in lines]
+    # One line for each task of an array, also of those that wait.
+    asked = ("squeue", "--noheader", "--array", "--me", "--format=%F %A %i %T %j")
+    rows = [line.split(maxsplit=4) for line in call(*asked, seconds=LISTING_SECONDS).splitlines()]
     return {
         job: state
         for job, name in jobs.items()
-        for array, single, state, *found in rows
-        if job in (array, single) and name in ("", *found)
+        for array, single, task, state, *found in rows
+        if job in (array, single, task) and name in ("", *found)
     }
 
 

@@ -95,17 +95,17 @@ def submit(request: Request, *, dry_run: bool) -> str:
     number = sum(isinstance(entry, history.Submitted) for entry in history.read(folder)) + 1
     notes = folder / history.FOLDER
     places = {part: notes / f"{part}-{number:03d}{end}" for part, end in (("job", ".json"), ("config", ".toml"))}
-    job = replace(draft.job, arguments=[str(places["config"]) if a == _CONFIG else a for a in draft.job.arguments])
-    options = _options(request, profile, job, notes)
+    job = replace(draft.job, arguments=[str(places["config"]) if a == COPY else a for a in draft.job.arguments])
+    options = sbatch_options(request, profile, job, notes)
     script = SCRIPTS / f"{job.kind}.sbatch"
     if dry_run:
         lines += [f"left for the submission: sluice {shlex.join(draft.check)}, in the job's own environment"]
-        return "\n".join([*lines, "", *_shown(job, options, script)])
-    _check_there(draft, profile)
+        return "\n".join([*lines, "", *shown(job, options, script)])
+    check_there(draft, profile)
     notes.mkdir(parents=True, exist_ok=True)
     places["config"].write_text(draft.config, encoding="utf-8")
     job.write(places["job"])
-    number_of_job = slurm.submit(options, script, _environment(profile, places["job"]))
+    number_of_job = slurm.submit(options, script, submission_environment(profile, places["job"]))
     entry = history.Submitted(
         time=history.now(),
         job=number_of_job,
@@ -113,8 +113,8 @@ def submit(request: Request, *, dry_run: bool) -> str:
         nodes=request.nodes,
         time_limit=request.time or profile.time,
         config=str(request.config),
-        command=_command(request),
-        name=_name(job),
+        command=command_of(request),
+        name=job_name(job),
         run=os.path.realpath(folder),
     )
     history.append(folder, entry)
@@ -122,7 +122,7 @@ def submit(request: Request, *, dry_run: bool) -> str:
     return "\n".join(lines)
 
 
-_CONFIG = "\0config"
+COPY = "\0config"
 """In the arguments of a draft: where the copy of the configuration will lie."""
 
 
@@ -135,16 +135,21 @@ def _draft(request: Request, profile: Profile) -> Draft:
     for option, given in (("--array", request.array), ("--run", request.run)):
         if given and (option == "--array" or isinstance(config, RunConfig)):
             raise ConfigError(f"{option} does not belong to {request.config}, see `sluice submit --help`")
-    return _pretrain(request, profile, config) if isinstance(config, RunConfig) else _suite(request, profile, config)
+    return (
+        pretrain_draft(request, profile, config)
+        if isinstance(config, RunConfig)
+        else suite_draft(request, profile, config)
+    )
 
 
-def _pretrain(request: Request, profile: Profile, config: RunConfig) -> Draft:
+def pretrain_draft(request: Request, profile: Profile, config: RunConfig) -> Draft:
+    """A job that trains."""
     world = request.nodes * profile.ranks
     if profile.launcher == "srun":
-        arguments = ["-m", PROGRAM, "train", "--config", _CONFIG]
+        arguments = ["-m", PROGRAM, "train", "--config", COPY]
     else:
         place = ["--procs", str(profile.ranks), "--nodes", str(request.nodes), "--node-rank", NODE]
-        arguments = ["-m", "launch", "train", _CONFIG, *place, "--master", MASTER]
+        arguments = ["-m", "launch", "train", COPY, *place, "--master", MASTER]
 
     def shards() -> str:
         if config.data.chosen:
@@ -176,14 +181,19 @@ def _pretrain(request: Request, profile: Profile, config: RunConfig) -> Draft:
         return f"{limit}, the last {profile.stop_seconds} s for saving"
 
     job = _job("pretrain", config.run.folder, arguments, request, profile)
-    told = provenance.command_variable(["sluice", *_command(request)])
+    told = provenance.command_variable(["sluice", *command_of(request)])
     job = replace(job, environment={**told, **job.environment})
     overrides = [word for override in request.overrides for word in ("--set", override)]
     check = ["check", str(request.config), *overrides, "--procs", str(world)]
     return Draft(job, load.dump(config), [("data", shards), ("time", time)], check)
 
 
-def _suite(request: Request, profile: Profile, config: SuiteConfig) -> Draft:
+def suite_draft(request: Request, profile: Profile, config: SuiteConfig) -> Draft:
+    """A job that evaluates a run.
+
+    Raises:
+        ConfigError: the run is not named, or more than one node is asked for.
+    """
     if request.run is None:
         raise ConfigError(f"{request.config} is a suite: say whose checkpoint it evaluates, --run RUN")
     if request.nodes != 1:
@@ -195,7 +205,7 @@ def _suite(request: Request, profile: Profile, config: SuiteConfig) -> Draft:
             raise ConfigError(f"{run} holds no checkpoint yet; train it first, or submit this --after its job")
         return f"of {run}"
 
-    arguments = ["-m", PROGRAM, "eval", "--run", str(run), "--suite", _CONFIG]
+    arguments = ["-m", PROGRAM, "eval", "--run", str(run), "--suite", COPY]
     notes = run / history.FOLDER / f"eval-{request.config.stem}"
     job = replace(_job("evaluate", str(notes), arguments, request, profile), ranks_per_node=1)
     overrides = [word for override in request.overrides for word in ("--set", override)]
@@ -246,7 +256,7 @@ def _check(draft: Draft, title: str, folder: Path, not_queued: Callable[[], str]
     checks = [
         ("configuration", lambda: "keys, types and values are sound"),
         *draft.checks,
-        ("folder", lambda: _writable(folder)),
+        ("folder", lambda: writable(folder)),
         ("queue", not_queued),
     ]
     lines: list[str] = []
@@ -261,7 +271,12 @@ def _check(draft: Draft, title: str, folder: Path, not_queued: Callable[[], str]
     return lines
 
 
-def _writable(folder: Path) -> str:
+def writable(folder: Path) -> str:
+    """Says that a run's folder can be written.
+
+    Raises:
+        LaunchError: it cannot, or SLURM could not write its log there.
+    """
     if "\\" in str(folder):
         raise LaunchError(f"{folder} has a backslash, which SLURM does not take in the path of a log; set run.folder")
     there = next(p for p in (folder, *folder.parents) if p.exists())
@@ -284,7 +299,7 @@ def _not_queued(folder: Path, request: Request) -> str:
     return "no other job of this run"
 
 
-def _check_there(draft: Draft, profile: Profile) -> None:
+def check_there(draft: Draft, profile: Profile) -> None:
     """Check what needs the job's own environment: its modules, its Python, its container.
 
     Raises:
@@ -292,14 +307,14 @@ def _check_there(draft: Draft, profile: Profile) -> None:
     """
     script = 'set -e; source "$SLUICE_HOME/slurm/environment.sh"; exec "$@"'
     command = ["bash", "-c", script, "bash", *profile.rank_python, "-m", "launch", *draft.check]
-    environment = child_environment(1) | _environment(profile, Path()) | dict(draft.job.environment)
+    environment = child_environment(1) | submission_environment(profile, Path()) | dict(draft.job.environment)
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().removeprefix("sluice: ")
         raise ConfigError(f"in the job's environment: {said or f'exit code {done.returncode}'}")
 
 
-def _environment(profile: Profile, job: Path) -> dict[str, str]:
+def submission_environment(profile: Profile, job: Path) -> dict[str, str]:
     """Of sbatch, and so of the job: this one's, but nothing of a job that this command itself may run in."""
     return slurm.submission(os.environ) | {
         "SLUICE_HOME": str(HOME),
@@ -310,7 +325,7 @@ def _environment(profile: Profile, job: Path) -> dict[str, str]:
     }
 
 
-def _options(request: Request, profile: Profile, job: Job, notes: Path) -> list[str]:
+def sbatch_options(request: Request, profile: Profile, job: Job, notes: Path) -> list[str]:
     """Of sbatch."""
     if request.array and not _ARRAY.fullmatch(request.array):
         raise ConfigError(f"--array {request.array}: write it like 0-99 or 0-99%8")
@@ -318,7 +333,7 @@ def _options(request: Request, profile: Profile, job: Job, notes: Path) -> list[
         raise ConfigError(f"--after {request.after}: the number of a job, as `sluice submit` prints it")
     log = str(notes).replace("%", "%%") + ("/slurm-%A-%a.out" if request.array else "/slurm-%j.out")
     values: Mapping[str, object] = {
-        "job-name": _name(job),
+        "job-name": job_name(job),
         "chdir": os.getcwd(),
         "output": log,
         "nodes": request.nodes,
@@ -339,12 +354,12 @@ def _options(request: Request, profile: Profile, job: Job, notes: Path) -> list[
     return [*options, *(["--exclusive"] if profile.exclusive else []), *profile.sbatch]
 
 
-def _name(job: Job) -> str:
+def job_name(job: Job) -> str:
     """What SLURM calls it."""
     return "sluice-" + re.sub(r"[^\w.-]", "_", Path(job.run).name, flags=re.ASCII)[:60]
 
 
-def _shown(job: Job, options: Sequence[str], script: Path) -> list[str]:
+def shown(job: Job, options: Sequence[str], script: Path) -> list[str]:
     """What a dry run prints of the job."""
     told = {name: value for name, value in asdict(job).items() if value}
     return [
@@ -354,7 +369,7 @@ def _shown(job: Job, options: Sequence[str], script: Path) -> list[str]:
     ]
 
 
-def _command(request: Request) -> list[str]:
+def command_of(request: Request) -> list[str]:
     """What submits the same again."""
     words = ["submit", str(request.config), "--nodes", str(request.nodes)]
     for override in request.overrides:

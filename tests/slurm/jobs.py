@@ -122,7 +122,7 @@ def train(
     request = submit.Request(SMOKE / "supervised.toml", settings, nodes, cluster=str(place), time=time_limit)
     with environment(cluster), pytest.MonkeyPatch.context() as patch:
         patch.setattr(submit, "PROGRAM", "tests.slurm.slow_run")
-        patch.setattr(submit, "_check_there", lambda draft, profile: None)
+        patch.setattr(submit, "check_there", lambda draft, profile: None)
         submit.submit(request, dry_run=False)
     job = history.last_job(folder)
     assert job is not None

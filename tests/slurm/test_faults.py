@@ -250,7 +250,7 @@ def test_a_run_that_is_queued_is_not_submitted_again(cluster, shards, tmp_path):
             settings = overrides(tmp_path / "run", shards, *OWN)
             after = submit.Request(Path(json_config(job)), settings, 2, after=job.job)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(submit, "_check_there", lambda draft, profile: None)
+                patch.setattr(submit, "check_there", lambda draft, profile: None)
                 submit.submit(after, dry_run=False)
             follower = history.last_job(job.folder)
             assert f"afterany:{job.job}" in cluster.run("scontrol", "show", "job", str(follower))

@@ -21,7 +21,7 @@ SUITE = Path(__file__).parents[2] / "configs" / "eval" / "glyphs.toml"
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch, cluster: Cluster):
     """The check in the job's environment has a test of its own, and takes a while."""
-    monkeypatch.setattr(submit, "_check_there", lambda draft, profile: None)
+    monkeypatch.setattr(submit, "check_there", lambda draft, profile: None)
     with environment(cluster):
         yield
 

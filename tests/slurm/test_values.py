@@ -85,7 +85,7 @@ def test_a_configuration_survives_its_copy(value, tmp_path):
 def test_real_jobs_get_every_value_as_it_is(cluster: Cluster, glyphs: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(submit, "PROGRAM", "tests.slurm.recorder")
-    monkeypatch.setattr(submit, "_check_there", lambda draft, profile: None)
+    monkeypatch.setattr(submit, "check_there", lambda draft, profile: None)
     jobs = []
     old = os.umask(0o027)
     try:

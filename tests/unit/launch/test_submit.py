@@ -138,7 +138,7 @@ def test_the_jobs_own_environment_has_the_last_word(request_of, tmp_path, monkey
 
 def test_what_is_submitted_is_remembered(request_of, tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "submit", lambda options, script, environment: "42")
-    monkeypatch.setattr(submit, "_check_there", lambda draft, profile: None)
+    monkeypatch.setattr(submit, "check_there", lambda draft, profile: None)
     given = request_of(nodes=2, time="50")
     assert "job 42; its log:" in submit.submit(given, dry_run=False)
     (entry,) = history.read(tmp_path / "run")

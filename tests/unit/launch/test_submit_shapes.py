@@ -33,7 +33,7 @@ def sbatch(monkeypatch):
 
     monkeypatch.setattr(slurm, "submit", stand_in)
     monkeypatch.setattr(slurm, "states", lambda jobs: {})
-    monkeypatch.setattr(submit, "_check_there", lambda draft, profile: None)
+    monkeypatch.setattr(submit, "check_there", lambda draft, profile: None)
     return made
 
 
