@@ -14,14 +14,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.core.errors import DataError
 from pipeline.core.files import replace_file
 from pipeline.record.files import dumps, number
 from pipeline.record.found import Kept, KeptFigure, KeptTable, Origin, Outcomes, Results, Row
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FOLDER = "results"
 VERSION = 4
@@ -169,6 +170,8 @@ def _number(entry: Mapping[str, Any], files: Mapping[str, str], folder: Path) ->
 
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     """An npz file, the same bytes for the same arrays; of bools eight in a byte."""
+    import numpy as np  # not above: `sluice runs` reads records, and need not wait for it
+
     file = io.BytesIO()
     packed = {name: np.packbits(array) if array.dtype == bool else array for name, array in arrays.items()}
     np.savez_compressed(file, allow_pickle=False, **cast("dict[str, Any]", packed))
@@ -181,6 +184,8 @@ def outcomes(kept: Kept, n: int) -> Outcomes:
     Raises:
         DataError: the file is missing, damaged or of another record.
     """
+    import numpy as np  # see above
+
     try:
         with np.load(io.BytesIO(_checked(kept.file, kept.sha256)), allow_pickle=False) as arrays:
             values = arrays[kept.values]
