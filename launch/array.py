@@ -186,13 +186,12 @@ def _submit_suite(suite: str, tasks: Sequence[_Task], array: str, shape: Shape, 
     waits = (f"--dependency=aftercorr:{array}", "--kill-on-invalid-dep=yes")
     profile = profile.model_copy(update={"sbatch": (*profile.sbatch, *waits)})
     request = Request(Path(suite), (), 1, shape.cluster, shape.time, array=f"0-{len(tasks) - 1}")
-    for number, task in enumerate(tasks):
-        draft = submit.suite_draft(replace(request, run=task.folder, after=array), profile, config)
-        arguments = [str(copy) if word == COPY else word for word in draft.job.arguments]
-        replace(draft.job, arguments=arguments).write(notes / f"{stem}-{number}.json")
-        last = draft.job
+    jobs = [submit.suite_draft(replace(request, run=task.folder, after=array), profile, config).job for task in tasks]
+    for number, job in enumerate(jobs):
+        arguments = [str(copy) if word == COPY else word for word in job.arguments]
+        replace(job, arguments=arguments).write(notes / f"{stem}-{number}.json")
     environment = submit.submission_environment(profile, notes.absolute() / f"{stem}-{TASK}.json")
-    job = replace(last, run=os.path.abspath(notes.parent))
+    job = replace(jobs[0], run=os.path.abspath(notes.parent))
     return slurm.submit(
         submit.sbatch_options(request, profile, job, notes.absolute()), SCRIPTS / "evaluate.sbatch", environment
     )

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -223,7 +223,7 @@ def _last_words(log: Path) -> str:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
+def claimed(folder: Path) -> Generator[bool]:
     """Have a run to oneself among sweeps, until this process ends; False: another one has it.
 
     Raises:
@@ -248,7 +248,7 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _signals(seen: list[int]) -> Iterator[None]:
+def _signals(seen: list[int]) -> Generator[None]:
     """Between two runs, signals that ask to stop are kept."""
 
     def note(number: int, frame: FrameType | None) -> None:
