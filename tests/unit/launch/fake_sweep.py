@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch import cli, local, sweep
+from pipeline.config import load, provenance
 from pipeline.record.lock import RunLock
 from pipeline.record.metrics import MetricsLog, read_last
 from pipeline.record.results import Row
@@ -32,9 +33,9 @@ def loss_of(lr: float, seed: int, step: int) -> float:
     return (1 + seed) / (step + lr)
 
 
-def train(config: Path) -> int:
+def train(file: Path) -> int:
     """A run, or what is left of it."""
-    values = tomllib.loads(config.read_text())
+    values = tomllib.loads(file.read_text())
     folder, lr, seed = Path(values["run"]["folder"]), values["optimizer"]["lr"], values["run"]["seed"]
     asked: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
@@ -45,9 +46,11 @@ def train(config: Path) -> int:
     attempt = before.attempt + 1 if before else 0
     done = read_last(folder).get("step", 0)
     write_state(folder, State("running", None, done, attempt))
-    (folder / "config.toml").write_text(config.read_text())
+    (folder / "config.toml").write_text(file.read_text())
     if lr > 1e3:
-        write_state(folder, State("failed", 70, done, attempt, error="step 1: the loss of rank 0 is nan"))
+        config = provenance.digest(load.load_run(file))
+        error = "step 1: the loss of rank 0 is nan"
+        write_state(folder, State("failed", 70, done, attempt, error=error, config=config))
         return 70
     with closing(MetricsLog(folder)) as log:
         for step in range(done + 1, STEPS + 1):
