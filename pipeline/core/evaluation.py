@@ -182,6 +182,14 @@ class EvalContext(Protocol):
         """
         ...
 
+    def words(self, text: Batch) -> list[str]:
+        """Texts as a person reads them, of "text", int64[N,L], and "text_length", int64[N], as far as tokens tell.
+
+        Raises:
+            ConfigError: as for :meth:`tokens`.
+        """
+        ...
+
     def train(self, objective: Objective, data: str | Path, training: Training) -> None:
         """Train an objective, which is the evaluation's own; on all ranks, through the one loop.
 

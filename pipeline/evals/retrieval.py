@@ -4,26 +4,33 @@ The protocol of CLIP's and CLIP_benchmark's retrieval: cosine similarity, and a 
 is among the k nearest. Samples with equal images are one image with several captions, those with equal captions one
 caption of several images; each image and each caption is one query and one candidate. With ``field = "texts"`` a
 sample brings all its captions.
-Shape letters: S captions of all samples, L tokens, U different images, M different captions, P pairs, E width.
+Shape letters: S captions of all samples, L tokens, U different images, M different captions, P pairs, E width, Q
+queries.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.config.schema import Strict
-from pipeline.core.evaluation import EvalContext, Evaluation, Number, Uses
+from pipeline.core.evaluation import EvalContext, Evaluation, Figure, Number, Output, Uses
+from pipeline.core.protocols import Batch
 from pipeline.dist.gather import gather_ragged
+from pipeline.evals._pictures import images_of
+from pipeline.nn.pictures import Line, beneath, beside, verdict
 
 QUERIES = 1024
 """Queries compared at once."""
 TEXTS = 256
 """Captions encoded at once."""
+FOUND = 3
+"""Of each query that is shown, what is nearest."""
 
 
 class Config(Strict):
@@ -35,10 +42,16 @@ class Config(Strict):
     """Of each, what is no smaller than the number of candidates is left out."""
     field: Literal["text", "texts"] = "text"
     """Of the stream's batches: one caption of each sample, or all of them."""
+    examples: Annotated[int, Field(ge=0)] = 6
+    """Queries of each kind that are shown with what they find; for their images the stream is read again. 0: none."""
 
 
 class Retrieval(Evaluation):
-    """Reports "retrieval/top1_text" (texts found for images), "retrieval/top1_image" (images for texts), for each k."""
+    """Reports "retrieval/top1_text" (texts found for images), "retrieval/top1_image" (images for texts), for each k.
+
+    Queries are compared between models one by one, captions of an image together. The figures "retrieval/texts" and
+    "retrieval/images" show what the first queries find.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -51,26 +64,65 @@ class Retrieval(Evaluation):
         """Where the captions are those of classes: the share of one."""
         return {f"retrieval/top1_{side}": (1 / classes, 1.0) for side in ("text", "image")}
 
-    def run(self, ctx: EvalContext) -> Iterator[Number]:
+    def run(self, ctx: EvalContext) -> Iterator[Output]:
         """Encode both sides on all ranks, compare on each.
 
         Raises:
             DataError: the stream has no texts.
         """
-        x, image, token, length = self._read(ctx)
+        x, sample, image, token, length = self._read(ctx)
         inside = torch.arange(token.shape[1]) < length[:, None]
         caption, first_caption = _groups(token.where(inside, -1))
         images = functional.normalize(x, dim=1)
         texts = _encode(ctx, token[first_caption], length[first_caption])
         pairs = torch.stack([image, caption]).unique(dim=1)
-        for name, queries, candidates, own in (("text", images, texts, pairs), ("image", texts, images, pairs.flip(0))):
+        source = torch.full((len(texts),), len(images)).scatter_reduce(0, pairs[1], pairs[0], "amin").numpy()
+        sides = (("text", images, texts, pairs, None), ("image", texts, images, pairs.flip(0), source))
+        for name, queries, candidates, own, sources in sides:
             ranks = best_ranks(queries, candidates, own)
             for k in (k for k in self.config.k if k < len(candidates)):
-                p, n = float((ranks < k).double().mean()), len(queries)
-                yield Number(f"retrieval/top{k}_{name}", p, n, self.config.test, math.sqrt(p * (1 - p) / n))
+                hits = (ranks < k).numpy()
+                p, n = float(hits.mean()), len(hits)
+                error = _error(hits, sources)
+                yield Number(f"retrieval/top{k}_{name}", p, n, self.config.test, error, samples=hits, sources=sources)
+        if self.config.examples:
+            rows = {"text": token[first_caption], "text_length": length[first_caption]}
+            yield from self._shown(ctx, images, texts, pairs, sample, rows)
 
-    def _read(self, ctx: EvalContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features float32[U,E] of the images; of each caption its image, int64[S], and tokens, int64[S,L] and [S]."""
+    def _shown(
+        self, ctx: EvalContext, images: Tensor, texts: Tensor, pairs: Tensor, sample: Tensor, rows: Batch
+    ) -> Iterator[Figure]:
+        """What the first images and captions find; ``sample`` is the first sample of each image."""
+        count, split = self.config.examples, self.config.test
+        found_texts = (images[:count] @ texts.T).topk(min(FOUND, len(texts)), dim=1).indices
+        found_images = (texts[:count] @ images.T).topk(min(FOUND, len(images)), dim=1).indices
+        asked = {*range(min(count, len(images))), *found_images.flatten().tolist()}
+        seen = images_of(ctx, split, {int(sample[number]) for number in asked})
+        belong = set(zip(*pairs.tolist(), strict=True))
+        said = {n: ctx.words({key: value[n : n + 1] for key, value in rows.items()})[0] for n in
+                {*found_texts.flatten().tolist(), *range(len(found_images))}}  # fmt: skip
+        lines = [
+            [Line(said[text], verdict((number, text) in belong)) for text in row]
+            for number, row in enumerate(found_texts.tolist())
+        ]
+        queries = torch.stack([seen[int(sample[number])] for number in range(len(lines))])
+        caption = "Images, and the captions nearest to each; green ones are its own"
+        yield Figure("retrieval/texts", beside(queries, lines), caption, split)
+        pictures = [torch.stack([seen[int(sample[number])] for number in row]) for row in found_images.tolist()]
+        notes = [
+            [
+                Line("its image" if (number, text) in belong else "another", verdict((number, text) in belong))
+                for number in row
+            ]
+            for text, row in enumerate(found_images.tolist())
+        ]
+        caption = "Captions, and the images nearest to each"
+        yield Figure("retrieval/images", beneath([said[n] for n in range(len(notes))], pictures, notes), caption, split)
+
+    def _read(self, ctx: EvalContext) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Features float32[U,E] of the images and their first samples, int64[U]; of each caption its image, int64[S],
+        and tokens, int64[S,L] and [S].
+        """
         name = self.config.field
         columns = [name, f"{name}_length", *(["texts_mask"] if name == "texts" else [])]
         found = ctx.features("image", self.config.test, (*columns, "image_digest"))
@@ -78,7 +130,7 @@ class Retrieval(Evaluation):
         image, first = _groups(found.fields["image_digest"])
         if mask:
             image, token, length = image[mask[0].nonzero()[:, 0]], token[mask[0]], length[mask[0]]
-        return found.x[first], image, token, length
+        return found.x[first], first, image, token, length
 
 
 def best_ranks(queries: Tensor, candidates: Tensor, pairs: Tensor) -> Tensor:
@@ -103,10 +155,18 @@ def best_ranks(queries: Tensor, candidates: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _groups(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of N rows: the group of each, which are equal, int64[N]; and the first row of each group."""
+    """Of N rows: the group of each, which are equal, int64[N]; and the first row of each group, ascending."""
     known, group = rows.unique(dim=0, return_inverse=True)
     first = torch.full((len(known),), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
-    return group, first
+    order = first.argsort()
+    return order.argsort()[group], first[order]
+
+
+def _error(hits: np.ndarray, sources: np.ndarray | None) -> float:
+    """Standard error of the mean of bool[Q]; of queries that share a source it is that of clusters."""
+    rest = hits - hits.mean()
+    sums = rest if sources is None else np.bincount(sources, rest)
+    return math.sqrt(float((sums**2).sum())) / len(hits)
 
 
 def _encode(ctx: EvalContext, token: Tensor, length: Tensor) -> Tensor:

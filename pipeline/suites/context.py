@@ -34,6 +34,8 @@ class Context:
     """Stream to the folder of its data set."""
     tokenize: Callable[[Sequence[str]], Batch] | None = None
     """What turns texts into what the encoder "text" takes; None: the model was trained without texts."""
+    spell: Callable[[Batch], list[str]] | None = None
+    """The other way round."""
     show: Callable[[str, int, int], None] = lambda what, done, total: None
     """For progress: so many of all samples of something are done."""
     kept: dict[Hashable, Any] = field(default_factory=dict)
@@ -64,6 +66,12 @@ class Context:
         if self.tokenize is None:
             raise ConfigError("this evaluation reads texts, and the model was trained without any, so it has no words")
         return self.tokenize(texts)
+
+    def words(self, text: Batch) -> list[str]:
+        """Texts as a person reads them."""
+        if self.spell is None:
+            raise ConfigError("this evaluation reads texts, and the model was trained without any, so it has no words")
+        return self.spell(text)
 
     def train(self, objective: Objective, data: str | Path, training: Training) -> None:
         """Train an objective on a stream's data, or on those of a folder."""

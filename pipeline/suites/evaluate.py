@@ -160,9 +160,9 @@ def _context(
         classes |= {f"judge.{name}": judge.classes for name in judge.encoders}
     opened = _open_streams(suite, subject, place, stack)
     streams = {name: Shown(name, stream, place.world_size, progress.show) for name, stream in opened.items()}
-    tokenize = subject.tokenize if subject.tokenizer is not None else None
+    tokenize, spell = (subject.tokenize, subject.words) if subject.tokenizer is not None else (None, None)
     kept = folder / "evaluations"
-    return Context(encoders, classes, streams, place, kept, suite.streams, tokenize, progress.show)
+    return Context(encoders, classes, streams, place, kept, suite.streams, tokenize, spell, progress.show)
 
 
 def _prepare(

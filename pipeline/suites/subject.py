@@ -71,6 +71,11 @@ class Subject:
         assert self.tokenizer is not None
         return TextDecoder(self.captions, self.tokenizer, 0).tokens(texts)
 
+    def words(self, text: Batch) -> list[str]:
+        """What the encoder "text" takes, as a person reads it."""
+        assert self.tokenizer is not None
+        return TextDecoder(self.captions, self.tokenizer, 0).words(text)
+
 
 def open_subject(spec: Spec, place: Place) -> Subject:
     """Build what a spec names and fill it with its weights. All ranks call this together.

@@ -149,6 +149,11 @@ def tokens(texts: Sequence[str]) -> Batch:
     return {"text": torch.tensor(rows), "text_length": torch.ones(len(rows), dtype=torch.int64)}
 
 
+def spell(text: Batch) -> list[str]:
+    """The other way round."""
+    return [f"text {row[0]}" for row in text["text"].tolist()]
+
+
 def context(
     encoders: Mapping[str, nn.Module], streams: Mapping[str, Any], classes: tuple[str, ...] | None = None, **more: Any
 ) -> Context:
@@ -156,7 +161,9 @@ def context(
     place = Place(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"), timedelta(minutes=1))
     known = next((s.classes for s in streams.values()), ()) if classes is None else classes
     folder = more.pop("folder", Path("nowhere"))
-    return Context(encoders, dict.fromkeys(encoders, known), streams, place, folder, tokenize=tokens, **more)
+    return Context(
+        encoders, dict.fromkeys(encoders, known), streams, place, folder, tokenize=tokens, spell=spell, **more
+    )
 
 
 def numbers(evaluation: Evaluation, ctx: Context) -> dict[str, Number]:

@@ -3,7 +3,8 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from torch.nn import functional
 
 from pipeline.config.load import load_run
 from pipeline.config.schema import Captions, Optimizer
+from pipeline.core.evaluation import EvalContext
 from pipeline.core.protocols import DataFacts
 from pipeline.data.clip_vocabulary import clip_tokenizer
 from pipeline.data.text import TextDecoder
 from pipeline.dist.group import process_group
 from pipeline.engine.optimizers import rules
+from pipeline.evals.zero_shot import Config as ZeroShotConfig
+from pipeline.evals.zero_shot import ZeroShot
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
 from pipeline.nn.open_clip import CLIP_END
 from pipeline.objectives.clip import CLIP, Config
@@ -130,6 +134,42 @@ def test_weights_start_and_are_decayed_as_open_clips(encoder):
     rule = rules(model, Optimizer(lr=1.0, weight_decay=0.2))
     own = sum(p.numel() for name, p in model.named_parameters() if rule[name].weight_decay)
     assert own == sum(p.numel() for name, p in theirs.named_parameters() if not excluded(name, p))
+
+
+@pytest.mark.filterwarnings("ignore")  # open_clip's imports
+def test_classes_have_the_vectors_of_open_clips_zero_shot_classifier(tmp_path: Path):
+    """Equal weights, equal tokens; sixty templates, and names with several words."""
+    import open_clip
+
+    model = stirred(**TOWERS["class token"])
+    for name, file in model.exports().items():
+        assert file.content is not None, file.note
+        write(tmp_path / name, file)
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'open_clip'}", require_pretrained=True).eval()
+    templates = tuple(f"{'a ' * (i % 4)}photo {i} of {{}}." for i in range(60))
+    names = ("a cat", "dog", "traffic light", "dog")
+
+    def rows(texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokens that depend on the text, as long as it has words, and its end."""
+        text, length = torch.zeros(len(texts), 9, dtype=torch.int64), torch.empty(len(texts), dtype=torch.int64)
+        for i, words in enumerate(t.split()[:8] for t in texts):
+            text[i, : len(words)] = torch.tensor([3 + sum(map(ord, word)) % 37 for word in words])
+            text[i, len(words)], length[i] = 2, len(words) + 1
+        return text, length
+
+    ctx = SimpleNamespace(
+        tokens=lambda texts: dict(zip(("text", "text_length"), rows(texts), strict=True)),
+        encoders=model.encoders(),
+        place=SimpleNamespace(device=torch.device("cpu")),
+    )
+    evaluation = ZeroShot(ZeroShotConfig(templates=templates))
+    with torch.no_grad():
+        own = evaluation.class_vectors(cast("EvalContext", ctx), evaluation.called(names))
+        expected = open_clip.build_zero_shot_classifier(
+            theirs, lambda texts: rows(texts)[0], names, [t.format for t in templates], num_classes_per_batch=2
+        ).T
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    assert float((own[1] - own[0]).norm()) > 1e-3
 
 
 @pytest.mark.parametrize(

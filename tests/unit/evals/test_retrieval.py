@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.core.errors import DataError
+from pipeline.core.evaluation import Figure
 from pipeline.dist.group import process_group
+from pipeline.evals import retrieval
 from pipeline.evals.retrieval import Config as RetrievalConfig
 from pipeline.evals.retrieval import Retrieval, best_ranks
+from pipeline.nn.pictures import verdict
 from tests.contracts.components import ListStream, context, numbers
 from tests.ranks import start_ranks
 
@@ -159,6 +163,57 @@ def test_all_captions_of_an_image_count(lone_group):
     assert [found["retrieval/top1_text"].n, found["retrieval/top1_image"].n] == [3, 5]
 
 
+def test_what_each_query_adds_and_which_image_it_is_of(lone_group):
+    """Of the circle above, query by query, in the order of the stream; captions of an image are not independent."""
+    towers = {"image": at([0, 100, 201]), "text": at([10, 190, 95, 210, 20])}
+    stream = AllCaptions([[1, 0], [3, 2, 0], [4]])
+    found = numbers(Retrieval(RetrievalConfig(k=(1,), field="texts")), context(towers, {"val": stream}))
+    text, image = found["retrieval/top1_text"], found["retrieval/top1_image"]
+    assert text.samples.tolist() == [True, True, False] and text.sources is None
+    # Captions as they come: 190, 10 of the first image (10 also of the second), 210, 95 of the second, 20 of the third.
+    assert image.samples.tolist() == [False, True, False, True, False]
+    assert image.sources.tolist() == [0, 0, 1, 1, 2]
+    assert text.stderr == pytest.approx((2 / 3 / 3 / 3) ** 0.5)
+    rest = [(-0.4 + 0.6), (-0.4 + 0.6), -0.4]
+    assert image.stderr == pytest.approx(sum(r * r for r in rest) ** 0.5 / 5)
+
+
+def test_examples_show_what_was_found(lone_group, monkeypatch):
+    """The words and images that figures are made of, on the circle."""
+    drawn = {}
+    monkeypatch.setattr(
+        retrieval, "beside", lambda images, lines: drawn.setdefault("texts", (images, lines)) and PIXELS
+    )
+    monkeypatch.setattr(retrieval, "beneath", lambda *given: drawn.setdefault("images", given) and PIXELS)
+    towers = {"image": at([0, 101, 201]), "text": at([10, 190, 95, 210, 20])}
+    ctx = context(towers, {"val": AllCaptions([[1, 0], [3, 2, 0], [4]])})
+    evaluation = Retrieval(RetrievalConfig(k=(1,), field="texts", examples=2))
+    with torch.no_grad():
+        figures = [o for o in evaluation.run(ctx) if isinstance(o, Figure)]
+    assert [figure.name for figure in figures] == ["retrieval/texts", "retrieval/images"]
+    images, lines = drawn["texts"]
+    assert images.flatten().tolist() == [0, 1]  # pixels are numbers of images
+    own = {True: verdict(True), False: verdict(False)}
+    # To 0 the nearest captions are 10 (its own), 20 and 95; to 101 they are 95 (its own), 20 and 190.
+    assert [[(line.text, line.colour) for line in row] for row in lines] == [
+        [("text 0", own[True]), ("text 4", own[False]), ("text 2", own[False])],
+        [("text 2", own[True]), ("text 4", own[False]), ("text 1", own[False])],
+    ]
+    titles, pictures, notes = drawn["images"]
+    # The first captions are 190, nearest to 201, then 101, then 0, which is its own; and 10, nearest to 0, 101, 201.
+    assert titles == ["text 1", "text 0"]
+    assert [row.flatten().tolist() for row in pictures] == [[2, 1, 0], [0, 1, 2]]
+    assert [[note.colour for note in row] for row in notes] == [
+        [own[False], own[False], own[True]], [own[True], own[True], own[False]]
+    ]  # fmt: skip
+    with torch.no_grad():
+        none = Retrieval(RetrievalConfig(k=(1,), field="texts", examples=0))
+        assert not [o for o in none.run(ctx) if isinstance(o, Figure)]
+
+
+PIXELS = np.zeros((2, 2, 3), np.uint8)
+
+
 def test_captions_in_one_row_are_as_good_as_in_several(lone_group):
     """Those counted by hand above; here each image is one sample."""
     rows, captions = five_rows_an_image()
@@ -168,7 +223,8 @@ def test_captions_in_one_row_are_as_good_as_in_several(lone_group):
         evaluation = Retrieval(RetrievalConfig.model_validate({"field": field}))
         assert evaluation.uses().streams == {"val": ("image", field)}
         found.append(numbers(evaluation, context(towers, {"val": stream})))
-    assert found[0] == found[1] and set(found[0]) == {
+    values = [{n: (r.value, r.n) for n, r in own.items()} for own in found]
+    assert values[0] == values[1] and set(found[0]) == {
         "retrieval/top1_text", "retrieval/top5_text", "retrieval/top10_text", "retrieval/top1_image",
         "retrieval/top5_image",
     }  # fmt: skip
