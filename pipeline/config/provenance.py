@@ -68,8 +68,9 @@ def write(folder: str | os.PathLike[str], plan: Plan) -> None:
 
 
 def digest(config: RunConfig) -> str:
-    """Tells a run's configuration from others."""
-    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+    """Tells a run's configuration from others; the order in which it is written tells nothing."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def command() -> dict[str, Any]:

@@ -2,12 +2,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline.config import provenance
 from pipeline.config.changes import Change
-from pipeline.config.load import load_run
+from pipeline.config.load import dump, load_run
 from pipeline.config.resolve import resolve
 
 RUN = """
@@ -142,3 +143,13 @@ def test_no_git(checkout, monkeypatch):
 def test_package_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
     assert provenance.versions()["no-such-package"] is None
+
+
+def test_a_configuration_that_was_written_and_read_again_has_the_same_digest(tmp_path):
+    """So a failure at one step is known for the same one, given by its file or by the run."""
+    smoke = Path(__file__).parents[3] / "configs" / "smoke" / "mae.toml"
+    config = load_run(smoke)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(dump(config))
+    assert provenance.digest(load_run(copy)) == provenance.digest(config)
+    assert provenance.digest(load_run(copy, ["optimizer.lr=2e-3"])) != provenance.digest(config)

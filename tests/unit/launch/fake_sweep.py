@@ -38,7 +38,8 @@ def train(file: Path) -> int:
     values = tomllib.loads(file.read_text())
     folder, lr, seed = Path(values["run"]["folder"]), values["optimizer"]["lr"], values["run"]["seed"]
     asked: list[int] = []
-    signal.signal(signal.SIGUSR1, lambda number, frame: asked.append(number))
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.append(number))
     lock = RunLock(folder)
     lock.take()
     count(folder, "starts")
