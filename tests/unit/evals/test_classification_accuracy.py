@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pipeline.config.durations import Duration
@@ -12,6 +13,7 @@ from pipeline.config.schema import Component, Image, Optimizer, Training
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import load
 from pipeline.data.evaluation import open_eval
+from pipeline.dist.group import gather_objects, process_group
 from pipeline.evals._written import write
 from pipeline.evals.classification_accuracy import ClassificationAccuracy, Config
 from tests.contracts.components import context, numbers
@@ -116,3 +118,27 @@ def test_a_disk_that_takes_nothing_is_an_error_on_all_ranks(lone_group, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write images into"):
         write([], ("a", "b"), tmp_path / "file" / "x")
+
+
+@pytest.mark.world_size(2)
+def test_ranks_write_and_train_together(tmp_path):
+    """What they give is the same on both; what is trained is not held to one rank's last digits."""
+    with process_group(timeout_minutes=1):
+        rank = dist.get_rank()
+        streams = {"train": real(100, rank=rank, world=2, seed=1), "val": real(45, rank=rank, world=2)}
+        ctx = context({"generator": Painter()}, streams, NAMES, folder=tmp_path)
+        mine = torch.arange(rank, 21, 2)
+        image = mine.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+        data = write([(mine, image, mine % CLASSES)] if rank else [], NAMES, tmp_path / "x")
+        assert load(data).samples == 10  # the other rank has none
+        short = TRAINING.model_copy(update={"length": Duration(3, "ba")})
+        found = numbers(ClassificationAccuracy(Config(samples=80, classifier=CLASSIFIER, training=short)), ctx)
+        values = gather_objects([(number.name, number.value, number.n) for number in found.values()])
+        assert values[0] == values[1] and found["classification_accuracy/top1"].n == 45
+        with pytest.raises(DataError, match="no such sample"):
+            write(broken() if rank else [], NAMES, tmp_path / "y")
+
+
+def broken():
+    raise DataError("no such sample")
+    yield

@@ -12,7 +12,7 @@ from pipeline.core.errors import ConfigError, DataError, NonFiniteError
 from pipeline.core.evaluation import Figure
 from pipeline.dist.group import process_group
 from pipeline.evals import _neighbours
-from pipeline.evals._samples import _classes
+from pipeline.evals._samples import _classes, chosen
 from pipeline.evals.agreement import Agreement
 from pipeline.evals.agreement import Config as AgreementConfig
 from pipeline.evals.frechet import Config as FrechetConfig
@@ -172,3 +172,47 @@ def test_the_judge_and_the_model_may_number_their_classes_differently(lone_group
     stranger = replace(ctx, classes={**ctx.classes, "judge.logits": ("fox", *names[1:])}, kept={})
     with pytest.raises(DataError, match="the model has samples of class 'class 0', which the judge does not know"):
         numbers(evaluation, stranger)
+
+
+class Reader(nn.Module):
+    """Makes the grey that is the number of a text, and asks for nothing else."""
+
+    classes, told = 0, "text"
+
+    def __init__(self):
+        super().__init__()
+        self.zero = nn.Parameter(torch.zeros(()))
+
+    def settings(self, values):
+        return None
+
+    def make(self, ids, prompt, seed, settings):
+        assert prompt.keys() == {"text", "text_length"}
+        x = grey(prompt["text"][:, 0]).view(-1, 1, 1, 1)
+        x = x + 0.05 * torch.stack([torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(int(i))) for i in ids])
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_a_model_that_is_told_texts_is_judged_by_all_that_need_no_classes(lone_group):
+    known, streams = encoders() | {"generator": Reader()}, {"train": real(90)}
+    asked = {"samples": 40, "texts": "train"}
+    evaluations = [
+        Frechet(FrechetConfig(**asked)),
+        InceptionScore(InceptionConfig(**asked)),
+        KernelDistance(KernelConfig(**asked, subset=20)),
+        Memorisation(MemorisationConfig(**asked)),
+        PRDC(PRDCConfig(**asked)),
+    ]
+    found = {}
+    for evaluation in evaluations:
+        assert set(evaluation.uses().streams.get("train", ())) <= {"image", "text"}
+        found |= run(evaluation, known, streams)
+    assert found["prdc/coverage"].value > 0.8 and found["memorisation/copies"].n == 40
+    ctx = context(known, streams, ())
+    seen = evaluations[0].judged(ctx, "judge.image")
+    assert torch.equal(seen.id, chosen(torch.arange(90), 90, 40).nonzero()[:, 0]) and seen.label is None
+    with pytest.raises(ConfigError, match='needs a model that was trained with condition = "class"'):
+        run(Agreement(AgreementConfig(**asked)), known, streams)
+    with torch.no_grad():
+        (figure,) = Samples(SamplesConfig(**asked)).run(ctx)
+    assert figure.image.shape == (5 * 6 - 2, 8 * 6 - 2, 3)
