@@ -251,6 +251,16 @@ def logs(
         sys.stdout.flush()
 
 
+@app.command("replay")
+def replay(
+    run: Run,
+    step: Annotated[int, typer.Option(min=1, help="Which; the log and failures count alike.")],
+) -> None:
+    """Do a past step again, on this machine, from the checkpoint before it: samples, losses, gradients by layer."""
+    folder, _ = _run_and_checkpoint(run)
+    _become(["replay", "--run", str(folder), "--step", str(step)])
+
+
 @app.command("losses")
 def losses(
     run: Run,

@@ -104,16 +104,17 @@ class CheckpointStore:
         """Folder of the checkpoint made after ``step`` updates."""
         return self.folder / f"{PREFIX}{step:08d}"
 
-    def newest(self, *, to_go_on: bool = False) -> Saved | None:
+    def newest(self, *, to_go_on: bool = False, before: int | None = None) -> Saved | None:
         """The newest whole checkpoint, the same on every rank; None when there is none at all.
 
         Args:
             to_go_on: pass over those whose optimizer's state is gone.
+            before: a step; only older ones count.
 
         Raises:
             CheckpointError: there are checkpoints but none is whole.
         """
-        steps = from_first(self.steps())
+        steps = [step for step in from_first(self.steps()) if before is None or step < before]
         passed_over: list[str] = []
         for step in reversed(steps):
             saved, problem = self._read(self.path(step))

@@ -42,6 +42,11 @@ def main(argv: Sequence[str]) -> int:
         sizes = (args.image_size and tuple(args.image_size), args.patch_size and tuple(args.patch_size))
         return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes, args.weights))
 
+    if args.command == "replay":
+        from pipeline.run.replay import replay
+
+        return guarded(lambda: replay(args.run, args.step))
+
     if args.command == "rewind":
         from pipeline.run.rewind import rewind
 
@@ -86,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--image-size", type=int, nargs=2)
     export.add_argument("--patch-size", type=int, nargs=2)
     export.add_argument("--weights", default="model")
+    replay = commands.add_parser("replay")
+    replay.add_argument("--run", required=True)
+    replay.add_argument("--step", type=int, required=True)
     rewind = commands.add_parser("rewind")
     rewind.add_argument("--run", required=True)
     rewind.add_argument("--step", type=int, required=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from pipeline.config.exitcodes import FINISHED, REQUEUE
 from pipeline.config.resolve import Plan, period, phase_learning_rate, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.core import manifest as manifests
-from pipeline.core.contract import check_batch
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext, Stream
 from pipeline.data.dataset import open_data
@@ -31,24 +30,21 @@ from pipeline.engine.saving import Saver, Series
 from pipeline.engine.stopping import StopRequest
 from pipeline.engine.surveys import Surveyor
 from pipeline.engine.watch import Watch
-from pipeline.nn.weights import no_initial_weights
 from pipeline.record.files import Lines
 from pipeline.record.losses import LossFiles
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
 from pipeline.record.state import close_state
 from pipeline.run import frozen
-from pipeline.run import start as beginnings
 from pipeline.run.attempt import Attempt, attempt, in_folder
 from pipeline.run.build import (
-    build_engine,
-    build_objective,
     build_stream,
     build_surveys,
     sample_batch,
     text_reader,
     tokenizer_of,
 )
+from pipeline.run.making import make_engine
 from pipeline.run.preflight import preflight
 from pipeline.run.resuming import Beginning, find_beginning, resume
 
@@ -177,7 +173,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
         sample, tokenizer = sample_batch(config, manifest), tokenizer_of(config, manifest)
         known = facts(config.data, manifest)
-        engine, origins = _engine(path, config, known, plan, place, beginning, sample, tokenizer, notes)
+        engine, origins = make_engine(path, config, known, plan, place, beginning.saved, sample, tokenizer, notes)
         if beginning.saved is not None:
             notes += resume(engine, stream, beginning.saved)
         recorder = _recorder(config, plan, place, start, beginning, notes)
@@ -209,35 +205,6 @@ def train(path: str, overrides: Sequence[str]) -> int:
             job.saver.finish()  # what is being written is of an earlier step, and good
             raise
         return job.end(outcome, clock, stop)
-
-
-def _engine(
-    path: str,
-    config: RunConfig,
-    known: DataFacts,
-    plan: Plan,
-    place: Place,
-    beginning: Beginning,
-    sample: Batch,
-    tokenizer: bytes | None,
-    notes: list[str],
-) -> tuple[BaseEngine, frozen.Origins]:
-    """What trains, with its first weights; where a checkpoint is there, files that these came from are not needed.
-
-    Those of frozen parts are, and are returned.
-    """
-    with no_initial_weights() if beginning.saved is not None else nullcontext():
-        objective = build_objective(config, known, path)
-    check_batch(objective.needs, sample, config.objective.name)
-    origins = frozen.fill(objective)
-    if beginning.saved is not None:
-        frozen.check(beginning.saved, origins)
-    elif config.start is not None:
-        report = beginnings.begin(objective, config, known.classes, tokenizer, place)
-        notes += beginnings.lines(report)
-        if place.first:
-            provenance.started(config.run.folder, report)
-    return build_engine(config, objective, plan, place), origins
 
 
 def _ledger(config: RunConfig, manifest: manifests.Manifest) -> Ledger | None:
