@@ -38,3 +38,5 @@ class NonFiniteError(SluiceError):
 
     exit_code = 70
     everywhere = True
+    step: int | None = None
+    """Of the training in which it came up."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,6 +53,8 @@ class Meter:
         """Of the last step on this rank, added up over its updates."""
         self.norm = torch.zeros((), device=device)
         """Of the gradients of the last step, over its updates."""
+        self.recent: deque[tuple[int, list[Tensor], list[Tensor | None]]] = deque(maxlen=2)
+        """Of the last steps (a GPU's are judged one later): ids and losses of the samples, by micro-batch."""
         self._updates: dict[str, _Update] = {}
         self._spent: dict[str, float] = {}
         """Seconds by what they were spent on, beside steps."""
@@ -92,6 +95,7 @@ class Meter:
     def begin_step(self, step: int) -> None:
         """Forget the step before; ``step`` is the one that begins."""
         self.at("step", step)
+        self.recent.append((step, [], []))
         self._updates.clear()
         self._digest.zero_()
 
@@ -101,6 +105,8 @@ class Meter:
         self._outputs.append(torch.stack([v.detach().float() for v in (output.loss, *output.metrics.values())]))
         if not self._updates:  # all updates of a step see the same batches
             self._digest += batch_digest(batch)
+            self.recent[-1][1].append(batch["id"])
+            self.recent[-1][2].append(output.losses)
             if self.ledger is not None:
                 self.ledger.add(output, batch)
 
@@ -152,6 +158,16 @@ class Meter:
         }
         self.restart()
         return line
+
+    def samples(self, step: int) -> dict[int, float | None]:
+        """Of a recent step this rank's samples: id to loss, None where it is not told."""
+        found: dict[int, float | None] = {}
+        for number, ids, losses in self.recent:
+            if number == step:
+                for batch, own in zip(ids, losses, strict=True):
+                    told = [None] * len(batch) if own is None else own.float().tolist()
+                    found |= dict(zip(batch.tolist(), told, strict=True))
+        return found
 
     def keep(self) -> None:
         """Write the losses of samples; on all ranks together."""

@@ -88,10 +88,12 @@ class Watch:
             if not bad and not _finite(values[0][1]):
                 bad = [f"the gradient's norm is {values[0][1]}"]
             if bad:
-                raise NonFiniteError(
+                error = NonFiniteError(
                     f"step {step}: {'; '.join(bad)}. Nothing of this step was saved; lower the learning rate, clip the "
                     "gradient or look at the batch, and start again to resume from the last checkpoint."
                 )
+                error.step = step
+                raise error
             self.stopping = self.stopping or any(row[2] for row in values)
             if self.saver is not None:
                 self.saver.told([int(row[3]) for row in values])

@@ -26,44 +26,63 @@ def main(argv: Sequence[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"sluice: {line}", file=sys.stderr, flush=True)
     if args.command == "train":
-        return guarded(lambda: _train(args.config, args.overrides))
-    if args.command == "eval":
-        from pipeline.suites.evaluate import evaluate
+        return guarded(partial(_train, args.config, args.overrides))
+    return guarded(partial(_COMMANDS[args.command], args))
 
-        return guarded(
-            lambda: evaluate(
-                args.run, args.suite, args.checkpoint, args.random_init, args.overrides, args.out, args.again
-            )
-        )
 
-    if args.command == "export":
-        from pipeline.run.export import export
+def _eval(args: argparse.Namespace) -> int:
+    from pipeline.suites.evaluate import evaluate
 
-        sizes = (args.image_size and tuple(args.image_size), args.patch_size and tuple(args.patch_size))
-        return guarded(lambda: export(args.run, args.checkpoint, args.out, *sizes, args.weights))
+    return evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides, args.out, args.again)
 
-    if args.command == "replay":
-        from pipeline.run.replay import replay
 
-        return guarded(lambda: replay(args.run, args.step))
+def _export(args: argparse.Namespace) -> int:
+    from pipeline.run.export import export
 
-    if args.command == "rewind":
-        from pipeline.run.rewind import rewind
+    sizes = (args.image_size and tuple(args.image_size), args.patch_size and tuple(args.patch_size))
+    return export(args.run, args.checkpoint, args.out, *sizes, args.weights)
 
-        return guarded(lambda: rewind(args.run, args.step))
 
-    if args.command == "plan":
-        from pipeline.run.cost import cost
+def _replay(args: argparse.Namespace) -> int:
+    from pipeline.run.replay import replay
 
-        return guarded(lambda: cost(args.config, args.overrides, args.ranks))
+    return replay(args.run, args.step)
 
-    from pipeline.run import reporting
 
-    if args.command == "compare":
-        work = partial(reporting.compare, args.subjects, args.format, args.out)
-    else:
-        work = partial(reporting.report, args.runs, args.format, args.out)
-    return guarded(work)
+def _rewind(args: argparse.Namespace) -> int:
+    from pipeline.run.rewind import rewind
+
+    return rewind(args.run, args.step)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from pipeline.run.cost import cost
+
+    return cost(args.config, args.overrides, args.ranks)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from pipeline.run.reporting import compare
+
+    return compare(args.subjects, args.format, args.out)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pipeline.run.reporting import report
+
+    return report(args.runs, args.format, args.out)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "eval": _eval,
+    "export": _export,
+    "replay": _replay,
+    "rewind": _rewind,
+    "plan": _plan,
+    "compare": _compare,
+    "report": _report,
+}
+"""What each command needs is imported when it runs."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -95,9 +95,9 @@ class Looking(Meter):
                     self._hooks.append(module.register_forward_hook(partial(self._after, name)))
 
     def _after(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point() and not bool(output.isfinite().all()):
-            if name not in self.seen.not_finite:
-                self.seen.not_finite.append(name)
+        number = isinstance(output, Tensor) and output.is_floating_point()
+        if number and name not in self.seen.not_finite and not bool(output.isfinite().all()):
+            self.seen.not_finite.append(name)
 
     def add(self, output: StepOutput, batch: Batch) -> None:
         """Take in the samples of a micro-batch."""
@@ -120,14 +120,14 @@ class Looking(Meter):
     def watch(self, engine: BaseEngine) -> None:
         """Look at every gradient before its update, which clears it."""
         for _, _, single in engine.turns():
-            single.update = partial(self._update, single, single.update)
+            single.update = partial(self._update, single, single.update)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _update(self, engine: SingleEngine, update: Any, rate: float) -> Tensor:
+    def _update(self, engine: SingleEngine, update: Any, lr: float) -> Tensor:
         if self.now == self.seen.step:
             for name, parameter in engine.objective.named_parameters():
                 if parameter.grad is not None:
                     self.seen.gradients[name] = float(parameter.grad.detach().float().norm())
-        return update(rate)
+        return update(lr)
 
 
 def replay(run: str, step: int) -> int:

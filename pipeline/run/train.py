@@ -15,11 +15,12 @@ from pipeline.config.resolve import Plan, period, phase_learning_rate, resolve
 from pipeline.config.schema import RunConfig
 from pipeline.core import manifest as manifests
 from pipeline.core.errors import NonFiniteError
+from pipeline.core.files import replace_file
 from pipeline.core.protocols import Batch, Clock, DataFacts, StepContext, Stream
 from pipeline.data.dataset import open_data
 from pipeline.data.facts import facts
 from pipeline.data.selection import Selection, sources
-from pipeline.dist.group import Place, by_first, from_first, process_group, sum_over_ranks
+from pipeline.dist.group import Place, by_first, from_first, gather_objects, process_group, sum_over_ranks
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CHECKPOINTS, CheckpointStore
@@ -30,7 +31,7 @@ from pipeline.engine.saving import Saver, Series
 from pipeline.engine.stopping import StopRequest
 from pipeline.engine.surveys import Surveyor
 from pipeline.engine.watch import Watch
-from pipeline.record.files import Lines
+from pipeline.record.files import Lines, dumps
 from pipeline.record.losses import LossFiles
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
@@ -47,6 +48,9 @@ from pipeline.run.build import (
 from pipeline.run.making import make_engine
 from pipeline.run.preflight import preflight
 from pipeline.run.resuming import Beginning, find_beginning, resume
+
+NONFINITE = "nonfinite.json"
+"""In the run folder: the samples of the last step whose loss or gradient was not finite."""
 
 
 @dataclass
@@ -129,6 +133,22 @@ class Job:
         if self.recorder is not None:
             self.recorder.pictures(clock.step, pictures)
 
+    def not_finite(self, step: int, problem: str) -> None:
+        """Write down whose samples the step was made of; all ranks together."""
+        told = gather_objects(self.meter.samples(step))
+        if self.recorder is None:
+            return
+        samples = {
+            f"rank {rank}": [{"id": sample, "loss": loss} for sample, loss in own.items()]
+            for rank, own in enumerate(told)
+        }
+        facts = {"step": step, "problem": problem, "samples": samples}
+        in_folder(self.folder, lambda: replace_file(self.folder / NONFINITE, dumps(facts, indent=1).encode() + b"\n"))
+        self.recorder.note(
+            f"the samples of step {step} are in {self.folder / NONFINITE}; which of them and which layer it was, shows "
+            f"sluice replay {self.folder} --step {step}"
+        )
+
     def actions(self) -> list[Action]:
         """In the order in which they run: a line that is in the log belongs to the checkpoint that follows it."""
         return [
@@ -201,8 +221,10 @@ def train(path: str, overrides: Sequence[str]) -> int:
                 meter=job.meter,
                 watch=watch,
             )
-        except NonFiniteError:
+        except NonFiniteError as error:
             job.saver.finish()  # what is being written is of an earlier step, and good
+            if error.step is not None:
+                job.not_finite(error.step, str(error))
             raise
         return job.end(outcome, clock, stop)
 

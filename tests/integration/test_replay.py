@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.record.losses import History
-from tests.integration.runs import codes, metrics, overrides, run
+from tests.integration.runs import codes, metrics, notes, overrides, run
 from tests.ranks import Ended, start_ranks
 
 STEPS = 24
@@ -86,12 +86,18 @@ def test_a_loss_that_is_not_finite_is_followed_to_its_layer(glyphs, tmp_path):
     settings = overrides(folder, glyphs / "train", "engine.name=accelerate", "engine.precision=fp32")
     ended = run(2, "supervised", settings, hurt=partial(overflow, 6))
     assert codes(ended) == [70, 70]
+    told = json.loads((folder / "nonfinite.json").read_text())
+    assert told["step"] == 6 and "step 6: the loss of rank 0 is" in told["problem"]
+    samples = {rank: [s["id"] for s in own] for rank, own in told["samples"].items()}
+    assert [len(own) for own in samples.values()] == [4, 4]
+    assert "sluice replay" in notes(folder)
     (end,) = start_ranks(1, _overflown, folder=str(folder), step=6)
     assert end.value == 0, end.problem
     found = json.loads((folder / "replay" / "step-00000006" / "replay.json").read_text())
     assert "the loss of rank 0 is" in found["problem"]
     assert found["not_finite"][0] == "encoder.backbone.blocks.1.mlp.fc2"
     assert found["from"].endswith("step-00000003")
+    assert {s["id"] for s in found["samples"]} == {*samples["rank 0"], *samples["rank 1"]}
 
 
 def overflow(step: int) -> None:
