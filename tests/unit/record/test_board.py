@@ -162,6 +162,7 @@ def test_where_pages_and_tables_go(runs, capsys, tmp_path):
     assert output(capsys, "report", *options(runs), "--out", page).strip() == str(page)
     assert page.read_text().startswith("<!doctype html>")
     run = evaluated(tmp_path / "run", accuracy("knn/top1", 0.5, 0))
+    (run / "config.toml").write_text("[run]\n")
     assert output(capsys, "report", "--run", run).strip() == str(run / "report.html")
     assert output(capsys, "report", "--run", run, "--out", page).strip() == str(page)
     assert "Sluice run" in page.read_text()
