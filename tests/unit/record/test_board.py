@@ -191,7 +191,7 @@ def test_what_cannot_be_written_is_refused(runs, capsys, tmp_path, words, messag
     assert main(["report", *options(runs), *(word.format(tmp=tmp_path) for word in words)]) == 2
     assert message.partition(".*")[0] in capsys.readouterr().err
     assert main(["report", "--run", runs[0], "--out", str(tmp_path / "file" / "x.html")]) == 2
-    assert "x.html (Not a directory); name another by --out" in capsys.readouterr().err
+    assert "x.html (File exists); name another by --out" in capsys.readouterr().err
 
 
 def test_a_run_without_results_has_no_table(capsys, tmp_path):
