@@ -9,7 +9,7 @@ Shape letters: N images, C classes, S sentences per class, E width.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Config(Strict):
     @field_validator("templates", mode="before")
     @classmethod
     def _from_lines(cls, given: Any) -> Any:
-        return tuple(_lines(given)) if isinstance(given, str) else given
+        return _tupled(_lines(given) if isinstance(given, str) else given)
 
     @field_validator("names", mode="before")
     @classmethod
@@ -54,8 +54,8 @@ class Config(Strict):
         if isinstance(given, str):
             given = json.loads(_text(given)) if given.endswith(".json") else _lines(given)
         if isinstance(given, Mapping):
-            return {str(key): (own,) if isinstance(own, str) else own for key, own in given.items()}
-        return given
+            return {str(key): (own,) if isinstance(own, str) else _tupled(own) for key, own in given.items()}
+        return _tupled(given)
 
     @field_validator("templates")
     @classmethod
@@ -158,6 +158,11 @@ def _ranked(scores: Tensor, labels: Tensor, classes: Sequence[str], split: str) 
     yield Number("zero_shot/mean_average_precision", mean, len(scores), split)
     rows = [(classes[i], int(labels[:, i].sum()), precision[i]) for i in there]
     yield Table("zero_shot/classes", ("class", "images", "average precision"), rows, split)
+
+
+def _tupled(given: Any) -> Any:
+    """A list as a file gives it, as settings hold it."""
+    return tuple(cast("list[Any]", given)) if isinstance(given, list) else given
 
 
 def _text(path: str) -> str:

@@ -35,6 +35,7 @@ NAMES = [
 SETTINGS = {
     "knn": {"k": (5, 20)},
     "linear_probe": {"steps": 200},
+    "embedding_map": {"samples": 40, "perplexity": 5.0},
     "robustness": {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5)},
 }
 """Where an evaluation's defaults ask for more than the tiny streams hold, or for much of the same."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pipeline.config.schema import Component
+from pipeline.core.components import check_component
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import Table
 from pipeline.evals.zero_shot import Config, ZeroShot
@@ -86,6 +88,14 @@ def test_names_and_templates_come_from_files_and_are_the_setting_itself(tmp_path
     assert Config.model_validate_json(table.model_dump_json()) == table
     with pytest.raises(ValueError, match=r"cannot read nowhere\.txt"):
         Config.model_validate({"names": "nowhere.txt"})
+
+
+def test_settings_are_read_from_a_suite():
+    """As TOML has them: lists, and tables of names or lists of them."""
+    for names, expected in (({"a": "x", "b": ["y", "z"]}, {"a": ("x",), "b": ("y", "z")}), (["p", "q"], ("p", "q"))):
+        component = Component.model_validate({"name": "zero_shot", "templates": ["a {}", "the {}"], "names": names})
+        config = check_component("pipeline.evals", component, "a suite", ("evals",))
+        assert config == Config(templates=("a {}", "the {}"), names=expected)
 
 
 def test_names_that_fit_no_class_are_refused(lone_group):
