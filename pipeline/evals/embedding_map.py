@@ -69,7 +69,7 @@ class Shown(NamedTuple):
 
 
 class EmbeddingMap(Evaluation):
-    """Reports the figures "embedding_map/tsne_classes" and, with several streams, "embedding_map/tsne_domains", those of
+    """Reports figures "embedding_map/tsne_classes" and, with several streams, "embedding_map/tsne_domains", those of
     PCA, the trustworthiness of each map, and "embedding_map/pca_variance", the part of all variance in PCA's plane.
     """
 
