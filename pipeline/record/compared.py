@@ -28,17 +28,34 @@ def comparison_text(comparison: Comparison) -> str:
     first = comparison.subjects[0]
     for subject in comparison.subjects[1:]:
         own = [one for one in comparison.compared if one.subject == subject]
-        if not own:
-            continue
-        shown = Table(title=Text(f"{subject} against {first}"), box=box.SIMPLE_HEAD, pad_edge=False)
-        for at, name in enumerate((*_HEAD[:2], first, subject, *_HEAD[2:])):
-            shown.add_column(Text(name), justify="right" if 2 <= at <= 6 or at == 8 else "left")
-        for one in own:
-            cells = [Text(cell) for cell in _cells(one)]
-            cells[7].stylize(_STYLES.get(one.verdict, "dim"))
-            shown.add_row(*cells)
-        print_table(shown, text, terminal)
-    return "\n".join([text.getvalue().rstrip("\n"), "", *_notes(comparison)]).strip("\n")
+        if own:
+            print_table(_table(first, subject, own), text, terminal)
+    return "\n".join([text.getvalue().rstrip("\n"), "", *_how(comparison), *_notes(comparison)]).strip("\n")
+
+
+def _table(first: str, subject: str, own: list[Compared]) -> Table:
+    """Narrow enough for a terminal: the errors of both values are in the interval, the methods below."""
+    shown = Table(title=Text(f"{subject} against {first}"), box=box.SIMPLE_HEAD, pad_edge=False)
+    several = len({one.data for one in own}) > 1
+    for name in ["metric", *(["data"] if several else [])]:
+        shown.add_column(name, no_wrap=name == "metric")
+    for name in (first, subject, *_HEAD[2:5], "shown", "smallest"):
+        shown.add_column(Text(name), justify="left" if name == "shown" else "right", no_wrap=name in _HEAD)
+    for one in own:
+        metric, data, a, b, *rest, verdict, smallest, _ = _cells(one)
+        values = [value.partition(" +- ")[0] for value in (a, b)]
+        judged = Text(verdict, style=_STYLES.get(verdict, "dim"))
+        cells = [metric, *([data] if several else []), *values, *rest]
+        shown.add_row(*map(Text, cells), judged, Text(smallest))
+    return shown
+
+
+def _how(comparison: Comparison) -> list[str]:
+    """Which method was used for what; one sentence for each."""
+    used: dict[str, dict[str, None]] = {}
+    for one in comparison.compared:
+        used.setdefault(one.difference.method, {})[one.metric] = None
+    return [f"{method}: {', '.join(metrics)}" for method, metrics in used.items()]
 
 
 def _cells(one: Compared) -> list[str]:
