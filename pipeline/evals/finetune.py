@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pipeline.config.durations import Duration
 from pipeline.config.schema import Component, Optimizer, Strict, Training
-from pipeline.core.evaluation import EvalContext, EvalStream, Evaluation, Features, Output, Uses
-from pipeline.dist.group import by_first, gather_objects
+from pipeline.core.evaluation import EvalContext, Evaluation, Features, Output, Uses
+from pipeline.dist.group import by_first
 from pipeline.evals._classes import in_classes_of
 from pipeline.evals._classified import accuracies, classified, guesses
 from pipeline.evals._finetuned import Classifier
 from pipeline.evals._logistic import LogisticConfig, Regression
 from pipeline.evals._probe import check_samples
+from pipeline.evals._training import settled
 
 START = 0.01
 """Standard deviation of the initial weights of a head that is drawn."""
@@ -93,7 +94,7 @@ class FineTune(Evaluation):
             start = guesses(test.x @ weight.T + bias)
             yield from accuracies("finetune", start, test.label, len(train.classes), config.test, "_start")
         objective = Classifier(ctx.encoders["image"], weight, bias, config.trained, config.label_smoothing)
-        ctx.train(objective, config.train, self._training(ctx))
+        ctx.train(objective, config.train, settled(config.training, ctx, config.test))
         found = ctx.features(f"finetune of {ctx.folder.name}", config.test, module=objective.encoders()["logits"])
         yield from classified("finetune", guesses(found.x), test.label, train.classes, config.test)
 
@@ -105,19 +106,3 @@ class FineTune(Evaluation):
         generator = torch.Generator().manual_seed(self.config.training.seed)
         shape = (len(train.classes), train.x.shape[1])
         return START * torch.randn(shape, generator=generator), torch.zeros(shape[0])
-
-    def _training(self, ctx: EvalContext) -> Training:
-        """With what is left out."""
-        training = self.config.training
-        share = max(1, training.global_batch // ctx.place.world_size)
-        more: dict[str, object] = {"micro_batch": min(training.micro_batch, share)}
-        if "image" not in training.model_fields_set:
-            more["image"] = training.image.model_copy(update={"size": _size(ctx.streams[self.config.test])})
-        return training.model_copy(update=more)
-
-
-def _size(stream: EvalStream) -> tuple[int, int]:
-    """Height and width of a stream's images; a rank without any learns it from the others."""
-    own = next((tuple(batch["image"].shape[-2:]) for batch in stream), None)
-    height, width = next(size for size in gather_objects(own) if size is not None)
-    return height, width

@@ -21,7 +21,7 @@ from pipeline.nn.weights import weights_hash
 from tests.contracts.components import ListStream, build_evaluation, context, numbers, plain
 
 CLASSES = 6
-TRAINED = {"finetune"}
+TRAINED = {"attentive_probe", "finetune"}
 """Those that train through the loop, on data sets in files: their own tests hold them to the same."""
 NAMES = [
     name

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
 
@@ -42,26 +43,22 @@ def training(**more) -> Training:
     return Training(**own | more)
 
 
-def tuned(glyphs, model, folder, rank=0, world=1, **settings):
+@contextmanager
+def on_data(glyphs, model, folder):
+    """The context of an evaluation on a data set in files, on the rank that calls."""
     with ExitStack() as stack:
-        streams = {
-            name: stack.enter_context(
-                closing(
-                    open_eval(
-                        glyphs / name,
-                        Image(size=32, crop="center"),
-                        ("image", "label"),
-                        batch=16,
-                        workers=0,
-                        rank=rank,
-                        world=world,
-                    )
-                )
-            )
+        image, fields = Image(size=32, crop="center"), ("image", "label")
+        rank, world = dist.get_rank(), dist.get_world_size()
+        opened = {
+            name: open_eval(glyphs / name, image, fields, batch=16, workers=0, rank=rank, world=world)
             for name in ("train", "val")
         }
-        folders = {name: str(glyphs / name) for name in streams}
-        ctx = context({"image": model}, streams, folder=folder, data=folders)
+        streams = {name: stack.enter_context(closing(stream)) for name, stream in opened.items()}
+        yield context({"image": model}, streams, folder=folder, data={name: str(glyphs / name) for name in streams})
+
+
+def tuned(glyphs, model, folder, **settings):
+    with on_data(glyphs, model, folder) as ctx:
         return numbers(FineTune(Config(**{"training": training()} | settings)), ctx)
 
 
@@ -193,7 +190,7 @@ def test_a_class_missing_from_training_is_named_before_anything_is_trained(lone_
 
 def on_ranks(glyphs, folder):
     with process_group(timeout_minutes=1) as place:
-        found = tuned(glyphs, encoder(DROPPING), folder, place.rank, place.world_size)
+        found = tuned(glyphs, encoder(DROPPING), folder)
         torch.save([plain(number) for number in found.values()], folder / f"{place.world_size}-{place.rank}.pt")
 
 
