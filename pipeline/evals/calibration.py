@@ -82,13 +82,12 @@ class Calibration(Evaluation):
         p, n = logits.softmax(dim=1), len(label)
         brier = (p - functional.one_hot(label, p.shape[1])).square().sum(dim=1)
         surprise = functional.cross_entropy(logits, label, reduction="none")
-        yield self._number(f"ece{suffix}", calibration_error(p, label, self.config.bins), n, None)
+        error = calibration_error(p, label, self.config.bins)
+        yield Number(f"calibration/ece{suffix}", error, n, self.config.test, better="lower")
         for name, values in ((f"brier{suffix}", brier), (f"nll{suffix}", surprise)):
-            error = float(values.std()) / math.sqrt(n) if n > 1 else None
-            yield self._number(name, float(values.mean()), n, error)
-
-    def _number(self, name: str, value: float, n: int, error: float | None) -> Number:
-        return Number(f"calibration/{name}", value, n, self.config.test, error, better="lower")
+            value, spread = float(values.mean()), float(values.std()) / math.sqrt(n) if n > 1 else None
+            each = values.float().numpy()
+            yield Number(f"calibration/{name}", value, n, self.config.test, spread, better="lower", samples=each)
 
 
 def calibration_error(p: Tensor, label: Tensor, bins: int) -> float:

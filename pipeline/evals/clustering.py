@@ -69,19 +69,20 @@ class Clustering(Evaluation):
         clusters = self.config.clusters or max(2, len(np.unique(label)))
         model = KMeans(clusters, n_init=self.config.starts, random_state=self.config.seed)  # pyright: ignore[reportArgumentType]
         cluster = model.fit_predict(x)
-        accuracy, n = matched_accuracy(label, cluster), len(label)
-        numbers = {
-            "nmi": (float(normalized_mutual_info_score(label, cluster)), None),
-            "ari": (float(adjusted_rand_score(label, cluster)), None),
-            "accuracy": (accuracy, math.sqrt(accuracy * (1 - accuracy) / n)),
-        }
+        right, n, split = matched(label, cluster), len(label), self.config.test
+        accuracy = float(right.mean())
+        error = math.sqrt(accuracy * (1 - accuracy) / n)
         return [
-            Number(f"clustering/{name}", value, n, self.config.test, error) for name, (value, error) in numbers.items()
+            Number("clustering/nmi", float(normalized_mutual_info_score(label, cluster)), n, split),
+            Number("clustering/ari", float(adjusted_rand_score(label, cluster)), n, split),
+            Number("clustering/accuracy", accuracy, n, split, error, samples=right),
         ]
 
 
-def matched_accuracy(label: np.ndarray, cluster: np.ndarray) -> float:
-    """The share of samples whose cluster is matched with their class, under the one-to-one matching that is best."""
+def matched(label: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    """Whether each sample's cluster is matched with its class, under the one-to-one matching that is best: bool[N]."""
     table = contingency_matrix(label, cluster)
-    rows, columns = linear_sum_assignment(table, maximize=True)
-    return float(table[rows, columns].sum()) / len(label)
+    pairs = set(zip(*linear_sum_assignment(table, maximize=True), strict=True))
+    _, place = np.unique(label, return_inverse=True)
+    _, group = np.unique(cluster, return_inverse=True)
+    return np.array([pair in pairs for pair in zip(place, group, strict=True)])

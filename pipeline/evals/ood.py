@@ -83,10 +83,11 @@ class OOD(Evaluation):
             known = score(self.config.test).numpy()
             for name in self.config.unknown:
                 unknown = score(name).numpy()
-                auroc, passing = separation(known, unknown)
-                error = math.sqrt(passing * (1 - passing) / len(unknown))
-                yield Number(f"ood/auroc_{way}_{name}", auroc, len(known) + len(unknown), self.config.test)
-                yield Number(f"ood/fpr95_{way}_{name}", passing, len(unknown), self.config.test, error, better="lower")
+                auroc, passes = separation(known, unknown)
+                share, n, split = float(passes.mean()), len(unknown), self.config.test
+                error = math.sqrt(share * (1 - share) / n)
+                yield Number(f"ood/auroc_{way}_{name}", auroc, len(known) + n, split)
+                yield Number(f"ood/fpr95_{way}_{name}", share, n, split, error, better="lower", samples=passes)
 
     def _scorer(self, way: Way, ctx: EvalContext) -> Callable[[str], Tensor]:
         """What gives each sample of a stream its number, float64[N]."""
@@ -133,8 +134,8 @@ class Gaussians:
         return torch.cat([-torch.cdist(part, self.white_means).amin(dim=1).square() for part in white.split(QUERIES)])
 
 
-def separation(known: np.ndarray, unknown: np.ndarray) -> tuple[float, float]:
-    """AUROC, and the share of unknown samples that score at least what 95 % of the known ones reach.
+def separation(known: np.ndarray, unknown: np.ndarray) -> tuple[float, np.ndarray]:
+    """AUROC, and which of the unknown samples score at least what 95 % of the known ones reach, bool[M].
 
     Args:
         known: float64[N], larger for what looks known.
@@ -144,4 +145,4 @@ def separation(known: np.ndarray, unknown: np.ndarray) -> tuple[float, float]:
     auroc = float(roc_auc_score(truth, np.concatenate([known, unknown])))
     let_through = math.ceil(PASSES * len(known))
     threshold = np.sort(known)[::-1][let_through - 1]
-    return auroc, float((unknown >= threshold).mean())
+    return auroc, unknown >= threshold

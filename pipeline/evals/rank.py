@@ -61,7 +61,8 @@ class Rank(Evaluation):
             other = functional.normalize(ctx.features("image, mirrored", name, fields=(), module=mirrored).x)
             distance = (unit.double() - other.double()).square().sum(dim=1)
             error = float(distance.std()) / math.sqrt(len(x)) if len(x) > 1 else None
-            yield Number("rank/alignment", float(distance.mean()), len(x), name, error, better="lower")
+            value, each = float(distance.mean()), distance.float().numpy()
+            yield Number("rank/alignment", value, len(x), name, error, better="lower", samples=each)
 
 
 class Mirrored(nn.Module):

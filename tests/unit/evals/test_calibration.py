@@ -57,6 +57,16 @@ def test_equals_one_sample_at_a_time(lone_group, bins):
         assert result.value == pytest.approx(expected, rel=1e-6) and result.n == 60 and result.better == "lower"
 
 
+def test_each_sample_brings_its_own(lone_group):
+    logits, label = made(20, 1)
+    found = measured({"val": stream(logits, label, "val")})
+    assert found["calibration/ece"].samples is None
+    for i in range(20):
+        _, brier, nll = by_hand(logits[i : i + 1], label[i : i + 1], 1)
+        assert found["calibration/brier"].samples[i] == pytest.approx(brier, rel=1e-5)
+        assert found["calibration/nll"].samples[i] == pytest.approx(nll, rel=1e-5)
+
+
 def test_certain_and_right_is_no_error_and_certain_and_wrong_is_all():
     p = torch.eye(3, dtype=torch.float64)
     assert calibration_error(p, torch.tensor([0, 1, 2]), 15) == 0

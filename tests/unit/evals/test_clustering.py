@@ -7,7 +7,7 @@ import torch
 from sklearn.cluster import KMeans
 
 from pipeline.core.errors import ConfigError
-from pipeline.evals.clustering import Clustering, Config, matched_accuracy
+from pipeline.evals.clustering import Clustering, Config, matched
 from tests.contracts.components import ListStream, context, numbers
 from tests.unit.evals.test_knn import Identity, make_streams
 
@@ -32,7 +32,13 @@ def best_of_all_matchings(label, cluster):
 def test_the_accuracy_is_that_of_the_best_matching(clusters):
     generator = np.random.default_rng(clusters)
     label, cluster = generator.integers(0, 4, 50), generator.integers(0, clusters, 50)
-    assert matched_accuracy(label, cluster) == pytest.approx(best_of_all_matchings(label.tolist(), cluster.tolist()))
+    assert matched(label, cluster).mean() == pytest.approx(best_of_all_matchings(label.tolist(), cluster.tolist()))
+
+
+def test_which_samples_are_matched():
+    """Class 5 is cluster 2 and class 7 is cluster 0; the rest are of no match."""
+    label, cluster = np.array([5, 5, 7, 7, 7, 5]), np.array([2, 2, 0, 0, 2, 3])
+    assert matched(label, cluster).tolist() == [True, True, True, True, False, False]
 
 
 def entropy(p):

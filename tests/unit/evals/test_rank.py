@@ -63,4 +63,5 @@ def test_alignment_is_between_an_image_and_its_mirror_image(lone_group):
     assert found.value == pytest.approx(mean, rel=1e-5) and mean > 1e-4
     error = math.sqrt(sum((d - mean) ** 2 for d in distances) / 6 / 7)
     assert found.stderr == pytest.approx(error, rel=1e-4) and found.better == "lower"
+    assert found.samples.tolist() == pytest.approx(distances, rel=1e-4)
     assert "rank/alignment" not in measured(image, Weighted().eval(), mirror=False)
