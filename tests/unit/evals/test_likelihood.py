@@ -22,6 +22,12 @@ def test_bits_are_those_of_the_data(lone_group):
     assert entropy - 4 * result.stderr < result.value < entropy + 0.6
     parts = sum(found[f"likelihood/bits_per_dim_{p}"].value for p in ("decoder", "levels", "prior"))
     assert parts == pytest.approx(result.value)
+    image, ids = streams["val"].image, torch.arange(100)
+    with torch.no_grad():
+        terms = encoders(std=std)["generator"].bits(image, ids, ids % CLASSES, 0, None)
+    by_name = {"decoder": terms[:, 0], "levels": terms[:, 1:-1].sum(dim=1), "prior": terms[:, -1]}
+    for name, values in by_name.items():
+        assert found[f"likelihood/bits_per_dim_{name}"].value == pytest.approx(float(values.mean()), rel=1e-5), name
     for name in ("bits_per_dim", "bits_per_dim_levels", "histogram"):
         number = found[f"likelihood/{name}"]
         assert len(number.samples) == 100 and number.samples.std() > 0
