@@ -20,6 +20,7 @@ from pydantic import (
 from pipeline.config.data import Beside, Cache, Captions, Crop, Data, EvalData, Image, Sidecar, Source
 from pipeline.config.durations import Duration
 from pipeline.config.strict import Component, Folder, Fraction, Positive, PositiveFloat, Strict, Text, Weights, Width
+from pipeline.core import registry
 
 __all__ = [
     "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "EvalData",
@@ -212,6 +213,18 @@ class Record(Strict):
 
     losses: Literal["never", "every epoch"] = "never"
     """What each sample lost, by its id: see `sluice losses`."""
+    loggers: tuple[Text, ...] = ("tensorboard",)
+    """Programs that show the curves, files of pipeline/record/loggers; all work without network."""
+
+    @model_validator(mode="after")
+    def _loggers_exist(self) -> Record:
+        known = registry.names("pipeline.record.loggers")
+        for name in self.loggers:
+            if name not in known:
+                raise ValueError(f"loggers: unknown logger {name!r}; {registry.suggest(name, known)}")
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ValueError("loggers: one of them stands twice")
+        return self
 
 
 class RunConfig(Strict):

@@ -21,6 +21,7 @@ from pipeline.data.facts import facts
 from pipeline.data.field import make_fields
 from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.nn.weights import no_initial_weights
+from pipeline.record.logger import check_loggers
 from pipeline.run.build import build_objective
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ def problems(config: RunConfig, title: str) -> list[str]:
         title: what the configuration is called in a message.
     """
     found: list[str] = []
+    _try(lambda: check_loggers(config.record.loggers), found)
     manifest = _try(lambda: open_data(config.data), found)
     if manifest is None:
         return found

@@ -32,6 +32,7 @@ from pipeline.engine.stopping import StopRequest
 from pipeline.engine.surveys import Surveyor
 from pipeline.engine.watch import Watch
 from pipeline.record.files import Lines, dumps
+from pipeline.record.logger import check_loggers
 from pipeline.record.losses import LossFiles
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
@@ -178,6 +179,7 @@ class Job:
 def train(path: str, overrides: Sequence[str]) -> int:
     """Train, on this rank, to the end or until asked to stop. Returns the exit code."""
     config = load.load_run(path, overrides)
+    check_loggers(config.record.loggers)
     stop = StopRequest(Path(config.run.folder))
     stop.listen()
     with ExitStack() as stack:
@@ -249,7 +251,12 @@ def _recorder(
     if clock.samples < clock.total_samples:
         provenance.train_on(folder, config, clock.step, beginning.changes)
     recorder = Recorder(
-        folder, total_steps=plan.total_steps, attempt=start.number, step=clock.step, config=load.dump(config)
+        folder,
+        total_steps=plan.total_steps,
+        attempt=start.number,
+        step=clock.step,
+        config=load.dump(config),
+        loggers=config.record.loggers,
     )
     for note in notes:
         recorder.note(note)
