@@ -6,6 +6,7 @@ one away when it is whole.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import time
@@ -33,18 +34,19 @@ class MLflow(Logger):
 
     def __init__(self, begun: Begun) -> None:
         os.environ.setdefault(FILES_ALLOWED, "true")
-        from mlflow.entities import Metric, Param
-        from mlflow.tracking import MlflowClient
-
+        entities = importlib.import_module("mlflow.entities")  # an extra: it need not be there for what reads this file
+        tracking = importlib.import_module("mlflow.tracking")
         folder = begun.folder.resolve()
-        self._metric = Metric
-        self._client = MlflowClient(tracking_uri=(folder / FOLDER).as_uri())
+        self._metric = entities.Metric
+        self._client = tracking.MlflowClient(tracking_uri=(folder / FOLDER).as_uri())
         name = folder.parent.name or "sluice"
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         before = [run.info.run_id for run in self._client.search_runs([experiment])]
         self._run = self._client.create_run(experiment, run_name=folder.name).info.run_id
-        settings = [Param(key, str(value)[:LETTERS]) for key, value in flat(tomllib.loads(begun.config)).items()]
+        settings = [
+            entities.Param(key, str(value)[:LETTERS]) for key, value in flat(tomllib.loads(begun.config)).items()
+        ]
         for start in range(0, len(settings), 100):
             self._client.log_batch(self._run, params=settings[start : start + 100])
         self._log([self._of(step, *item) for step, values in begun.scalars() for item in values.items()])

@@ -7,6 +7,7 @@ one away when it is whole.
 
 from __future__ import annotations
 
+import importlib
 import secrets
 import shutil
 import tomllib
@@ -27,8 +28,7 @@ class Wandb(Logger):
     """One offline run, whole at any time."""
 
     def __init__(self, begun: Begun) -> None:
-        import wandb
-
+        wandb = importlib.import_module(PACKAGE)  # an extra: it need not be there for what reads this file
         place = begun.folder / FOLDER
         place.mkdir(exist_ok=True)
         before = list(place.glob("offline-run-*"))
