@@ -96,8 +96,10 @@ def _notes(comparison: Comparison) -> list[str]:
         )
     else:
         said.append("nothing was measured alike")
+    several = len({one.data for one in [*comparison.compared, *comparison.unlike]}) > 1
     for reason, found in _by_reason(comparison.unlike).items():
-        said.append(f"not compared: {', '.join(dict.fromkeys(one.metric for one in found))}: {reason}")
+        names = [f"{one.metric} on {one.data}" if several else one.metric for one in found]
+        said.append(f"not compared: {', '.join(dict.fromkeys(names))}: {reason}")
     return said
 
 

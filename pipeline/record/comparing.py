@@ -119,10 +119,11 @@ def _titles(rows: Sequence[Row]) -> dict[tuple[object, ...], str]:
 
 def _unlike(first: str, other: str, own: Sequence[Row], theirs: Sequence[Row]) -> list[Unlike]:
     """Why metrics that at least one of the two has are not compared, one sentence each."""
-    metrics = dict.fromkeys((row.evaluation, row.metric) for row in [*own, *theirs])
-    found = []
+    # Of data sets that a suite calls by name, those of one name are held against each other.
+    metrics = dict.fromkeys((row.evaluation, row.metric, row.data_name) for row in [*own, *theirs])
+    found: list[Unlike] = []
     for metric in metrics:
-        a, b = ([row for row in rows if (row.evaluation, row.metric) == metric] for rows in (own, theirs))
+        a, b = ([r for r in rows if (r.evaluation, r.metric, r.data_name) == metric] for rows in (own, theirs))
         row = (a or b)[0]
         if a and b:
             why = "; ".join(min((_differences(one, another) for one in a for another in b), key=len))

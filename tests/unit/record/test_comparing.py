@@ -17,6 +17,7 @@ from pipeline.record.comparing import Comparison, Subject, compare, subjects_of
 from pipeline.record.judging import leading
 from pipeline.record.lines import lines
 from pipeline.record.outputs import keep
+from pipeline.record.records import About
 from pipeline.record.results import Origin, read_results
 from pipeline.record.statistics import mcnemar, tango
 
@@ -109,6 +110,24 @@ def test_unlike_things_are_not_compared_and_it_says_why(tmp_path, other, why):
     assert comparison.compared == [] and comparison.unlike[0].why == why
     text = comparison_text(comparison)
     assert "nothing was measured alike" in text and f"not compared: knn/top1: {why}" in text
+
+
+def test_data_sets_are_held_against_those_of_their_name(tmp_path):
+    def on(folder: Path, data: str, mark: str, hits: np.ndarray) -> None:
+        keep(folder, [top1(hits)], Origin("step 1", 1, f"{folder}", "knn", {}, {"test": mark}), About(data_name=data))
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    for data in ("cifar", "dtd", "pets"):
+        on(a, data, data, HITS)
+    on(b, "cifar", "cifar", BETTER)
+    on(b, "dtd", "other", BETTER)
+    on(b, "cars", "cars", BETTER)
+    comparison = found(a, b)
+    assert [one.data for one in comparison.compared] == ["cifar"]
+    why = {one.data: one.why for one in comparison.unlike}
+    only = {name: f"only {run}: step 1 has it" for name, run in (("pets", "a"), ("cars", "b"))}
+    assert why == {"dtd": "test data: dtd and other", **only}
+    assert "not compared: knn/top1 on pets: only a: step 1 has it" in comparison_text(comparison)
 
 
 def test_another_stream_is_named(tmp_path):
