@@ -114,3 +114,8 @@ def test_ranks_share_the_samples(monkeypatch, lone_group):
     assert all((part[0] == 0).any() for part in parts)
     assert torch.equal(sum(p[0] for p in parts), whole[0]) and torch.equal(sum(p[1] for p in parts), whole[1])
     torch.testing.assert_close(whole[0][:, 0].sqrt(), torch.cdist(x.double(), y.double()).min(dim=1).values)
+
+
+def test_the_distance_of_equal_features_is_exactly_zero():
+    x = 100 + gaussian(64, 384, 0).double()
+    assert (_neighbours.squared(x, x).diagonal() == 0).all() and (_neighbours.squared(x, x[:3])[3:] > 0).all()
