@@ -19,13 +19,25 @@ from pydantic import (
 
 from pipeline.config.data import Beside, Cache, Captions, Crop, Data, EvalData, Image, Sidecar, Source
 from pipeline.config.durations import Duration
-from pipeline.config.strict import Component, Folder, Fraction, Positive, PositiveFloat, Strict, Text, Weights, Width
+from pipeline.config.strict import (
+    Component,
+    Folder,
+    Fraction,
+    Positive,
+    PositiveFloat,
+    Precision,
+    Strict,
+    Text,
+    Weights,
+    Width,
+)
 from pipeline.core import registry
 
 __all__ = [
     "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "EvalData",
-    "Every", "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Record", "Run",
-    "RunConfig", "Sidecar", "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width", "without_silence",
+    "Every", "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Precision", "Record",
+    "Run", "RunConfig", "Sidecar", "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width",
+    "without_silence",
 ]  # fmt: skip
 
 
@@ -114,7 +126,7 @@ class EngineConfig(Strict):
     name: Literal["deepspeed", "accelerate"]
     zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed's ZeRO stage."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     micro_batch: Positive
     """Samples per rank and forward; accumulation follows from the global batch."""
     timeout_minutes: PositiveFloat = 10.0
@@ -280,7 +292,7 @@ class Training(Strict):
     """Samples per rank and forward."""
     optimizer: Optimizer
     schedule: Component = Component(name="cosine")
-    precision: Literal["bf16", "fp32"] = "fp32"
+    precision: Precision = "fp32"
     fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image", "label")
     image: Image = Image()
     workers: Annotated[int, Field(ge=0)] = 2
@@ -298,7 +310,13 @@ class SuiteConfig(Strict):
     image: Image | None = None
     """Geometry for evaluation; left out: centre crop at the run's training size."""
     batch: Positive = 256
+    """On each rank. Batches are the same at any number of ranks, so that their numbers are."""
     workers: Annotated[int, Field(ge=0)] = 2
+    precision: Precision = "fp32"
+    """In which features are extracted and kept: "bf16" is autocast over the same fp32 weights, as in training."""
+    cache_gb: Annotated[float, Field(ge=0)] = 20
+    """Most that kept features may take on disk, in the folder "features" of SLUICE_CACHE or ~/.cache/sluice; those that
+    were not used for longest go. 0: none are kept."""
     weights: Weights = "model"
     """See [ema]."""
     judge: Text | None = None

@@ -35,6 +35,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Width = Annotated[float, Field(gt=0, lt=0.28)]
 """Of a power-function average, as a part of the run so far."""
+Precision = Literal["bf16", "fp32"]
+"""Of the computation: "bf16" is autocast over weights in fp32."""
 Weights = Width | Literal["model", "ema"]
 """Which weights of a checkpoint: as trained, their moving average, or their power-function average of a width."""
 

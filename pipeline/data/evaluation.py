@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
 
 from pipeline.config.schema import Captions, Data, Image
-from pipeline.core.manifest import load
+from pipeline.core.manifest import Manifest, load
 from pipeline.core.protocols import Batch
 from pipeline.data.access import check_shard
 from pipeline.data.assemble import Assembler
+from pipeline.data.device import Receive, copied, pinned
 from pipeline.data.reading import EvalReading
+from pipeline.data.selection import identity
 from pipeline.data.stream import assemble_here
 from pipeline.data.workers import Workers
 
 
 class OrderedStream:
-    """A rank's part of a data set; see :func:`open_eval`. It can be walked any number of times."""
+    """A rank's part of a data set; see :func:`open_eval`. It can be walked any number of times.
+
+    ``facts`` are all that decides what its batches hold, but for where they are cut, as plain values.
+    """
 
     def __init__(
-        self, assembler: Assembler, *, classes: tuple[str, ...], samples: int, workers: int, fingerprint: str
+        self,
+        assembler: Assembler,
+        *,
+        classes: tuple[str, ...],
+        samples: int,
+        workers: int,
+        fingerprint: str,
+        facts: Mapping[str, Any],
+        receive: Receive = copied,
     ) -> None:
         self.classes = classes
         self.fingerprint = fingerprint
+        self.facts = facts
         self.samples = samples
         self._assembler = assembler
         self._wanted = workers
+        self._receive = receive
         self._workers: Workers | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -35,7 +53,7 @@ class OrderedStream:
             DataError: a sample cannot be used; none is replaced here.
         """
         if self._wanted and self._workers is None:
-            self._workers = Workers(self._assembler, self._wanted)
+            self._workers = Workers(self._assembler, self._wanted, self._receive)
         for made in self._workers.batches(0) if self._workers else assemble_here(self._assembler, 0):
             yield made.batch
 
@@ -63,7 +81,11 @@ def open_eval(
     captions: Captions | None = None,
     tokenizer: bytes | None = None,
 ) -> OrderedStream:
-    """The stream of one rank: samples [rank, rank + 1) * N / world.
+    """The stream of one rank: whole batches, [rank, rank + 1) / world of them.
+
+    Batches are cut where they would be for one rank, since what an encoder makes of an image depends, in the last bits,
+    on how many others are in the batch: so numbers are the same at any number of ranks. Where there is a GPU, they are
+    in pinned memory.
 
     Args:
         folder: a data set.
@@ -83,7 +105,9 @@ def open_eval(
     manifest = load(folder)
     for shard in manifest.shards[rank::world]:
         check_shard(manifest, shard)
-    reading = EvalReading(rank * manifest.samples // world, (rank + 1) * manifest.samples // world, batch)
+    batches = -(-manifest.samples // batch)
+    first, last = (min(r * batches // world * batch, manifest.samples) for r in (rank, rank + 1))
+    reading = EvalReading(first, last, batch)
     data = Data(train=os.fspath(folder), fields=tuple(fields), image=image, captions=captions or Captions())
     assembler = Assembler(manifest, data, 0, reading, tokenizer)
     return OrderedStream(
@@ -92,4 +116,13 @@ def open_eval(
         samples=manifest.samples,
         workers=workers,
         fingerprint=manifest.fingerprint,
+        facts=_facts(manifest, data, assembler),
+        receive=pinned if torch.cuda.is_available() else copied,
     )
+
+
+def _facts(manifest: Manifest, data: Data, assembler: Assembler) -> dict[str, Any]:
+    """What decides what batches hold."""
+    facts = identity(manifest) | {"samples": manifest.samples, "image": data.image.model_dump(mode="json")}
+    decided = data.model_dump(mode="json", include={"fields", "field", "captions"})
+    return facts | decided | {"tokenizer": assembler.text.sha256 if assembler.text else None}

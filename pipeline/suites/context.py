@@ -15,7 +15,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.evaluation import OWN, EvalStream, Features, Reading
 from pipeline.core.protocols import Batch, Objective
 from pipeline.dist.group import Place
-from pipeline.evals._features import extract
+from pipeline.suites.feature_store import FeatureStore, Source
 from pipeline.suites.training import train_on
 
 T = TypeVar("T")
@@ -32,6 +32,10 @@ class Context:
     folder: Path
     data: Mapping[str, str] = field(default_factory=dict)
     """Stream to the folder of its data set."""
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Stream to all that decides what its batches hold; what is extracted from one without is not kept on disk."""
+    store: FeatureStore = field(default_factory=FeatureStore)
+    """Of all features of the subject."""
     tokenize: Callable[[Sequence[str]], Batch] | None = None
     """What turns texts into what the encoder "text" takes; None: the model was trained without texts."""
     spell: Callable[[Batch], list[str]] | None = None
@@ -51,15 +55,15 @@ class Context:
         self, encoder: str, stream: str, fields: Sequence[str] = ("label",), module: nn.Module | None = None
     ) -> Features:
         """Features of every sample of a stream; made once for all evaluations that ask for the same."""
-        key = ("features", encoder, stream, *sorted(fields))
-        return self.once(key, lambda: extract(module or self.encoders[encoder], self.streams[stream], fields)[OWN])
+        source = Source(stream, self.streams[stream], self.facts.get(stream))
+        return self.store.get(encoder, module or self.encoders[encoder], source, (OWN,), fields)[OWN]
 
     def readings(
         self, encoder: str, stream: str, readings: Sequence[Reading], fields: Sequence[str] = ("label",)
     ) -> dict[Reading, Features]:
         """Several readings of an encoder of images from one pass over a stream."""
-        key = ("readings", encoder, stream, *readings, *sorted(fields))
-        return self.once(key, lambda: extract(self.encoders[encoder], self.streams[stream], fields, readings))
+        source = Source(stream, self.streams[stream], self.facts.get(stream))
+        return self.store.get(encoder, self.encoders[encoder], source, readings, fields)
 
     def tokens(self, texts: Sequence[str]) -> Batch:
         """Any texts as the encoder "text" takes them."""

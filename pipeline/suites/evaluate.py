@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -20,6 +21,7 @@ from pipeline.config.exitcodes import FINISHED
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.schema import Component, SuiteConfig, Weights
 from pipeline.core import registry
+from pipeline.core.cache import VARIABLE, cache_folder
 from pipeline.core.components import EVALS, check_suite
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import Evaluation, Output
@@ -32,6 +34,8 @@ from pipeline.record.report import write_report
 from pipeline.record.results import Origin, Results, read_results, ready
 from pipeline.record.terminal import found_text, table_text, whole_text
 from pipeline.suites.context import Context
+from pipeline.suites.feature_cache import FeatureCache
+from pipeline.suites.feature_store import FeatureStore
 from pipeline.suites.identity import code_hash, origin_of, streams_named
 from pipeline.suites.progress import Progress, Shown
 from pipeline.suites.subject import Subject, open_subject
@@ -162,7 +166,26 @@ def _context(
     streams = {name: Shown(name, stream, place.world_size, progress.show) for name, stream in opened.items()}
     tokenize, spell = (subject.tokenize, subject.words) if subject.tokenizer is not None else (None, None)
     kept = folder / "evaluations"
-    return Context(encoders, classes, streams, place, kept, suite.streams, tokenize, spell, progress.show)
+    facts = {name: stream.facts for name, stream in opened.items()}
+    store = FeatureStore(suite.precision, _cache(suite, place))
+    return Context(
+        encoders, classes, streams, place, kept, suite.streams, facts, store, tokenize, spell, progress.show
+    )
+
+
+def _cache(suite: SuiteConfig, place: Place) -> FeatureCache | None:
+    """Where features are kept, if they are."""
+    if suite.cache_gb == 0:
+        return None
+    try:
+        folder = by_first(lambda: cache_folder("features"))
+    except ConfigError as error:
+        if VARIABLE in os.environ:
+            raise
+        if place.first:  # nobody has asked for it
+            print(f"features are not kept: {error}", file=sys.stderr, flush=True)
+        return None
+    return FeatureCache(folder, int(suite.cache_gb * 1e9))
 
 
 def _prepare(

@@ -47,6 +47,8 @@ def origin_of(
     # Before it could be chosen, it was bicubic.
     unsaid = {"interpolation"} if image.interpolation == "bicubic" else None
     settled["image"] = image.model_dump(mode="json", exclude=unsaid)
+    if context.store.precision != "fp32":  # which all numbers had before it could be set
+        settled["precision"] = context.store.precision
     if judges := {n: context.encoders[n] for n in uses.encoders if n.startswith(JUDGE)}:
         settled["judge"] = context.once(("weights", *judges), lambda: weights_hash(judges))
     data = {use: context.streams[stream].fingerprint for use, stream in named.items()}
