@@ -25,6 +25,10 @@ QUERIES = 1024
 """Queries compared at once. The result must not depend on the number of ranks, so neither may this."""
 BANK = 65536
 """Bank samples compared at once."""
+BLOCK = 16
+"""Columns of which the largest is looked at first."""
+FEW = 8
+"""A search by blocks pays where there are as many blocks, or columns, for each one that is looked for."""
 
 
 class Config(Strict):
@@ -78,9 +82,10 @@ class KNN(Evaluation):
         classes, keys = len(bank.classes), functional.normalize(bank.x)
         # Guesses of all ranks are added up: each is zero in all but one.
         found = torch.zeros(len(self.config.k), len(test.x), min(GUESSES, classes), dtype=torch.int64)
+        space = space_for(test.x[:QUERIES].to(device), keys)
         for first in list(range(0, len(test.x), QUERIES))[ctx.place.rank :: ctx.place.world_size]:
             query = functional.normalize(test.x[first : first + QUERIES]).to(device)
-            similarity, neighbour = nearest(query, keys, max(self.config.k))
+            similarity, neighbour = nearest(query, keys, max(self.config.k), space)
             label = bank.label.to(device)[neighbour]
             for i, k in enumerate(self.config.k):
                 votes = self.votes(similarity[:, :k], label[:, :k], classes)
@@ -100,22 +105,59 @@ class KNN(Evaluation):
         return votes.masked_fill(torch.ones_like(votes, dtype=torch.bool).scatter_(1, label, False), -math.inf)
 
 
-def nearest(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(query: Tensor, bank: Tensor, k: int, space: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k most similar bank samples of each query, nearest first, with bounded memory.
 
     Args:
         query: unit vectors, float32[Q,D], on the device that computes.
         bank: unit vectors, float32[M,D], anywhere.
         k: neighbours, at most M.
+        space: from :func:`space_for`, written over; memory that is new every time takes as long as half the product.
 
     Returns:
         Cosine similarities float32[Q,k] and numbers in the bank int64[Q,k].
     """
+    space = space_for(query, bank) if space is None else space
     similarity, index = query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64).to(query.device)
     for first in range(0, len(bank), BANK):
-        part = query @ bank[first : first + BANK].to(query.device).T
-        best, where = part.topk(min(k, part.shape[1]), dim=1)
+        keys = bank[first : first + BANK].to(query.device)
+        part = space[: len(query), : len(keys)]
+        torch.mm(query, keys.T, out=part)
+        best, where = largest(part, min(k, len(keys)))
         similarity, index = torch.cat([similarity, best], dim=1), torch.cat([index, where + first], dim=1)
         similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
         index = index.gather(1, order)
     return similarity, index
+
+
+def space_for(query: Tensor, bank: Tensor) -> Tensor:
+    """Memory for the similarities of as many queries to a part of the bank, on the device of the queries."""
+    return query.new_empty(len(query), min(BANK, len(bank)))
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As ``values.topk(k, dim=1)``, and faster where k is a small part of the columns.
+
+    Columns are taken in blocks. The k blocks with the largest maxima hold the k largest values: one outside of them is
+    at most its block's maximum, and so at most k others. So only they are looked through, after the maxima.
+
+    Args:
+        values: float[Q,M].
+        k: at most M.
+
+    Returns:
+        float[Q,k], in falling order, and their columns int64[Q,k]. Of equal ones any.
+    """
+    columns = values.shape[1]
+    if columns < FEW * k or columns < FEW * BLOCK:
+        return values.topk(k, dim=1)
+    size = BLOCK if columns >= FEW * BLOCK * k else BLOCK // 4
+    blocks = columns // size
+    maxima = values[:, : size * blocks].unflatten(1, (size, blocks)).amax(dim=1)
+    held = largest(maxima, k)[1]
+    place = (held[:, None] + blocks * torch.arange(size, device=values.device)[:, None]).flatten(1)
+    # The columns that fill no block are few, and all are looked at.
+    rest = torch.arange(size * blocks, columns, device=values.device).expand(len(values), -1)
+    place = torch.cat([place, rest], dim=1)
+    value, order = largest(values.gather(1, place), k)
+    return value, place.gather(1, order)

@@ -130,3 +130,33 @@ def test_a_class_that_the_bank_does_not_know_is_named(lone_group):
         r"stream 'train' knows class 'class 5' instead",
     ):
         measured(streams, k=(5,))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("columns", "k"), [(1, 1), (17, 17), (127, 1), (128, 1), (129, 2), (1000, 5), (4097, 3), (8191, 60), (8192, 64)]
+)
+def test_the_largest_are_found_by_blocks(columns, k, rows):
+    """Where they lie together, apart, in the last columns, and where many are equal."""
+    generator = torch.Generator().manual_seed(columns)
+    random = torch.randn(rows, columns, generator=generator)
+    for values in (random, random.sort(dim=1).values, random.round(), torch.full_like(random, -2.0)):
+        found, place = knn.largest(values, k)
+        assert torch.equal(found, values.sort(dim=1, descending=True).values[:, :k])
+        assert torch.equal(values.gather(1, place), found)
+        assert all(len(set(row.tolist())) == k for row in place)
+
+
+def test_neighbours_are_those_of_a_sort(monkeypatch):
+    """Over several parts of a bank, of which the last is small, in memory that was used before."""
+    monkeypatch.setattr(knn, "BANK", 1000)
+    generator = torch.Generator().manual_seed(0)
+    query, bank = (nn.functional.normalize(torch.randn(n, 16, generator=generator)) for n in (33, 3100))
+    space = torch.full((40, 1000), math.inf)
+    for k in (1, 7, 300):
+        similarity, index = knn.nearest(query, bank, k, space)
+        cosine = query.double() @ bank.double().T
+        expected = cosine.sort(dim=1, descending=True).values[:, :k]
+        assert all(len(set(row.tolist())) == k for row in index)
+        for found in (similarity.double(), cosine.gather(1, index)):
+            assert torch.allclose(found, expected, rtol=0, atol=1e-6)
