@@ -168,9 +168,7 @@ def _context(
     kept = folder / "evaluations"
     facts = {name: stream.facts for name, stream in opened.items()}
     store = FeatureStore(suite.precision, _cache(suite, place))
-    return Context(
-        encoders, classes, streams, place, kept, suite.streams, facts, store, tokenize, spell, progress.show
-    )
+    return Context(encoders, classes, streams, place, kept, suite.streams, facts, store, tokenize, spell, progress.show)
 
 
 def _cache(suite: SuiteConfig, place: Place) -> FeatureCache | None:

@@ -25,11 +25,15 @@ from tests.contracts.components import build_evaluation, build_objective, contex
 from tests.unit.data.shards import members, write_data
 
 SHARDS = {"train": [31, 0, 47, 2, 33], "val": [20, 1, 0, 23], "other": [17, 14]}
+TRAINING = {"attentive_probe", "finetune"}
+"""Those that train a model through the one loop, whose last bits do depend on the number of ranks."""
 NAMES = [
     name
     for name in registry.names("pipeline.evals")
-    if set(build_evaluation(name).uses().encoders) <= {"image", "logits"}
+    if name not in TRAINING
+    and set(build_evaluation(name).uses().encoders) <= {"image", "logits"}
     and set(build_evaluation(name).uses().streams) <= set(SHARDS)
+    and all(set(fields) <= {"image", "label"} for fields in build_evaluation(name).uses().streams.values())
 ]
 SETTINGS = {"knn": {"k": (5, 20)}, "ood": {"k": 5}, "robustness": {"corruptions": ("fog", "contrast")}}
 """Where defaults ask for more than there is, or take long."""
