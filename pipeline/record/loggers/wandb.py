@@ -33,7 +33,7 @@ class Wandb(Logger):
         place.mkdir(exist_ok=True)
         before = list(place.glob("offline-run-*"))
         folder = begun.folder.resolve()
-        self._image = wandb.Image
+        self._wandb = wandb
         self._run = wandb.init(
             mode="offline",
             dir=str(begun.folder),
@@ -62,11 +62,12 @@ class Wandb(Logger):
 
     def picture(self, step: int, shown: Shown) -> None:
         """Under "showcase/"."""
-        self._run.log({f"showcase/{shown.name}": self._image(str(shown.path), caption=shown.caption)}, step=step)
+        self._run.log({f"showcase/{shown.name}": self._wandb.Image(str(shown.path), caption=shown.caption)}, step=step)
 
     def close(self) -> None:
-        """Write out what is held."""
+        """Write out what is held, and wait for it: the process that writes the file ends after the run does."""
         self._run.finish()
+        self._wandb.teardown()
 
 
 def _own_id(place: Path) -> str:
