@@ -39,8 +39,8 @@ def grays(folder: Path) -> dict[str, int]:
 def test_all_three_kinds_come_back_with_their_origin(tmp_path):
     number = Number("zero_shot/top1", 0.5, 100, "val")
     add(tmp_path, recall(("a", 3, 0.25), ("b", 1, None)), number, map_of(7), seed=4)
-    (row,), (table,), (figure,), damaged = read_results(tmp_path)
-    assert damaged == ()
+    (row,), (table,), (figure,), damaged, failed = read_results(tmp_path)
+    assert damaged == failed == ()
     assert (table.columns, table.rows) == (["class", "images", "recall"], [["a", 3, 0.25], ["b", 1, None]])
     assert (table.metric, figure.metric, row.value) == ("zero_shot/classes", "map/classes", 0.5)
     for one in (row, table, figure):
@@ -111,7 +111,7 @@ def test_files_of_the_second_and_third_version_are_read(tmp_path):
     # As the program of that version has named it.
     (tmp_path / "figures").mkdir()
     Image.fromarray(map_of(5).image).save(tmp_path / "figures" / "map-classes-3493373e19c80e11.png")
-    (row,), (table,), (figure,), damaged = read_results(tmp_path)
+    (row,), (table,), (figure,), damaged, _ = read_results(tmp_path)
     assert math.isnan(row.value) and table.rows == [["a"]] and damaged == () and grays(tmp_path) == {"gray 5": 5}
     assert {one.record for one in (row, table, figure)} == {"results.json"}
     body = json.loads(earlier())
