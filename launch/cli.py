@@ -73,6 +73,21 @@ def check(config: Config, overrides: Overrides, procs: Procs = 1) -> None:
     run_check(config, overrides, procs)
 
 
+@app.command("look")
+def look(
+    config: Config,
+    overrides: Overrides,
+    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="How many of the first batch.")] = 16,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("look.html"),
+) -> None:
+    """Make a page of what the model will see, before anything is trained: crops, views, masks, texts as tokens."""
+    from pipeline.config.load import load_run
+
+    load_run(_again(config), overrides)
+    words = [word for override in overrides for word in ("--set", override)]
+    _become(["look", "--config", str(config), "--samples", str(samples), "--out", str(out), *words])
+
+
 @app.command("plan")
 def plan(
     what: Annotated[str, typer.Argument(metavar="CONFIG|DATA", help="A run (TOML); or a data set: folder or URL.")],

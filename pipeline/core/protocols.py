@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol, Self, TypeVar, overload
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -165,6 +166,10 @@ class Objective(nn.Module, ABC):
     def layers(self) -> Sequence[Sequence[str]]:
         """Prefixes of parameter names from the input to the output, for layer-wise learning rates; empty: none."""
         return ()
+
+    def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """What the model sees of the images of a batch in a step, uint8[B,C,H,W] by name: `sluice look` shows it."""
+        return {name: value for name, value in batch.items() if value.ndim == 4 and value.dtype == torch.uint8}
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """Pictures that let a person judge the method; called now and then on a few samples, without gradient."""

@@ -151,6 +151,11 @@ class TextDecoder:
         rows = zip(batch["text"].tolist(), batch["text_length"].tolist(), strict=True)
         return [self._library().decode(row[:length]).strip() for row, length in rows]
 
+    def pieces(self, batch: Batch) -> list[list[str]]:
+        """The tokens of a batch's texts as the tokenizer writes them, special ones included."""
+        rows = zip(batch["text"].tolist(), batch["text_length"].tolist(), strict=True)
+        return [[self._library().id_to_token(token) or f"#{token}" for token in row[:length]] for row, length in rows]
+
     def _library(self) -> Any:
         if self._tokenizer is None:
             from tokenizers import Tokenizer

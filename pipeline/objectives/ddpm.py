@@ -262,6 +262,10 @@ class DDPM(Objective):
             ),
         }
 
+    def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """The image, and with the noise of its level."""
+        return {"image": batch["image"], "noised": to_pixels(self.noised(batch, ctx).x)}
+
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """Samples from the same noise every time, how one row of them came about, and what guidance does."""
         was_training = self.training

@@ -133,6 +133,13 @@ class MAE(Objective):
         pool = "cls" if getattr(owner, "cls_token", None) is not None else "mean"
         return {"image": ImageEncoder(self.normalize, self.encoder, pool)}
 
+    def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """The image, and what the encoder is given of it."""
+        keep, _ = self.masks(batch, ctx)
+        given = patchify(self.view(batch, ctx), self.geometry.patch)
+        seen = torch.zeros_like(given[..., :1]).scatter(1, keep[..., None], 1.0).bool()
+        return {"image": batch["image"], "seen": self._picture(given.where(seen, 0.0))}
+
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """Rows: original, what the encoder sees, prediction, and the prediction pasted into what it sees."""
         batch = {name: value[:SHOWN] for name, value in batch.items()}

@@ -228,6 +228,11 @@ class MoCo(PairwiseObjective):
         """What timm names for the backbone: positions and class token."""
         return self.encoder.no_weight_decay("encoder.")
 
+    def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Both crops, and the views that are made of them: the query's and the key's, in version 3 both at once."""
+        views = {name: (self.view(batch, ctx, name) * 255).round().to(torch.uint8) for name in ("image", "image2")}
+        return {"image": batch["image"], "view": views["image"], "image2": batch["image2"], "view2": views["image2"]}
+
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """The query's and the key's view of each image, and the key of another that is most like the query."""
         batch = {name: value[:SHOWN] for name, value in batch.items()}

@@ -98,10 +98,16 @@ class SimCLR(PairwiseObjective):
         """The encoder without the head."""
         return {"image": self.encoder}
 
+    def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Both crops, and the views that are made of them."""
+        first, second = (self.views(batch, ctx) * 255).round().to(torch.uint8).chunk(2)
+        return {"image": batch["image"], "view": first, "image2": batch["image2"], "view2": second}
+
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """Both views of each image, and the view of another that is most like the first."""
         batch = {name: value[:SHOWN] for name, value in batch.items()}
-        first, second = (self.views(batch, ctx) * 255).round().to(torch.uint8).chunk(2)
+        seen = self.inputs(batch, ctx)
+        first, second = seen["view"], seen["view2"]
         with frozen_statistics(self):
             z = self.embed(batch, ctx)
         return {"views": Picture(*pairs(Match(first, second, z["first"] @ z["second"].T)))}

@@ -83,13 +83,9 @@ class Supervised(Objective):
         label = batch["label"]
         if not self._labels_checked:  # once: it waits for the device
             self._check_labels(label)
-        image = batch["image"]
-        if self.config.augment is not None:
-            fill = self.encoder.normalize.mean.flatten() * 255
-            image = rand_augment(image, ctx.random(batch, "supervised.augment"), self.config.augment, fill)
+        image = self.augmented(batch, ctx)
         if self.config.mixing.active:
-            x = self.encoder.normalize(image)
-            x, partner, part = mix(x, ctx.random(batch, "supervised.mix"), self.config.mixing)
+            x, partner, part = self.mixed(image, batch, ctx)
             with dropping_for(batch, ctx):
                 logits = self.head(self.norm(self.encoder.features(x))).float()
             own, other = (self._cross_entropy(logits, target) for target in (label, label[partner]))
@@ -103,6 +99,27 @@ class Supervised(Objective):
         if len(self.classes) >= 5:
             metrics["top5"] = best.any(dim=1).float().mean()
         return StepOutput(losses.mean(), metrics, losses.detach())
+
+    def augmented(self, batch: Batch, ctx: StepContext) -> Tensor:
+        """The images as they are trained on, before any are mixed: uint8[B,C,H,W]."""
+        if self.config.augment is None:
+            return batch["image"]
+        fill = self.encoder.normalize.mean.flatten() * 255
+        return rand_augment(batch["image"], ctx.random(batch, "supervised.augment"), self.config.augment, fill)
+
+    def mixed(self, image: Tensor, batch: Batch, ctx: StepContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised images, each mixed with its partner; the partners, and the part of its own that each keeps."""
+        x = self.encoder.normalize(image)
+        return mix(x, ctx.random(batch, "supervised.mix"), self.config.mixing)
+
+    def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """The crop, and what augmentation and mixing make of it."""
+        seen, image = {"image": batch["image"]}, self.augmented(batch, ctx)
+        if self.config.augment is not None:
+            seen["augmented"] = image
+        if self.config.mixing.active:
+            seen["mixed"] = self.encoder.normalize.invert(self.mixed(image, batch, ctx)[0])
+        return seen
 
     def _cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
         return functional.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing, reduction="none")

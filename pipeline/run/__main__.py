@@ -43,6 +43,12 @@ def _export(args: argparse.Namespace) -> int:
     return export(args.run, args.checkpoint, args.out, *sizes, args.weights)
 
 
+def _look(args: argparse.Namespace) -> int:
+    from pipeline.run.look import look
+
+    return look(args.config, args.overrides, args.samples, args.out)
+
+
 def _replay(args: argparse.Namespace) -> int:
     from pipeline.run.replay import replay
 
@@ -76,6 +82,7 @@ def _report(args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "export": _export,
+    "look": _look,
     "replay": _replay,
     "rewind": _rewind,
     "plan": _plan,
@@ -110,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--image-size", type=int, nargs=2)
     export.add_argument("--patch-size", type=int, nargs=2)
     export.add_argument("--weights", default="model")
+    look = commands.add_parser("look")
+    look.add_argument("--config", required=True)
+    look.add_argument("--set", action="append", default=[], dest="overrides")
+    look.add_argument("--samples", type=int, required=True)
+    look.add_argument("--out", required=True)
     replay = commands.add_parser("replay")
     replay.add_argument("--run", required=True)
     replay.add_argument("--step", type=int, required=True)
