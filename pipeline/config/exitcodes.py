@@ -8,6 +8,10 @@ FINISHED: Final = 0
 CRASH: Final = 1
 """What only a bug, the machine or another rank can cause: worth another try."""
 
+INCOMPLETE: Final = 1
+"""Of a suite: evaluations have failed, and said why; what the others have measured is kept. Given again, it does what
+is not there."""
+
 CONFIG: Final = 2
 """Something the user must mend: configuration, data, checkpoint, launch."""
 

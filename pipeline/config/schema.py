@@ -300,11 +300,46 @@ class Training(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
+Streams = Annotated[dict[str, Text], Field(min_length=1)]
+"""Name to data set folder, e.g. {train = "shards/train", val = "shards/val"}."""
+
+
+class EvalTask(Component):
+    """An evaluation, once or on each of several data sets."""
+
+    on: tuple[Text, ...] = ()
+    """Names of [data]; left out: [streams] if there are any, else all of [data]."""
+
+
+class Average(Strict):
+    """One number of several of the same model: ``[groups.NAME]``. Where one of them lacks, there is no average."""
+
+    metrics: Annotated[tuple[Text, ...], Field(min_length=1)] | Annotated[dict[str, Text], Field(min_length=1)]
+    """Patterns of metrics, "knn/top1_*", on every data set; or for each data set its own."""
+    on: tuple[Text, ...] = ()
+    """Data sets; left out: all that evaluations with such metrics run on."""
+    average: Literal["macro", "micro"]
+    """"macro": all data sets count the same; "micro": all samples do."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Average:
+        if self.on and isinstance(self.metrics, dict):
+            raise ValueError("'metrics' names the data sets already; remove 'on'")
+        return self
+
+
 class SuiteConfig(Strict):
     """A suite of evaluations, run on any checkpoint whose encoders fit."""
 
-    streams: Annotated[dict[str, Text], Field(min_length=1)]
-    """Name to data set folder, e.g. {train = "shards/train", val = "shards/val"}."""
+    version: Positive = 1
+    """One more whenever the suite measures something else; it stands in every record."""
+    streams: dict[str, Text] = Field(default_factory=dict[str, str])
+    """See :data:`Streams`."""
+    data: dict[str, Streams] = Field(default_factory=dict[str, dict[str, str]])
+    """Sets of streams, so that an evaluation runs on many: ``[data.cifar10]``."""
+    groups: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Average] = Field(
+        default_factory=dict[str, Average]
+    )
     fields: tuple[str, ...] = ("image", "label")
     """Fields of the manifests that a batch holds."""
     image: Image | None = None
@@ -321,4 +356,27 @@ class SuiteConfig(Strict):
     """See [ema]."""
     judge: Text | None = None
     """Folder of another run, whose newest checkpoint judges images that this one makes."""
-    evals: tuple[Component, ...] = Field(min_length=1)
+    evals: tuple[EvalTask, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _data_sets(self) -> SuiteConfig:
+        if not self.streams and not self.data:
+            raise ValueError(
+                'streams: there is no data: name it in [streams] (train = "...", val = "...") or [data.NAME]'
+            )
+        asked = {f"evals[{place}].on": task.on for place, task in enumerate(self.evals)}
+        for name, group in self.groups.items():
+            own = isinstance(group.metrics, dict)
+            asked[f"groups.{name}.{'metrics' if own else 'on'}"] = tuple(group.metrics) if own else group.on
+        known = ", ".join(self.data) or "none"
+        wrong = [f"{where}: no [data.{name}]" for where, on in asked.items() for name in on if name not in self.data]
+        if wrong:
+            raise ValueError(f"{'; '.join(wrong)} (there are: {known})")
+        if twice := [where for where, on in asked.items() if len(set(on)) < len(on)]:
+            raise ValueError(f"{twice[0]} names a data set twice")
+        return self
+
+    def sets(self, task: EvalTask) -> dict[str, dict[str, str]]:
+        """The data sets that a task runs on, by name; "": [streams]."""
+        names = task.on or ([""] if self.streams else list(self.data))
+        return {name: self.data[name] if name else self.streams for name in names}

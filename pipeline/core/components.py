@@ -12,7 +12,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from pipeline.config.mistakes import Mistakes, Path, path_text, validate
-from pipeline.config.schema import Component, RunConfig, SuiteConfig
+from pipeline.config.schema import Component, EvalTask, RunConfig, SuiteConfig
 from pipeline.core import registry
 from pipeline.core.errors import ConfigError
 
@@ -69,15 +69,16 @@ def check_suite(config: SuiteConfig, title: str) -> list[BaseModel]:
     return settings
 
 
-def _stream_problems(config: SuiteConfig, component: Component, settings: BaseModel) -> Iterator[str]:
+def _stream_problems(config: SuiteConfig, component: EvalTask, settings: BaseModel) -> Iterator[str]:
     """What an evaluation looks at and the suite has not got."""
     interface = importlib.import_module("pipeline.core.evaluation").Evaluation  # torch is here with the component
     make = registry.component(EVALS, component.name, cast("type[Any]", interface))
     for name, fields in make(settings).uses().streams.items():
-        if name not in config.streams:
-            yield f"{component.name} looks at the stream {name!r}, and the suite has none; " + registry.suggest(
-                name, sorted(config.streams)
-            )
+        for data, streams in config.sets(component).items():
+            if name not in streams:
+                where = f"[data.{data}]" if data else "the suite"
+                known = registry.suggest(name, sorted(streams))
+                yield f"{component.name} looks at the stream {name!r}, and {where} has none; {known}"
         for field in fields:
             if field not in config.fields:
                 yield f'{component.name} needs the field "{field}" of stream {name!r}; add it to the suite\'s fields'

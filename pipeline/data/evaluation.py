@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,12 +35,14 @@ class OrderedStream:
         workers: int,
         fingerprint: str,
         facts: Mapping[str, Any],
+        cut: bool = False,
         receive: Receive = copied,
     ) -> None:
         self.classes = classes
         self.fingerprint = fingerprint
         self.facts = facts
         self.samples = samples
+        self.cut = cut
         self._assembler = assembler
         self._wanted = workers
         self._receive = receive
@@ -69,6 +71,18 @@ class OrderedStream:
         self._assembler.close()
 
 
+class Part(NamedTuple):
+    """What a rank looks at."""
+
+    rank: int
+    world: int
+    limit: int | None = None
+    """Only the first so many samples of the data set are shared out; None: all."""
+
+
+WHOLE = Part(0, 1)
+
+
 def open_eval(
     folder: str | os.PathLike[str],
     image: Image,
@@ -76,8 +90,7 @@ def open_eval(
     *,
     batch: int,
     workers: int,
-    rank: int,
-    world: int,
+    part: Part = WHOLE,
     captions: Captions | None = None,
     tokenizer: bytes | None = None,
 ) -> OrderedStream:
@@ -93,8 +106,7 @@ def open_eval(
         fields: fields of a batch.
         batch: samples of a batch on this rank.
         workers: loader processes; they start with the first batch. 0: none.
-        rank: this rank.
-        world: number of ranks.
+        part: of the data set, for this rank.
         captions: for the field "text"; left out: the data set's.
         tokenizer: of the field "text", as its file; left out: the data set's, or the one that ``captions`` names.
 
@@ -102,27 +114,29 @@ def open_eval(
         ConfigError: an unknown field.
         DataError: no manifest, or a shard is missing or its size is not the manifest's.
     """
-    manifest = load(folder)
+    manifest, (rank, world, limit) = load(folder), part
     for shard in manifest.shards[rank::world]:
         check_shard(manifest, shard)
-    batches = -(-manifest.samples // batch)
-    first, last = (min(r * batches // world * batch, manifest.samples) for r in (rank, rank + 1))
+    samples = manifest.samples if limit is None else min(limit, manifest.samples)
+    batches = -(-samples // batch)
+    first, last = (min(r * batches // world * batch, samples) for r in (rank, rank + 1))
     reading = EvalReading(first, last, batch)
     data = Data(train=os.fspath(folder), fields=tuple(fields), image=image, captions=captions or Captions())
     assembler = Assembler(manifest, data, 0, reading, tokenizer)
     return OrderedStream(
         assembler,
         classes=manifest.classes,
-        samples=manifest.samples,
+        samples=samples,
+        cut=samples < manifest.samples,
         workers=workers,
         fingerprint=manifest.fingerprint,
-        facts=_facts(manifest, data, assembler),
+        facts=_facts(manifest, data, assembler) | {"samples": samples},
         receive=pinned if torch.cuda.is_available() else copied,
     )
 
 
 def _facts(manifest: Manifest, data: Data, assembler: Assembler) -> dict[str, Any]:
     """What decides what batches hold."""
-    facts = identity(manifest) | {"samples": manifest.samples, "image": data.image.model_dump(mode="json")}
+    facts = identity(manifest) | {"image": data.image.model_dump(mode="json")}
     decided = data.model_dump(mode="json", include={"fields", "field", "captions"})
     return facts | decided | {"tokenizer": assembler.text.sha256 if assembler.text else None}

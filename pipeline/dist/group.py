@@ -67,6 +67,11 @@ def process_group(timeout_minutes: float) -> Iterator[Place]:
         yield place
 
 
+def backends(device: torch.device) -> str:
+    """Of a process group whose ranks compute on such devices."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 @contextmanager
 def _lone_rank() -> Iterator[None]:
     """What libraries read of a rank, where no launcher has said it; at the end the environment is as before."""
@@ -90,14 +95,15 @@ def _joined(timeout: timedelta, alone: dict[str, Any]) -> Iterator[Place]:
     if cuda:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, **alone)
+        dist.init_process_group(backends(device), timeout=timeout, **alone)
     except (dist.DistError, RuntimeError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LaunchError(f"rank {os.environ['RANK']} cannot join the job at {where}: {error}") from error
     try:
         yield Place(dist.get_rank(), dist.get_world_size(), local_rank, device, timeout)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def gather_rows(row: Tensor) -> Tensor:

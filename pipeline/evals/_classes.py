@@ -15,7 +15,9 @@ SHOWN = 5
 """Names in a message."""
 
 
-def in_classes_of(test: Features, known: tuple[str, ...], stream: str, whose: str) -> Features:
+def in_classes_of(
+    test: Features, known: tuple[str, ...], stream: str, whose: str, shown: Tensor | None = None
+) -> Features:
     """``test`` with its labels as numbers of the ``known`` classes.
 
     Args:
@@ -23,11 +25,18 @@ def in_classes_of(test: Features, known: tuple[str, ...], stream: str, whose: st
         known: names of the classes that are told apart.
         stream: where ``test`` comes from, for the message.
         whose: the known classes are, for the message: "stream 'train'".
+        shown: labels of all samples from which the classes are learnt; left out: they are known otherwise.
 
     Raises:
-        DataError: a sample is of a class that is not among them.
+        DataError: a sample is of a class that is not among them, or of which there is no sample to learn from.
     """
     label = renumbered(test.label, test.classes, known, f"stream {stream!r}", whose)
+    if shown is not None and (never := sorted(set(label.unique().tolist()) - set(shown.unique().tolist()))):
+        names = _names([known[number] if number < len(known) else str(number) for number in never])
+        raise DataError(
+            f"stream {stream!r} has samples of {names}, of which {whose} has none, so that they can only be missed; "
+            "measure on data of the classes that there is something to learn of"
+        )
     return Features(test.x, {**test.fields, "label": label}, known)
 
 

@@ -78,7 +78,7 @@ class KNN(Evaluation):
         """
         device = ctx.place.device
         bank, test = (ctx.features("image", name) for name in (self.config.train, self.config.test))
-        test = in_classes_of(test, bank.classes, self.config.test, f"stream {self.config.train!r}")
+        test = in_classes_of(test, bank.classes, self.config.test, f"stream {self.config.train!r}", bank.label)
         classes, keys = len(bank.classes), functional.normalize(bank.x)
         # Guesses of all ranks are added up: each is zero in all but one.
         found = torch.zeros(len(self.config.k), len(test.x), min(GUESSES, classes), dtype=torch.int64)

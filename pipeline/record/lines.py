@@ -195,7 +195,11 @@ def apart(group: Sequence[Found]) -> list[str]:
     """What tells rows of one metric from each other, for each of them."""
     facts = [facts_of(row) for row in group]
     keys = dict.fromkeys(key for fact in facts for key in fact)
-    differ = [key for key in keys if len({json.dumps(fact.get(key)) for fact in facts}) > 1]
+    data = {(row.data_name, tuple(sorted(row.manifests.items()))) for row in group}
+    if all(name for name, _ in data) and len({name for name, _ in data}) == len(data):
+        keys = [key for key in keys if not key.endswith(" data")]  # their names stand beside
+    # What was measured on a few samples alone is never taken for the whole.
+    differ = [key for key in keys if key == "limit" or len({json.dumps(fact.get(key)) for fact in facts}) > 1]
     return [", ".join(f"{key}={short_fact(fact[key])}" for key in differ if key in fact) for fact in facts]
 
 

@@ -43,7 +43,7 @@ class About:
     data_names: Mapping[str, str] = field(default_factory=dict[str, str])
     group: str = ""
     code: str = ""
-    """Hash of the evaluation's code."""
+    """Hash of the evaluation's code, and of what else decides its numbers but not with what they are compared."""
     seconds: float | None = None
     """That it took."""
 

@@ -33,7 +33,10 @@ def main(argv: Sequence[str]) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from pipeline.suites.evaluate import evaluate
 
-    return evaluate(args.run, args.suite, args.checkpoint, args.random_init, args.overrides, args.out, args.again)
+    named = [args.checkpoint] if args.checkpoint else args.runs
+    specs = [f"random:{name}" for name in named] if args.random_init else named
+    how = {"weights": args.weights, "out": args.out, "again": args.again, "limit": args.limit}
+    return evaluate(specs, args.suite, args.overrides, **how)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -103,12 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--set", action="append", default=[], dest="overrides")
     plan.add_argument("--ranks", type=int, required=True)
     evaluate = commands.add_parser("eval")
-    evaluate.add_argument("--run", required=True)
+    evaluate.add_argument("--run", required=True, action="append", dest="runs")
     evaluate.add_argument("--suite", required=True)
     evaluate.add_argument("--checkpoint")
     evaluate.add_argument("--random-init", action="store_true")
+    evaluate.add_argument("--weights", action="append", default=[], type=_weights)
     evaluate.add_argument("--out")
     evaluate.add_argument("--again", action="store_true")
+    evaluate.add_argument("--limit", type=int)
     evaluate.add_argument("--set", action="append", default=[], dest="overrides")
     export = commands.add_parser("export")
     export.add_argument("--run", required=True)
@@ -137,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--format")
     report.add_argument("--out")
     return parser
+
+
+def _weights(text: str) -> float | str:
+    """ "model", "ema" or a relative width."""
+    return text if text in ("model", "ema") else float(text)
 
 
 def guarded(work: Callable[[], int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import json
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 
 from pipeline.config.schema import Image
 from pipeline.core.components import EVALS
-from pipeline.core.evaluation import Evaluation
+from pipeline.core.evaluation import EvalStream, Evaluation
 from pipeline.nn.weights import weights_hash
 from pipeline.record.found import Origin
 from pipeline.suites.context import Context
@@ -27,17 +28,26 @@ _CODE = ("pipeline.evals.", "pipeline.nn.")
 
 
 def origin_of(
-    subject: Subject, name: str, evaluation: Evaluation, settings: BaseModel, image: Image, context: Context
+    subject: Subject,
+    weights: str,
+    name: str,
+    evaluation: Evaluation,
+    settings: BaseModel,
+    image: Image,
+    context: Context,
+    limit: int | None = None,
 ) -> Origin:
     """Of the numbers that an evaluation yields.
 
     Args:
         subject: what is measured.
+        weights: their hash.
         name: of the evaluation.
         evaluation: with these settings.
         settings: all of them, with every default.
         image: geometry of the images.
         context: what the evaluation is given.
+        limit: samples of each stream that are looked at; None: all.
     """
     uses = evaluation.uses()
     own: dict[str, Any] = settings.model_dump(mode="json")
@@ -52,7 +62,8 @@ def origin_of(
     if judges := {n: context.encoders[n] for n in uses.encoders if n.startswith(JUDGE)}:
         settled["judge"] = context.once(("weights", *judges), lambda: weights_hash(judges))
     data = {use: context.streams[stream].fingerprint for use, stream in named.items()}
-    weights = context.once("weights", lambda: weights_hash(subject.encoders))
+    if limit is not None:
+        settled["limit"] = limit
     return Origin(subject.name, subject.step, weights, name, settled, data, seed, evaluation.version)
 
 
@@ -70,6 +81,18 @@ def streams_named(settings: Mapping[str, Any], streams: Collection[str]) -> dict
         elif isinstance(value, list) and value and all(name in streams for name in cast("list[object]", value)):
             found |= {f"{key}.{place}": name for place, name in enumerate(cast("list[str]", value))}
     return found | {stream: stream for stream in sorted(set(streams).difference(found.values()))}
+
+
+def circumstances(name: str, subject: Subject, streams: Mapping[str, EvalStream]) -> str:
+    """Hash of what a number hangs on beside its origin, and not so that unlike ones could not be compared.
+
+    The code, the names of the classes of the data and of the model, and its words: where one is another, what was
+    measured is measured anew.
+    """
+    classes = {name: stream.classes for name, stream in streams.items()}
+    words = hashlib.sha256(subject.tokenizer or b"").hexdigest()
+    facts = [code_hash(name), sorted(classes.items()), subject.classes, words]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def code_hash(name: str) -> str:

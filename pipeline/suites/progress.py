@@ -23,12 +23,17 @@ class Progress:
 
     Args:
         stream: where it is shown.
+        total: tasks of the suite, on all subjects.
         quiet: show nothing, on other ranks than the first.
         clock: seconds.
     """
 
-    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO, total: int, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream, self._quiet, self._clock = stream, quiet, clock
+        self._total, self._done, self._worked = total, 0, 0
+        self._seconds, self._began = 0.0, 0.0
         self._bar: RichProgress | None = None
         self._title = ""
         self._shown = -QUIET_SECONDS
@@ -40,10 +45,33 @@ class Progress:
             self._task = self._bar.add_task("", total=None, left="")
             self._bar.start()
 
-    def begin(self, name: str, number: int, total: int) -> None:
-        """An evaluation begins, of a suite of ``total``; ``number`` from 0."""
-        self._title = f"{name} ({number + 1} of {total})"
-        self._show(self._title, "", 0.0, now=True)
+    def begin(self, name: str) -> None:
+        """The next task begins."""
+        self._title = f"{name} ({self._done + 1} of {self._total})"
+        self._began = self._clock()
+        self._show(self._title, self._left(0.0), 0.0, now=True)
+
+    def end(self, *, worked: bool = True) -> None:
+        """It has ended; ``worked``: it had something to do, and tells how long the others will take."""
+        self._done += 1
+        if worked:
+            self._worked += 1
+            self._seconds += self._clock() - self._began
+
+    def skip(self, tasks: int) -> None:
+        """So many tasks will not be done."""
+        self._done += tasks
+
+    def _left(self, seconds: float) -> str:
+        """How long the suite still takes.
+
+        Args:
+            seconds: that the present task still takes.
+        """
+        others = self._total - self._done - 1
+        if not others or not self._worked:
+            return ""
+        return f"{duration(seconds + others * self._seconds / self._worked)} for all"
 
     def show(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` samples of ``what`` are done; fewer than before: it begins anew."""
@@ -52,8 +80,10 @@ class Progress:
             self._what, self._first = what, (done, now)
         self._before = (done, now)
         first, began = self._first
-        left = f"{duration((now - began) / (done - first) * (total - done))} left" if first < done < total else ""
-        self._show(f"{self._title}: {what}, {done / total:.0%} of {total:,}", left, done / total)
+        seconds = (now - began) / (done - first) * (total - done) if first < done < total else 0.0
+        left = [f"{duration(seconds)} left"] if seconds else []
+        left += filter(None, [self._left(seconds)])
+        self._show(f"{self._title}: {what}, {done / total:.0%} of {total:,}", ", ".join(left), done / total)
 
     def close(self) -> None:
         """Leave nothing on the terminal."""

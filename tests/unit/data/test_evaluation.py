@@ -8,7 +8,7 @@ import torch
 
 from pipeline.config.schema import Image
 from pipeline.core.errors import ConfigError, DataError
-from pipeline.data.evaluation import open_eval
+from pipeline.data.evaluation import Part, open_eval
 from tests.unit.data.shards import write_data
 from tests.unit.data.test_stream import spoil
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 def ranks(folder, world, *, batch=4, workers=0):
     return [
-        open_eval(folder, IMAGE, ("image", "label"), batch=batch, workers=workers, rank=rank, world=world)
+        open_eval(folder, IMAGE, ("image", "label"), batch=batch, workers=workers, part=Part(rank, world))
         for rank in range(world)
     ]
 
@@ -70,4 +70,4 @@ def test_refusals(folder, tmp_path):
     with pytest.raises(DataError, match="no manifest"):
         ranks(tmp_path / "nowhere", 1)
     with pytest.raises(ConfigError, match="has no field 'caption', only image, label"):
-        open_eval(folder, IMAGE, ("text",), batch=4, workers=0, rank=0, world=1)
+        open_eval(folder, IMAGE, ("text",), batch=4, workers=0)

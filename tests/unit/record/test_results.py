@@ -167,6 +167,18 @@ def test_unlike_things_do_not_share_a_line_and_say_what_they_differ_in():
     assert len(lines([old(0.5), *top1(0.6, "step 20", 20)])) == 2
 
 
+def test_data_sets_are_told_apart_by_what_the_suite_calls_them_and_trials_always():
+    def named(name: str, mark: str, **about: Any) -> Row:
+        return replace(top1(0.5, data={"test": mark * 32}, **about)[0], data_name=name)
+
+    first, second = lines([named("cifar", "m"), named("dtd", "n")])
+    assert [(line.name, line.data) for line in (first, second)] == [("knn/top1", "cifar"), ("knn/top1", "dtd")]
+    first, second = lines([named("cifar", "m"), named("cifar", "n")])
+    assert (first.name, second.name) == ("knn/top1 [test data=mmmmmm]", "knn/top1 [test data=nnnnnn]")
+    (line,) = lines([named("cifar", "m", settings={"k": [20], "limit": 100})])
+    assert line.name == "knn/top1 [limit=100]"
+
+
 def test_one_name_of_several_weights_is_several_columns():
     again = top1(0.5) + top1(0.6, weights="7c9e6679aa") + top1(0.7, "step 20", 20)
     assert models(again) == ["step 10 (wstep )", "step 10 (7c9e66)", "step 20"]

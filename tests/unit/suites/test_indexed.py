@@ -44,7 +44,7 @@ def folder(tmp_path) -> Path:
 def seen(shards: str) -> dict[int, int]:
     """First pixel of each image to its label, through the stream."""
     image = Image(size=16, crop="center")
-    stream = open_eval(shards, image, ("image", "label"), batch=4, workers=0, rank=0, world=1)
+    stream = open_eval(shards, image, ("image", "label"), batch=4, workers=0)
     found = {int(i[0, 0, 0]): int(y) for batch in stream for i, y in zip(batch["image"], batch["label"], strict=True)}
     stream.close()
     return found

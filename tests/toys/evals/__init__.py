@@ -1,0 +1,1 @@
+"""Evaluations of the tests' own, which do what none should."""
