@@ -187,30 +187,47 @@ def submit(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
-    suite: Annotated[Path, typer.Argument(help="Suite of evaluations (TOML).")],
     overrides: Overrides,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SUBJECT... SUITE", help="Runs, checkpoints or other weights; then a suite, by file or name."
+        ),
+    ] = None,
     random_init: Annotated[
-        bool, typer.Option("--random-init", help="Evaluate untrained weights of the same shape, for comparison.")
+        bool, typer.Option("--random-init", help="Untrained weights of the same shape, for comparison: random:SUBJECT.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for results and report; left out: the run's.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help='Of checkpoints: "model", "ema" or a width. May be repeated.')
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results and report; left out: each run's.")] = None,
     again: Annotated[
         bool, typer.Option("--again/--missing", help="Measure everything anew, or only what is not there yet.")
     ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The first N samples of each stream alone, for a trial.")
+    ] = None,
+    procs: Procs = 1,
+    include: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Find suites in this folder too. May be repeated.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show what suites and evaluations there are.")] = False,
+    validate: Annotated[
+        str | None, typer.Option(metavar="SUITE", help="Say whether a suite is sound; evaluate nothing.")
+    ] = None,
 ) -> None:
-    """Run a suite of evaluations on a checkpoint; the newest whole one, if a run is named."""
-    from pipeline.config.load import load_suite
+    """Run a suite of evaluations on runs (their newest checkpoint), checkpoints, exports or other weights."""
+    from launch.suites import listing
 
-    load_suite(_again(suite), overrides)
-    folder, checkpoint = _run_and_checkpoint(run)
-    arguments = ["eval", "--run", str(folder), "--suite", str(suite)]
-    for override in overrides:
-        arguments += ["--set", override]
-    if checkpoint:
-        arguments += ["--checkpoint", str(checkpoint)]
-    if out is not None:
-        arguments += ["--out", str(out)]
-    _become([*arguments, *["--random-init"] * random_init, *["--again"] * again])
+    if show:
+        return typer.echo(listing(include or []))
+    from launch import evaluate as module
+
+    if validate is not None:
+        return typer.echo(module.validate(validate, include or [], overrides))
+    module.evaluate(
+        module.Wish(names or [], overrides, include or [], weights or [], random_init, out, again, limit, procs)
+    )
 
 
 @app.command("export")

@@ -9,14 +9,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from launch.home import HOME
 from launch.job import Launcher
 from pipeline.config.mistakes import validate
 from pipeline.config.schema import Positive, PositiveFloat, Strict, Text
 from pipeline.core.errors import ConfigError
 from pipeline.core.registry import suggest
 
-HOME = (Path(__file__).parent / "shipped" / "slurm").resolve().parent
-"""Holds ``slurm/`` and ``configs/``: the checkout, or the folder where an installed package has them."""
 PROFILES = HOME / "slurm" / "profiles"
 OWN_PROFILES = Path("slurm/profiles")
 """Of the folder where a command is given."""

@@ -21,6 +21,7 @@ from pipeline.record.failed import Ended, keep_failures
 from pipeline.record.report import write_report
 from pipeline.record.results import Results, read_results, ready
 from pipeline.record.terminal import found_text, table_text
+from pipeline.suites.groups import keep_averages
 from pipeline.suites.progress import Progress
 from pipeline.suites.running import Asked, Done, Runner
 from pipeline.suites.subject import Subject, open_subject
@@ -68,12 +69,10 @@ def evaluate(
         progress = stack.enter_context(closing(Progress(sys.stderr, total, quiet=not place.first)))
         meeting = Meeting(place)
         for wanted in subjects:
-            done += _on_subject(wanted, asked, place, meeting, progress)
-        if place.first:
-            progress.close()
-            for folder in folders:
-                _show(folder, done)
-            _tell(done)
+            own = _on_subject(wanted, asked, place, meeting, progress)
+            done += own + by_first(partial(keep_averages, asked, wanted.spec.spelled, wanted.folder, own))
+        progress.close()
+        by_first(partial(_finish, folders, done))  # and the others wait, since the first to leave ends a launcher's job
     return INCOMPLETE if any(one.failure is not None for one in done) else FINISHED
 
 
@@ -121,7 +120,7 @@ def _on_subject(wanted: Wanted, asked: Asked, place: Place, meeting: Meeting, pr
             if made.value is None:
                 progress.skip(len(asked.tasks) - len(done))
                 rest = asked.tasks[len(done) :]
-                return done + [Done(task, wanted.name, wanted.folder, made.failure) for task in rest]
+                return done + [Done(task.title, wanted.name, wanted.folder, made.failure) for task in rest]
             runner = made.value
         progress.begin(f"{task.title}, {runner.subject}")
         done.append(runner.run(task))
@@ -147,10 +146,16 @@ def _runner(wanted: Wanted, asked: Asked, place: Place, meeting: Meeting, progre
     return Runner(asked, wanted.spec.spelled, wanted.open(place), judge, wanted.folder, place, meeting, progress)
 
 
+def _finish(folders: Sequence[Path], done: Sequence[Done]) -> None:
+    for folder in folders:
+        _show(folder, done)
+    _tell(done)
+
+
 def _show(folder: Path, done: Sequence[Done]) -> None:
     """All results of a folder, in a table and in its report; the tables and figures of this suite."""
     own = [one for one in done if one.folder == folder]
-    ended = [Ended(one.task.title, one.subject, one.failure.text if one.failure else None) for one in own]
+    ended = [Ended(one.title, one.subject, one.failure.text if one.failure else None) for one in own]
     keep_failures(folder, ended)
     results = read_results(folder)
     for sentence in results.damaged:
@@ -175,7 +180,7 @@ def _tell(done: Sequence[Done]) -> None:
     lines = [f"{len(failed)} of {len(done)} evaluations have failed; what the others have measured is kept"]
     for one in failed:
         assert one.failure is not None
-        lines.append(f"{one.task.title}, {one.subject}: {one.failure.text}")
+        lines.append(f"{one.title}, {one.subject}: {one.failure.text}")
         if one.failure.trace:
             lines.append(one.failure.trace.rstrip())
     print("sluice: " + "\n  ".join(lines), file=sys.stderr, flush=True)

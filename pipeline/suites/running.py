@@ -55,13 +55,11 @@ class Asked:
 class Done:
     """What has come of a task on a subject; the same on every rank, but for the results, which rank 0 has."""
 
-    task: Task
+    title: str
     subject: str
     folder: Path
     """Of its results."""
     failure: Failure | None = None
-    origin: Origin | None = None
-    """None: it failed before it was known what would be measured."""
     results: Results | None = None
     before: bool = False
     """It was there already."""
@@ -128,13 +126,13 @@ class Runner:
             self.touched = not self._untouched()
             self._stores.clear()
             self._made.clear()  # and of what was made, each rank may have another part
-            return Done(task, self.subject, self._folder, held.failure)
+            return Done(task.title, self.subject, self._folder, held.failure)
         measured = held.value
         if measured.there is not None:
             results = results_of(measured.there, self._folder)
-            return Done(task, self.subject, self._folder, None, measured.origin, results, before=True)
+            return Done(task.title, self.subject, self._folder, None, results, before=True)
         kept = self._meeting.hold(partial(self._kept, measured))
-        return Done(task, self.subject, self._folder, kept.failure, measured.origin, kept.value)
+        return Done(task.title, self.subject, self._folder, kept.failure, kept.value)
 
     def forget(self, data_name: str) -> None:
         """No further task looks at a data set: what was made of it may go."""

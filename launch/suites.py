@@ -1,0 +1,127 @@
+"""Suites and evaluations by name: where they are, and what there is, told from their files without running any."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pipeline
+from launch.home import HOME
+from pipeline.core.errors import ConfigError
+
+EVALS = "pipeline.evals."
+_EVALS = Path(pipeline.__file__).parent / "evals"
+
+
+def folders(include: Sequence[Path]) -> list[Path]:
+    """Where suites are looked for: the first that has one of a name decides.
+
+    Raises:
+        ConfigError: a folder that is to be included is not there.
+    """
+    for folder in include:
+        if not folder.is_dir():
+            raise ConfigError(f"--include {folder}: there is no such folder")
+    own = [folder for folder in (Path("configs/eval"), HOME / "configs" / "eval") if folder.is_dir()]
+    found = {folder.resolve(): folder for folder in reversed([*include, *own])}
+    return list(reversed(found.values()))
+
+
+def find_suite(name: str, include: Sequence[Path]) -> Path:
+    """The file of a suite, by its path or its name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" or path.is_file() or path.is_fifo():
+        return path
+    known = dict(_suites(include))
+    if name in known:
+        return known[name]
+    from pipeline.core.registry import suggest
+
+    raise ConfigError(f"there is no suite {name!r}, nor a file of that name; {suggest(name, sorted(known))}")
+
+
+def _suites(include: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Names and files; of one name the last is the one that is meant."""
+    for folder in reversed(folders(include)):
+        for path in sorted(folder.glob("*.toml")):
+            yield path.stem, path
+
+
+def listing(include: Sequence[Path]) -> str:
+    """What suites and evaluations there are, with their settings."""
+    lines = ["suites:"]
+    for name, path in sorted(dict(_suites(include)).items()):
+        lines += [f"  {name}  ({path})", *(f"    {line}" for line in _of_suite(path))]
+    lines.append("\nevaluations:")
+    for path in sorted(_EVALS.glob("*.py")):
+        if not path.stem.startswith("_"):
+            lines += [f"  {path.stem}: {_purpose(path)}", *(f"    {line}" for line in _settings(path))]
+    return "\n".join(lines)
+
+
+def _of_suite(path: Path) -> Iterator[str]:
+    """What its first comment says, and what it measures on what."""
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("#"):
+        yield text.splitlines()[0].lstrip("# ")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        yield f"cannot be read: {error}"
+        return
+    evals: Any = table.get("evals")
+    for entry in cast("list[Any]", evals) if isinstance(evals, list) else []:
+        if not isinstance(entry, dict):
+            continue
+        task = cast("dict[str, Any]", entry)
+        own = {key: value for key, value in task.items() if key not in ("name", "on")}
+        told = ", ".join(f"{key} = {value!r}" for key, value in own.items())
+        on = f" on {', '.join(map(str, task['on']))}" if isinstance(task.get("on"), list) else ""
+        yield f"{task.get('name', '?')}{on}{f' ({told})' if told else ''}"
+    if table.get("groups"):
+        yield f"averages: {', '.join(table['groups'])}"
+
+
+def _purpose(path: Path) -> str:
+    """The first sentence of a file."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def _settings(path: Path) -> Iterator[str]:
+    """The fields of a file's ``Config``, with their defaults; those that it has from others come first."""
+    found: dict[str, str] = {}
+    for node in _classes(path, "Config"):
+        for line in node.body:
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                found[line.target.id] = ast.unparse(line.value) if line.value is not None else "..."
+    if found:
+        yield ", ".join(f"{name} = {value}" for name, value in found.items())
+
+
+def _classes(path: Path, name: str) -> Iterator[ast.ClassDef]:
+    """A class of a file after those that it is made of, as far as they are classes of evaluations."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    foreign = {
+        alias.asname or alias.name: (_EVALS / f"{node.module.removeprefix(EVALS)}.py", alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(EVALS)
+        for alias in node.names
+    }
+    node = own.get(name)
+    for base in node.bases if node is not None else []:
+        called = base.id if isinstance(base, ast.Name) else ""
+        if called in own and called != name:
+            yield from _classes(path, called)
+        elif called in foreign:
+            yield from _classes(*foreign[called])
+    if node is not None:
+        yield node
