@@ -192,7 +192,9 @@ def records(folder: Path) -> dict[str, object]:
         if path.suffix == ".json":
             body = json.loads(path.read_text())
             about = {key: value for key, value in body["about"].items() if key != "seconds"}
-            kept[path.name] = {k: v for k, v in body.items() if k not in ("time", "digest", "about", "commit", "dirty")} | {"about": about}
+            kept[path.name] = {
+                k: v for k, v in body.items() if k not in ("time", "digest", "about", "commit", "dirty")
+            } | {"about": about}
         else:
             kept[path.name] = path.read_bytes()
     return kept
