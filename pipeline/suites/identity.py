@@ -6,7 +6,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -83,15 +83,15 @@ def streams_named(settings: Mapping[str, Any], streams: Collection[str]) -> dict
     return found | {stream: stream for stream in sorted(set(streams).difference(found.values()))}
 
 
-def circumstances(name: str, subject: Subject, streams: Mapping[str, EvalStream]) -> str:
+def circumstances(name: str, subject: Subject, streams: Iterable[EvalStream]) -> str:
     """Hash of what a number hangs on beside its origin, and not so that unlike ones could not be compared.
 
     The code, the names of the classes of the data and of the model, and its words: where one is another, what was
     measured is measured anew.
     """
-    classes = {name: stream.classes for name, stream in streams.items()}
+    classes = sorted({(stream.fingerprint, stream.classes) for stream in streams})
     words = hashlib.sha256(subject.tokenizer or b"").hexdigest()
-    facts = [code_hash(name), sorted(classes.items()), subject.classes, words]
+    facts = [code_hash(name), classes, subject.classes, words]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

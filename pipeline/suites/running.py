@@ -158,7 +158,7 @@ class Runner:
         limit = self._asked.limit if any(stream.cut for stream in streams.values()) else None
         origin = origin_of(self._subject, self._weights, task.name, evaluation, task.settings, image, context, limit)
         context = replace(context, folder=context.folder / origin.name)
-        about = self._about(task, circumstances(task.name, self._subject, streams))
+        about = self._about(task, circumstances(task.name, self._subject, streams.values()))
         if not self._asked.again and (record := by_first(partial(there, self._folder, origin, about.code, task.title))):
             return Measured(origin, about, [], record)
         evaluation.check(context)

@@ -16,6 +16,7 @@ import pytest
 from pipeline.config.load import dump
 from pipeline.core import manifest as manifests
 from pipeline.core.manifest import Manifest
+from pipeline.record.records import outcomes
 from pipeline.record.results import Results, read_results
 from pipeline.run.__main__ import main
 from pipeline.suites import identity
@@ -264,3 +265,47 @@ def test_a_trial_of_a_few_samples_says_that_it_is_one(mae, data, tmp_path, capsy
     assert evaluate(mae, suite, out, "--limit", "100000") == 0  # more than there are is the whole
     whole = [row for row in read_results(out).rows if row.metric == "knn/top1_k3" and row.limit is None]
     assert [row.n for row in whole] == [sum(VAL)]
+
+
+def test_any_number_of_ranks_gives_the_same_numbers(mae, data, tmp_path):
+    """Ragged shards, shared out in other ways; the ranks are started as a user starts them."""
+    suite = suite_of(tmp_path, data, 'name = "knn"\nk = [3, 5]\non = ["good"]', 'name = "rank"\non = ["good"]')
+    assert evaluate(mae, suite, tmp_path / "alone") == 0
+    alone = read_results(tmp_path / "alone")
+    for procs in (2, 4):
+        out = tmp_path / f"{procs}"
+        words = ["eval", str(mae), str(suite), "--random-init", "--out", str(out), "--procs", str(procs)]
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", *words],
+            cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = read_results(out)
+        assert [row.key for row in found.rows] == [row.key for row in alone.rows]
+        for row, expected in zip(found.rows, alone.rows, strict=True):
+            assert row.value == pytest.approx(expected.value, rel=1e-6, abs=1e-6), row.metric
+            assert (row.n, row.stderr is None) == (expected.n, expected.stderr is None)
+            if expected.outcomes is not None and row.outcomes is not None:
+                assert outcomes(row.outcomes, row.n).values == pytest.approx(
+                    outcomes(expected.outcomes, expected.n).values, abs=1e-5
+                )
+        assert done.stdout.count("knn/top1_k3") == 1
+
+
+def test_an_average_of_data_sets_is_a_result_and_one_that_lacks_a_part_is_none(mae, data, tmp_path, capsys):
+    knn = 'name = "knn"\nk = [3]\non = ["good", "gone"]\n'
+    groups = '[groups.some]\nmetrics = ["rank/rankme"]\naverage = "macro"\n'
+    groups += '[groups.all]\nmetrics = ["knn/top1_k3"]\naverage = "micro"\n'
+    suite, out = (
+        suite_of(tmp_path, data, knn, 'name = "rank"\non = ["good", "unlabelled"]', more=groups),
+        tmp_path / "out",
+    )
+    assert evaluate(mae, suite, out) == 1
+    said = capsys.readouterr().err
+    assert "average all, mae: random init: there is none: knn on gone has failed" in said
+    rows = read_results(out).rows
+    (average,) = [row for row in rows if row.group]
+    parts = [row.value for row in rows if row.metric == "rank/rankme"]
+    assert (average.metric, average.group) == ("some/macro", "some") and len(parts) == 2
+    assert average.value == pytest.approx(sum(parts) / 2)
