@@ -1,6 +1,7 @@
-"""Seconds that `sluice status` and `sluice submit --dry-run` take, beside an interpreter that does nothing.
+"""Seconds that `sluice status`, `eval --list` and `submit --dry-run` take, beside an interpreter that does nothing.
 
-What must hold: under half a second each, with no framework imported (that is a test, of tests/unit/launch).
+What must hold: under half a second each, of `sluice eval --list` 0.3, with no framework imported (that is a test, of
+tests/unit/launch).
 Run: ``python -m tests.perf.cli_speed [--rounds 15]``.
 """
 
@@ -55,6 +56,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "python -c pass": [sys.executable, "-c", "pass"],
         f"sluice status RUN ({RANKS} ranks)": [*sluice, "status", str(run)],
         "sluice status (10 runs)": [*sluice, "status", *[str(run)] * 10],
+        "sluice eval --list": [*sluice, "eval", "--list"],
         "sluice submit --dry-run": [*sluice, "submit", config, *settings, "--dry-run"],
     }
 
