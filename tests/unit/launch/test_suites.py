@@ -43,7 +43,7 @@ def test_every_suite_and_evaluation_is_listed_with_its_settings(own):
     )
     assert any(line.startswith("    cannot be read: ") for line in lines)
     assert any(line.startswith("  imagenet  (") for line in lines)
-    for name in registry.names("pipeline.evals"):
+    for name in (p.stem for p in (ROOT / "pipeline/evals").glob("[!_]*.py")):
         (place,) = [
             n for n, line in enumerate(lines) if line.startswith(f"  {name}: ") and n > lines.index("evaluations:")
         ]
@@ -91,7 +91,7 @@ def test_words_become_the_command_of_the_ranks(own):
         (('on = ["one"]', 'on = ["one", "one"]'), "names a data set twice"),
         (('val = "b"', 'test = "b"'), r"knn looks at the stream 'val', and \[data.one\] has none"),
         (("", ""), "data.one.train: no manifest"),
-        (("[data.one]", "[more.one]"), "there is no data"),
+        ((SUITE.partition("[[evals]]")[0], ""), "there is no data"),
     ],
 )
 def test_a_suite_is_sound_or_each_mistake_is_said(change, says, own):
