@@ -160,5 +160,5 @@ def evaluated(run: str, suite: str) -> None:
     from tests import toys
 
     toys.admit()
-    assert evaluate(run, suite, None, False, []) == 0
-    assert evaluate(run, suite, None, True, []) == 0
+    assert evaluate([run], suite) == 0
+    assert evaluate([f"random:{run}"], suite) == 0

@@ -15,7 +15,7 @@ from pipeline.config.durations import Duration
 from pipeline.config.schema import Component, Image, Optimizer, Training
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.protocols import Clock, StepContext
-from pipeline.data.evaluation import open_eval
+from pipeline.data.evaluation import Part, open_eval
 from pipeline.dist.group import process_group
 from pipeline.engine.optimizers import rules
 from pipeline.evals._finetuned import Classifier
@@ -50,7 +50,7 @@ def on_data(glyphs, model, folder):
         image, fields = Image(size=32, crop="center"), ("image", "label")
         rank, world = dist.get_rank(), dist.get_world_size()
         opened = {
-            name: open_eval(glyphs / name, image, fields, batch=16, workers=0, rank=rank, world=world)
+            name: open_eval(glyphs / name, image, fields, batch=16, workers=0, part=Part(rank, world))
             for name in ("train", "val")
         }
         streams = {name: stack.enter_context(closing(stream)) for name, stream in opened.items()}
