@@ -178,6 +178,7 @@ def test_names_are_prefixed_and_values_are_plain_numbers(name, lone_group):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_number_is_the_mean_of_what_its_samples_add(name, lone_group):
     results = [r for r in run(name, streams(0.6)).values() if r.samples is not None]
+    assert results or name not in {"accuracy", "few_shot", "knn", "linear_probe", "logistic_regression", "retrieval"}
     for result in results:
         assert result.samples is not None and result.samples.dtype in (np.bool_, np.float32)
         assert result.samples.shape == (result.n,) and result.value == pytest.approx(float(result.samples.mean()))

@@ -181,6 +181,22 @@ def test_a_warm_start_ends_where_a_cold_one_does_and_sooner():
     assert warm.iterations < cold.iterations
 
 
+def test_ill_conditioned_features_take_few_steps_to_a_millionth_of_the_least_loss():
+    """Variances from 1 to 1e-5 along the axes, as features of networks have them: scikit-learn takes 133 steps."""
+    generator = torch.Generator().manual_seed(0)
+    turn, centre, noise = (torch.randn(n, 40, generator=generator, dtype=torch.float64) for n in (40, 6, 600))
+    label = torch.arange(600) % 6
+    x = (0.7 * centre[label] + noise) * torch.logspace(0, -2.5, 40) @ torch.linalg.qr(turn)[0]
+    found, theirs = fit(axes(x), label, 6, 10.0, 1e-4, 1000, None), peer(x.numpy(), label.numpy(), 10.0, 1e-8)
+
+    def loss(weight, bias):
+        mean = torch.nn.functional.cross_entropy(x @ torch.as_tensor(weight).T + torch.as_tensor(bias), label)
+        return float(mean) + float((torch.as_tensor(weight) ** 2).sum()) / (2 * 10 * 600)
+
+    assert loss(found.weight, found.bias) - loss(theirs.coef_, theirs.intercept_) < 2e-6
+    assert found.converged and found.iterations < theirs.n_iter_[0] / 3
+
+
 def test_two_of_eight_names_and_few_classes_work():
     train, test = features(100, classes=4), features(80, classes=4, seed=1)
     train, test = (relabelled(part, part.label % 2 * 3)._replace(classes=NAMES) for part in (train, test))
