@@ -194,6 +194,12 @@ class EvalData(Strict):
     where: Text | None = None
     """As ``data.where`` of a run."""
     sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])
+    """As ``data.sidecar`` of a run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, given: object) -> object:
+        return {"path": given} if isinstance(given, str) else given
 
     def __str__(self) -> str:
         """For people."""

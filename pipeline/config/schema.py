@@ -300,8 +300,8 @@ class Training(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
-Streams = Annotated[dict[str, Text], Field(min_length=1)]
-"""Name to data set folder, e.g. {train = "shards/train", val = "shards/val"}."""
+Streams = Annotated[dict[str, EvalData], Field(min_length=1)]
+"""Name to data set, e.g. {train = "shards/train", val = {path = "shards/val", where = "score > 0.3"}}."""
 
 
 class EvalTask(Component):
@@ -333,15 +333,17 @@ class SuiteConfig(Strict):
 
     version: Positive = 1
     """One more whenever the suite measures something else; it stands in every record."""
-    streams: dict[str, Text] = Field(default_factory=dict[str, str])
+    streams: dict[str, EvalData] = Field(default_factory=dict[str, EvalData])
     """See :data:`Streams`."""
-    data: dict[str, Streams] = Field(default_factory=dict[str, dict[str, str]])
+    data: dict[str, Streams] = Field(default_factory=dict[str, dict[str, EvalData]])
     """Sets of streams, so that an evaluation runs on many: ``[data.cifar10]``."""
     groups: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")], Average] = Field(
         default_factory=dict[str, Average]
     )
     fields: tuple[str, ...] = ("image", "label")
     """Fields of the manifests that a batch holds."""
+    field: dict[Text, Component] = Field(default_factory=dict[str, Component])
+    """Settings of fields, as ``data.field`` of a run."""
     image: Image | None = None
     """Geometry for evaluation; left out: centre crop at the run's training size."""
     batch: Positive = 256
@@ -376,7 +378,13 @@ class SuiteConfig(Strict):
             raise ValueError(f"{twice[0]} names a data set twice")
         return self
 
-    def sets(self, task: EvalTask) -> dict[str, dict[str, str]]:
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> SuiteConfig:
+        if unused := sorted(set(self.field) - set(self.fields)):
+            raise ValueError(f"field.{unused[0]} sets a field that is not wanted; add {unused[0]!r} to fields")
+        return self
+
+    def sets(self, task: EvalTask) -> dict[str, dict[str, EvalData]]:
         """The data sets that a task runs on, by name; "": [streams]."""
         names = task.on or ([""] if self.streams else list(self.data))
         return {name: self.data[name] if name else self.streams for name in names}

@@ -29,14 +29,14 @@ _NAMED = 3
 """Keys in a message."""
 
 
-def open_data(data: Data) -> Manifest:
-    """The data set ``data.train``.
+def open_data(data: Data, where: str = "data") -> Manifest:
+    """The data set ``data.train``; ``where`` is what it is called in messages.
 
     Raises:
         DataError: no manifest there; keys that are not there, or not joined.
         ConfigError: a list or a condition that cannot be read.
     """
-    return _opened(data.train, data, "data")
+    return _opened(data.train, data, where)
 
 
 def open_beside(name: str, beside: Beside) -> Manifest:

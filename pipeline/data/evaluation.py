@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.config.schema import Captions, Data, Image
-from pipeline.core.manifest import Manifest, load
+from pipeline.config.schema import Captions, Component, Data, EvalData, Image
+from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch
 from pipeline.data.access import check_shard
 from pipeline.data.assemble import Assembler
+from pipeline.data.dataset import open_data
 from pipeline.data.device import Receive, copied, pinned
 from pipeline.data.reading import EvalReading
-from pipeline.data.selection import identity
+from pipeline.data.selection import identity, read_sets
 from pipeline.data.stream import assemble_here
 from pipeline.data.workers import Workers
 
@@ -84,7 +85,7 @@ WHOLE = Part(0, 1)
 
 
 def open_eval(
-    folder: str | os.PathLike[str],
+    data: EvalData | str | os.PathLike[str],
     image: Image,
     fields: Sequence[str],
     *,
@@ -93,6 +94,7 @@ def open_eval(
     part: Part = WHOLE,
     captions: Captions | None = None,
     tokenizer: bytes | None = None,
+    settings: Mapping[str, Component] | None = None,
 ) -> OrderedStream:
     """The stream of one rank: whole batches, [rank, rank + 1) / world of them.
 
@@ -101,7 +103,7 @@ def open_eval(
     in pinned memory.
 
     Args:
-        folder: a data set.
+        data: a data set of shards, or a part of it.
         image: geometry; "center" or "resize" crops give the same pixels on every pass.
         fields: fields of a batch.
         batch: samples of a batch on this rank.
@@ -109,20 +111,24 @@ def open_eval(
         part: of the data set, for this rank.
         captions: for the field "text"; left out: the data set's.
         tokenizer: of the field "text", as its file; left out: the data set's, or the one that ``captions`` names.
+        settings: of fields, see ``data.field``.
 
     Raises:
-        ConfigError: an unknown field.
+        ConfigError: an unknown field; a list or a condition that cannot be read.
         DataError: no manifest, or a shard is missing or its size is not the manifest's.
     """
-    manifest, (rank, world, limit) = load(folder), part
-    for shard in manifest.shards[rank::world]:
-        check_shard(manifest, shard)
+    rank, world, limit = part
+    own = data if isinstance(data, EvalData) else EvalData(path=os.fspath(data))
+    asked = _asked(own, image, fields, settings or {}).model_copy(update={"captions": captions or Captions()})
+    manifest = open_data(asked, own.path)
+    for own in read_sets(manifest):
+        for shard in own.shards[rank::world]:
+            check_shard(own, shard)
     samples = manifest.samples if limit is None else min(limit, manifest.samples)
     batches = -(-samples // batch)
     first, last = (min(r * batches // world * batch, samples) for r in (rank, rank + 1))
     reading = EvalReading(first, last, batch)
-    data = Data(train=os.fspath(folder), fields=tuple(fields), image=image, captions=captions or Captions())
-    assembler = Assembler(manifest, data, 0, reading, tokenizer)
+    assembler = Assembler(manifest, asked, 0, reading, tokenizer)
     return OrderedStream(
         assembler,
         classes=manifest.classes,
@@ -130,7 +136,7 @@ def open_eval(
         cut=samples < manifest.samples,
         workers=workers,
         fingerprint=manifest.fingerprint,
-        facts=_facts(manifest, data, assembler) | {"samples": samples},
+        facts=_facts(manifest, asked, assembler) | {"samples": samples},
         receive=pinned if torch.cuda.is_available() else copied,
     )
 
@@ -140,3 +146,16 @@ def _facts(manifest: Manifest, data: Data, assembler: Assembler) -> dict[str, An
     facts = identity(manifest) | {"image": data.image.model_dump(mode="json")}
     decided = data.model_dump(mode="json", include={"fields", "field", "captions"})
     return facts | decided | {"tokenizer": assembler.text.sha256 if assembler.text else None}
+
+
+def _asked(data: EvalData, image: Image, fields: Sequence[str], settings: Mapping[str, Component]) -> Data:
+    """What a run would be told of the same data."""
+    return Data(
+        train=data.path,
+        keep=data.keep,
+        where=data.where,
+        sidecar=data.sidecar,
+        fields=tuple(fields),
+        field={name: own for name, own in settings.items() if name in fields},
+        image=image,
+    )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pipeline.config.schema import Training
+from pipeline.config.schema import EvalData, Training
 from pipeline.core.errors import ConfigError
 from pipeline.core.evaluation import OWN, EvalStream, Features, Reading
 from pipeline.core.protocols import Batch, Objective
@@ -30,8 +30,8 @@ class Context:
     streams: Mapping[str, EvalStream]
     place: Place
     folder: Path
-    data: Mapping[str, str] = field(default_factory=dict)
-    """Stream to the folder of its data set."""
+    data: Mapping[str, EvalData | str] = field(default_factory=dict)
+    """Stream to its shards, or the part of them that it is."""
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Stream to all that decides what its batches hold; what is extracted from one without is not kept on disk."""
     store: FeatureStore = field(default_factory=FeatureStore)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from pipeline.config.schema import Image
+from pipeline.config.schema import Component, Image
 from pipeline.core.components import EVALS
 from pipeline.core.evaluation import EvalStream, Evaluation
 from pipeline.nn.weights import weights_hash
@@ -36,6 +36,7 @@ def origin_of(
     image: Image,
     context: Context,
     limit: int | None = None,
+    fields: Mapping[str, Component] | None = None,
 ) -> Origin:
     """Of the numbers that an evaluation yields.
 
@@ -48,6 +49,7 @@ def origin_of(
         image: geometry of the images.
         context: what the evaluation is given.
         limit: samples of each stream that are looked at; None: all.
+        fields: settings of fields, of which those count that are looked at.
     """
     uses = evaluation.uses()
     own: dict[str, Any] = settings.model_dump(mode="json")
@@ -64,6 +66,9 @@ def origin_of(
     data = {use: context.streams[stream].fingerprint for use, stream in named.items()}
     if limit is not None:
         settled["limit"] = limit
+    seen = {field for each in uses.streams.values() for field in each}
+    if set_otherwise := {n: f.model_dump(mode="json") for n, f in (fields or {}).items() if n in seen}:
+        settled["fields"] = set_otherwise
     return Origin(subject.name, subject.step, weights, name, settled, data, seed, evaluation.version)
 
 

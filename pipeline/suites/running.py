@@ -108,7 +108,7 @@ class Runner:
         if judge is not None:
             self._encoders |= {f"judge.{name}": encoder for name, encoder in judge.encoders.items()}
             self._classes |= {f"judge.{name}": judge.classes for name in judge.encoders}
-        self._streams = Streams(asked.plan, asked.tasks, subject, place, asked.limit)
+        self._streams = Streams(asked.plan, asked.tasks, subject, place, asked.limit, progress.show)
         self._made: dict[str, dict[Hashable, Any]] = {}
         self._stores: dict[str, FeatureStore] = {}
         self._cache = _cache(asked.plan, place)
@@ -156,7 +156,17 @@ class Runner:
         context = self._context(task, streams)
         image = self._subject.crop(self._asked.plan.image)
         limit = self._asked.limit if any(stream.cut for stream in streams.values()) else None
-        origin = origin_of(self._subject, self._weights, task.name, evaluation, task.settings, image, context, limit)
+        origin = origin_of(
+            self._subject,
+            self._weights,
+            task.name,
+            evaluation,
+            task.settings,
+            image,
+            context,
+            limit,
+            self._asked.plan.field,
+        )
         context = replace(context, folder=context.folder / origin.name)
         about = self._about(task, circumstances(task.name, self._subject, streams.values()))
         if not self._asked.again and (record := by_first(partial(there, self._folder, origin, about.code, task.title))):
@@ -183,7 +193,7 @@ class Runner:
             streams,
             self._place,
             self._folder / "evaluations",
-            task.streams,
+            {name: self._streams.shards(task.streams[name]) for name in opened},
             facts={name: stream.facts for name, stream in opened.items()},
             store=self._stores.setdefault(task.data_name, FeatureStore(self._asked.plan.precision, self._cache)),
             tokenize=self._subject.tokenize if reads else None,
@@ -194,7 +204,7 @@ class Runner:
 
     def _about(self, task: Task, code: str) -> About:
         named = streams_named(task.settings.model_dump(mode="json"), task.uses.streams)
-        names = {use: task.streams[stream] for use, stream in named.items()}
+        names = {use: str(task.streams[stream]) for use, stream in named.items()}
         plan = self._asked.plan
         return About(self._name, self._asked.suite, plan.version, task.data_name, names, code=code)
 

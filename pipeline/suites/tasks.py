@@ -9,7 +9,7 @@ from typing import cast
 
 from pydantic import BaseModel
 
-from pipeline.config.schema import SuiteConfig
+from pipeline.config.schema import EvalData, SuiteConfig
 from pipeline.core import registry
 from pipeline.core.components import EVALS, check_suite
 from pipeline.core.evaluation import Evaluation, Uses
@@ -26,8 +26,8 @@ class Task:
     """A new one, for each subject."""
     data_name: str
     """Of the data set; "": the suite's [streams]."""
-    streams: Mapping[str, str]
-    """Of the data set: name to folder."""
+    streams: Mapping[str, EvalData]
+    """Of the data set, by name."""
 
     @property
     def uses(self) -> Uses:

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config.resolve import phase_learning_rate, resolve
-from pipeline.config.schema import Component, Data, EngineConfig, Every, Run, RunConfig, Training
-from pipeline.core import manifest as manifests
+from pipeline.config.schema import Component, Data, EngineConfig, EvalData, Every, Run, RunConfig, Training
 from pipeline.core.protocols import Clock, Objective
+from pipeline.data.dataset import open_data
 from pipeline.dist.group import Place
 from pipeline.engine.loop import fit
 from pipeline.engine.meter import Meter
@@ -19,12 +19,12 @@ from pipeline.engine.watch import Watch
 from pipeline.run.build import build_engine, build_stream, build_surveys
 
 
-def train_on(objective: Objective, data: str, training: Training, place: Place, folder: Path) -> None:
+def train_on(objective: Objective, data: EvalData | str, training: Training, place: Place, folder: Path) -> None:
     """Train ``objective`` in place.
 
     Args:
         objective: on every rank the same.
-        data: folder of the data set.
+        data: shards, or a part of them.
         training: how long and how.
         place: of this rank.
         folder: of the evaluation; a file "stop" in it ends the training.
@@ -34,7 +34,7 @@ def train_on(objective: Objective, data: str, training: Training, place: Place, 
         NonFiniteError: on every rank in the same step.
     """
     config = run_config(data, training, folder)
-    manifest = manifests.load(data)
+    manifest = open_data(config.data)
     plan = resolve(config, manifest.samples, place.world_size, "the training of an evaluation")
     engine = build_engine(config, objective, plan, place)
     meter, watch = Meter(place.device, place.world_size), Watch(place.device, StopRequest(folder))
@@ -55,11 +55,20 @@ def train_on(objective: Objective, data: str, training: Training, place: Place, 
     objective.eval()
 
 
-def run_config(data: str, training: Training, folder: Path) -> RunConfig:
+def run_config(data: EvalData | str, training: Training, folder: Path) -> RunConfig:
     """The run that such a training is."""
+    own = EvalData.model_validate(data)
     return RunConfig(
         run=Run(folder=str(folder), length=training.length, global_batch=training.global_batch, seed=training.seed),
-        data=Data(train=data, fields=training.fields, image=training.image, workers=training.workers),
+        data=Data(
+            train=own.path,
+            keep=own.keep,
+            where=own.where,
+            sidecar=own.sidecar,
+            fields=training.fields,
+            image=training.image,
+            workers=training.workers,
+        ),
         objective=Component(name="evaluation"),
         optimizer=training.optimizer,
         schedule=training.schedule,
