@@ -119,10 +119,14 @@ def validate(name: str, include: Sequence[Path], overrides: Sequence[str]) -> st
 
 def _data_problems(suite: SuiteConfig) -> Iterator[str]:
     """Data sets that are not there or damaged."""
+    from pipeline.suites.indexed import shards_there
+
     sets = {"streams": suite.streams} | {f"data.{name}": streams for name, streams in suite.data.items()}
     for where, streams in sets.items():
-        for name, folder in streams.items():
+        for name, data in streams.items():
             try:
-                load(folder)
-            except DataError as error:
+                folder = shards_there(data)
+                if folder is not None:
+                    load(folder)
+            except (ConfigError, DataError) as error:
                 yield f"{where}.{name}: {error}"

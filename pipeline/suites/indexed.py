@@ -52,19 +52,41 @@ def shards_of(data: EvalData, show: Show = lambda what, done, total: None) -> st
         ConfigError: there is no such split, or it has to be said which.
         DataError: there is no data set, some of its images cannot be used, or there is no room for them.
     """
+    folder, root = _place(data)
+    if root is None:
+        return folder
+    if data.torchvision is not None:
+        return _kept(data, lambda: _torchvision(data.torchvision or "", folder, data.split), root, show)
+    return _kept(data, lambda: _folder(root), root, show)
+
+
+def shards_there(data: EvalData) -> str | None:
+    """The folder of shards of a data set that is some already; None: they are to be made. Nothing is read.
+
+    Raises:
+        ConfigError: there is no such split, or it has to be said which.
+        DataError: there is no such folder.
+    """
+    folder, root = _place(data)
+    return folder if root is None else None
+
+
+def _place(data: EvalData) -> tuple[str, Path | None]:
+    """The folder of shards, and None; or where images lie of which they are to be made."""
     place = data.path.rstrip("/") or "/"
     if data.torchvision is not None:
-        return _kept(data, lambda: _torchvision(data.torchvision or "", place, data.split), Path(place), show)
+        if not Path(place).is_dir():
+            raise DataError(f"no folder at {place}")
+        return place, Path(place)
     if data.split is not None and (_is_built(f"{place}/{data.split}") or is_url(place)):
-        return f"{place}/{data.split}"
+        return f"{place}/{data.split}", None
     if is_url(place) or place.endswith(".tar") or _is_built(place) or not Path(place).is_dir():
         if data.split is not None:
             raise ConfigError(f"split = {data.split!r}: {place} is one data set; name the folder of the split itself")
-        return data.path
+        return data.path, None
     root = _split_folder(Path(place), data.split)
-    if not _has_images(root):
-        return data.path  # what is said of a folder without a manifest fits
-    return _kept(data, lambda: _folder(root), root, show)
+    # What is said of a folder without a manifest fits one without images.
+    return (str(root), root) if _has_images(root) else (data.path, None)
 
 
 def _is_built(place: str) -> bool:
@@ -126,8 +148,6 @@ def _torchvision(name: str, root: str, split: str | None) -> Source:
 
 def _kept(data: EvalData, source: Callable[[], Source], root: Path, show: Show) -> str:
     """The shards of a source in the cache."""
-    if not root.is_dir():
-        raise DataError(f"no folder at {root}")
     files = sorted(_files(root))
     asked = [VERSION, str(root.resolve()), data.torchvision, data.split if data.torchvision else None, files]
     mark = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
