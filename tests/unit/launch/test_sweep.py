@@ -120,12 +120,14 @@ def test_killed_in_the_middle_and_given_again_it_ends_with_the_same_table(place,
     assert counted(place, "starts") == [1, 2, 1, 1] and counted(place, "steps") == [6, 6, 6, 6]
 
 
-def test_two_at_once_share_the_runs(place):
+def test_two_at_once_share_the_runs_and_their_evaluations(place, glyphs):
     """Neither does what the other does or has done, and both end with the whole table."""
+    write(place, glyphs, suite=str(ROOT / "configs" / "eval" / "glyphs.toml"))
     both = [begin(place, pause=0.05) for _ in range(2)]
     ended = [done(process) for process in both]
-    assert [code for code, _, _ in ended] == [0, 0] and ended[0][1] == ended[1][1]
+    assert [code for code, _, _ in ended] == [1, 1] and ended[0][1] == ended[1][1]  # two evaluations fail
     assert counted(place, "starts") == [1, 1, 1, 1] and counted(place, "steps") == [6, 6, 6, 6]
+    assert counted(place, "evaluations") == [1, 1, 1, 1]
     assert all(len(rows(out)) == 5 for _, out, _ in ended)
 
 
