@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pipeline
 from launch.home import HOME
@@ -62,7 +63,7 @@ def listing(include: Sequence[Path]) -> str:
     lines.append("\nevaluations:")
     for path in sorted(_EVALS.glob("*.py")):
         if not path.stem.startswith("_"):
-            lines += [f"  {path.stem}: {_purpose(path)}", *(f"    {line}" for line in _settings(path))]
+            lines += [f"  {path.stem}: {_read(path).purpose}", *(f"    {line}" for line in _settings(path))]
     return "\n".join(lines)
 
 
@@ -89,10 +90,32 @@ def _of_suite(path: Path) -> Iterator[str]:
         yield f"averages: {', '.join(table['groups'])}"
 
 
-def _purpose(path: Path) -> str:
-    """The first sentence of a file."""
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.partition("\n\n")[0].split())
+class _Evaluation(NamedTuple):
+    """What is told of a file of evaluations."""
+
+    purpose: str
+    """Its first sentence."""
+    classes: Mapping[str, ast.ClassDef]
+    """Its own, with their fields alone."""
+    foreign: Mapping[str, tuple[Path, str]]
+    """Names that it has from other files: which, and what it is called there."""
+
+
+@cache
+def _read(path: Path) -> _Evaluation:
+    """A file, parsed once: parsing takes most of the time of a listing."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    text = ast.get_docstring(tree) or ""
+    own = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    for node in own.values():
+        node.body = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+    foreign = {
+        alias.asname or alias.name: (_EVALS / f"{node.module.removeprefix(EVALS)}.py", alias.name)
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(EVALS)
+        for alias in node.names
+    }
+    return _Evaluation(" ".join(text.partition("\n\n")[0].split()), own, foreign)
 
 
 def _settings(path: Path) -> Iterator[str]:
@@ -108,14 +131,7 @@ def _settings(path: Path) -> Iterator[str]:
 
 def _classes(path: Path, name: str) -> Iterator[ast.ClassDef]:
     """A class of a file after those that it is made of, as far as they are classes of evaluations."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    own = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    foreign = {
-        alias.asname or alias.name: (_EVALS / f"{node.module.removeprefix(EVALS)}.py", alias.name)
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(EVALS)
-        for alias in node.names
-    }
+    _, own, foreign = _read(path)
     node = own.get(name)
     for base in node.bases if node is not None else []:
         called = base.id if isinstance(base, ast.Name) else ""

@@ -7,15 +7,24 @@ taken and kept in ``provenance.json``; or it makes another experiment of it, or 
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache, reduce
+from itertools import accumulate
 from typing import Any, Literal, cast
 
 from pipeline.core.errors import ConfigError
 
 Rule = Literal["how", "course", "experiment", "never"]
 """How the run is done; its course from here on; another experiment, unless ``run.change`` names it; never."""
+
+_TABLES = re.compile(r"^(?=\[)", re.MULTILINE)
+_TABLE = re.compile(r"\[([\w.-]+)\]\n", re.ASCII)
+_TOGETHER = ("[[", '["', "['", "[ ", '"""', "'''")
+"""Where one of these stands, tables are not looked at one by one."""
 
 RULES: tuple[tuple[str, Rule], ...] = (
     ("run.folder", "how"),
@@ -105,6 +114,41 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         else:
             found[above + name] = value
     return found
+
+
+def flat_toml(text: str) -> dict[str, Any]:
+    """As ``flat(tomllib.loads(text))``, and many times as fast where many texts have most of their tables in common.
+
+    Each table is parsed by itself, and once. What might be no TOML, or another one, when it is put together, is parsed
+    as a whole: arrays of tables, names in quotes, texts over several lines, a table that is also a value.
+
+    Raises:
+        ValueError: it is no TOML.
+    """
+    parts = _TABLES.split(text)
+    names = [match[1] if (match := _TABLE.match(part)) else "" for part in parts]
+    if len(set(names)) == len(names) and not any(mark in text for mark in _TOGETHER):
+        try:
+            tables = [_flat_table(part, name) for part, name in zip(parts, names, strict=True)]
+        except ValueError:  # a line in the middle of an array began with a bracket; or it is no TOML, which is told
+            return flat(tomllib.loads(text))
+        own = frozenset[str]().union(*(keys for keys, _ in tables))
+        if own.isdisjoint(above for name in names for above in _and_above(name)):
+            return {name: value for _, table in tables for name, value in table.items()}
+    return flat(tomllib.loads(text))
+
+
+def _and_above(name: str) -> list[str]:
+    """Of "a.b.c": "a", "a.b" and "a.b.c"."""
+    return list(accumulate(name.split("."), "{}.{}".format))
+
+
+@lru_cache(maxsize=4096)
+def _flat_table(text: str, table: str) -> tuple[frozenset[str], dict[str, Any]]:
+    """Whole names of a table's own keys, and its values by their whole names."""
+    found = tomllib.loads(text)
+    inner: dict[str, Any] = reduce(lambda above, key: above[key], table.split("."), found) if table else found
+    return frozenset(f"{table}.{key}" if table else key for key in inner), flat(found)
 
 
 def refuse(found: Sequence[Change], allowed: Sequence[str], title: str, trained: str) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pipeline.core.files import replace_file
 from pipeline.record.found import Failed
-from pipeline.record.records import FOLDER, slug
+from pipeline.record.records import FOLDER, files_of, slug
 
 
 class Ended(NamedTuple):
@@ -49,7 +49,7 @@ def keep_failures(folder: str | os.PathLike[str], ended: Sequence[Ended]) -> Non
 def read_failures(folder: str | os.PathLike[str]) -> tuple[Failed, ...]:
     """What has failed and not ended well since, in the order of time; a damaged file is passed over."""
     found: list[Failed] = []
-    for path in sorted((Path(folder) / FOLDER).glob("*.failed")):
+    for path in files_of(Path(folder), ".failed"):
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
             found.append(Failed(*(str(body[name]) for name in Failed._fields)))

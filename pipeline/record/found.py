@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -39,7 +39,7 @@ class Origin:
     @property
     def name(self) -> str:
         """Of its record and its folder, "knn-0f3a...": the same when the same is measured again."""
-        identity = {key: value for key, value in asdict(self).items() if key not in ("model", "step")}
+        identity = {key: value for key, value in vars(self).items() if key not in ("model", "step")}
         mark = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         return f"{self.evaluation}-{mark}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -122,11 +123,20 @@ def whole(folder: Path, name: str) -> Record | None:
     return record
 
 
+def files_of(folder: Path, suffix: str) -> list[Path]:
+    """Of the results of a folder those with a suffix, in order; none if nothing was evaluated yet."""
+    room = folder / FOLDER
+    try:
+        return [room / name for name in sorted(os.listdir(room)) if name.endswith(suffix)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def read_records(folder: Path) -> Results:
     """The results of all records of a folder, in the order in which they were made."""
     records: list[tuple[str, str, Record]] = []
     damaged: list[str] = []
-    for path in sorted((folder / FOLDER).glob("*.json")):
+    for path in files_of(folder, ".json"):
         try:
             record = read_record(path)
             records.append((record.body["time"], path.name, record))

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import statistics
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import provenance
-from pipeline.config.changes import ABSENT, flat
+from pipeline.config.changes import ABSENT, flat_toml
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.registry import suggest
 from pipeline.core.where import Where
@@ -126,7 +125,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / provenance.CONFIG_FILE
     try:
-        return flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        return flat_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
+from tomllib import loads as tomllib_loads
+
 import pytest
 
-from pipeline.config.changes import ABSENT, RULES, Change, changes, refuse, rule_of
+from pipeline.config.changes import ABSENT, RULES, Change, changes, flat, flat_toml, refuse, rule_of
 from pipeline.config.schema import Phase, RunConfig
 from pipeline.core.errors import ConfigError
 
@@ -112,3 +115,74 @@ def test_how_and_course_are_free():
     found = changes(RUN, with_value("run.length", "9ep") | {"every": {"log": "1ba"}})
     assert len(found) == 2
     refuse(found, (), "exp.toml", "step 12")
+
+
+PLAIN = """[run]
+seed = 1
+list = [
+    "a",
+    "b",
+]
+
+[data.image]
+size = 32
+
+[data.image.more]
+x = 1.5
+
+[every]
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN,
+        "top = true\n" + PLAIN,
+        "",
+        'x = """\n[run]\ny = 1\n"""\n',  # a header in a text
+        "x = [\n[1, 2],\n[3]\n]\n[a]\nb = [\n  [\n1]\n]\n",  # and in an array
+        '[["a"]]\nx = 1\n[[a]]\nx = 2\n[a.b]\ny = 1\n',
+        '["a.b"]\nx = 1\n[a.b]\nx = 2\n',
+        "[ a . b ]\nx = 1\n[a.c] # why\nx = 2\n",
+        "[a]\nb.c = 1\n[d]\nb = {c = 1, d = {e = 2}}\n",
+        "[a.b.c]\nx = 1\n[a]\ny = 2\n[a.b]\nz = 3\n",
+        "[a]\r\nx = 1\r\n[b]\r\ny = 2\r\n",
+    ],
+)
+def test_tables_read_one_by_one_are_those_of_the_whole_text(text):
+    for _ in range(2):  # the second time from memory
+        found = flat_toml(text)
+        assert found == flat(tomllib.loads(text))
+        found["run.seed"] = 5  # what is given away is not what is kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a]\nx = 1\n[a]\ny = 2\n",
+        '[a]\nx = 1\n["a"]\ny = 2\n',
+        "[a]\nx = 1\n[ a ]\ny = 2\n",
+        "[a]\nb = 1\n[a.b]\nx = 1\n",
+        "[a]\nb.c = 1\n[a.b]\nd = 1\n",
+        "[a]\nb = {}\n[a.b.c]\nd = 1\n",
+        "a = 1\n[a]\nx = 1\n",
+        "[a]\nx = [\n[b]\ny = 2\n",
+        "[a]\nx = \n",
+    ],
+)
+def test_tables_that_contradict_each_other_are_told(text):
+    with pytest.raises(tomllib.TOMLDecodeError):
+        tomllib.loads(text)
+    with pytest.raises(tomllib.TOMLDecodeError):
+        flat_toml(text)
+
+
+def test_a_table_that_many_texts_have_is_parsed_once(monkeypatch):
+    parsed = []
+    monkeypatch.setattr(
+        "pipeline.config.changes.tomllib.loads", lambda text: parsed.append(text) or tomllib_loads(text)
+    )
+    for seed in range(5):
+        assert flat_toml(f"[run]\nseed = {seed}\n[once_only]\nx = 1\n") == {"run.seed": seed, "once_only.x": 1}
+    assert sum("once_only" in text for text in parsed) == 1
