@@ -20,15 +20,12 @@ from pipeline.core.evaluation import EvalContext, Evaluation, Output, Uses
 from pipeline.dist.group import sum_over_ranks
 from pipeline.evals._classes import in_classes_of
 from pipeline.evals._classified import GUESSES, accuracies, by_class, guesses
+from pipeline.evals._largest import largest
 
 QUERIES = 1024
 """Queries compared at once. The result must not depend on the number of ranks, so neither may this."""
 BANK = 65536
 """Bank samples compared at once."""
-BLOCK = 16
-"""Columns of which the largest is looked at first."""
-FEW = 8
-"""A search by blocks pays where there are as many blocks, or columns, for each one that is looked for."""
 
 
 class Config(Strict):
@@ -86,23 +83,34 @@ class KNN(Evaluation):
         for first in list(range(0, len(test.x), QUERIES))[ctx.place.rank :: ctx.place.world_size]:
             query = functional.normalize(test.x[first : first + QUERIES]).to(device)
             similarity, neighbour = nearest(query, keys, max(self.config.k), space)
-            label = bank.label.to(device)[neighbour]
+            guess = self.guessed(similarity, bank.label.to(device)[neighbour], classes)
             for i, k in enumerate(self.config.k):
-                votes = self.votes(similarity[:, :k], label[:, :k], classes)
-                found[i, first : first + QUERIES] = guesses(votes).cpu()
+                found[i, first : first + QUERIES] = guess[k].cpu()
         found = sum_over_ranks(found)
         for guess, k in zip(found, self.config.k, strict=True):
             yield from accuracies("knn", guess, test.label, classes, self.config.test, f"_k{k}")
         yield from by_class("knn", found[0], test.label, bank.classes, self.config.test, f"_k{self.config.k[0]}")
 
-    def votes(self, similarity: Tensor, label: Tensor, classes: int) -> Tensor:
-        """[Q,k] similarities and labels to [Q,K] sums of exp(s / T); -inf for a class that none of the k is of.
+    def guessed(self, similarity: Tensor, label: Tensor, classes: int) -> dict[int, Tensor]:
+        """For each k, the :func:`guesses` of votes exp(s / T) of the k nearest; classes without a vote are not guessed.
 
-        Each query's are scaled by its nearest neighbour's, so that none overflows.
+        Votes of a query are scaled by its nearest neighbour's, so that none overflows.
+
+        Args:
+            similarity: float[Q,k] of the largest k, nearest first.
+            label: int64[Q,k].
+            classes: K.
         """
         weight = ((similarity - similarity[:, :1]) / self.config.temperature).exp()
-        votes = weight.new_zeros(len(weight), classes).scatter_add_(1, label, weight)
-        return votes.masked_fill(torch.ones_like(votes, dtype=torch.bool).scatter_(1, label, False), -math.inf)
+        votes = weight.new_full((len(weight), classes), -math.inf)
+        found, first = dict[int, Tensor](), 0
+        for k in sorted(set(self.config.k)):  # each goes on from the one before
+            new = label[:, first:k]
+            there = votes.gather(1, new)
+            votes.scatter_(1, new, there.masked_fill_(there == -math.inf, 0))
+            votes.scatter_add_(1, new, weight[:, first:k])
+            found[k], first = guesses(votes), k
+        return found
 
 
 def nearest(query: Tensor, bank: Tensor, k: int, space: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -133,31 +141,3 @@ def nearest(query: Tensor, bank: Tensor, k: int, space: Tensor | None = None) ->
 def space_for(query: Tensor, bank: Tensor) -> Tensor:
     """Memory for the similarities of as many queries to a part of the bank, on the device of the queries."""
     return query.new_empty(len(query), min(BANK, len(bank)))
-
-
-def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As ``values.topk(k, dim=1)``, and faster where k is a small part of the columns.
-
-    Columns are taken in blocks. The k blocks with the largest maxima hold the k largest values: one outside of them is
-    at most its block's maximum, and so at most k others. So only they are looked through, after the maxima.
-
-    Args:
-        values: float[Q,M].
-        k: at most M.
-
-    Returns:
-        float[Q,k], in falling order, and their columns int64[Q,k]. Of equal ones any.
-    """
-    columns = values.shape[1]
-    if columns < FEW * k or columns < FEW * BLOCK:
-        return values.topk(k, dim=1)
-    size = BLOCK if columns >= FEW * BLOCK * k else BLOCK // 4
-    blocks = columns // size
-    maxima = values[:, : size * blocks].unflatten(1, (size, blocks)).amax(dim=1)
-    held = largest(maxima, k)[1]
-    place = (held[:, None] + blocks * torch.arange(size, device=values.device)[:, None]).flatten(1)
-    # The columns that fill no block are few, and all are looked at.
-    rest = torch.arange(size * blocks, columns, device=values.device).expand(len(values), -1)
-    place = torch.cat([place, rest], dim=1)
-    value, order = largest(values.gather(1, place), k)
-    return value, place.gather(1, order)

@@ -147,6 +147,18 @@ def test_the_largest_are_found_by_blocks(columns, k, rows):
         assert all(len(set(row.tolist())) == k for row in place)
 
 
+def test_what_is_no_number_is_the_largest_as_in_a_sort():
+    """Also where so many are none that no block is without one, and in the columns that fill no block."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(200, 1003, generator=generator)
+    values[70, 5] = values[71, 1002] = values[150, ::3] = math.nan
+    found, place = knn.largest(values, 9)
+    expected = values.sort(dim=1, descending=True).values[:, :9]
+    assert torch.equal(found.isnan(), expected.isnan()) and int(found.isnan().sum()) == 1 + 1 + 9
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+    assert torch.equal(values.gather(1, place).nan_to_num(7), expected.nan_to_num(7))
+
+
 def test_neighbours_are_those_of_a_sort(monkeypatch):
     """Over several parts of a bank, of which the last is small, in memory that was used before."""
     monkeypatch.setattr(knn, "BANK", 1000)
