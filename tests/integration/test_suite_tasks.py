@@ -20,7 +20,7 @@ from pipeline.record.records import outcomes
 from pipeline.record.results import Results, read_results
 from pipeline.run.__main__ import main
 from pipeline.suites import identity
-from tests import toys
+from tests import toy_evals
 from tests.contracts.components import RESNET, smoke_config
 from tests.ranks import start_ranks
 from tests.unit.data.shards import encode, picture, write_data
@@ -78,7 +78,7 @@ def suite_of(folder: Path, data: Path, *evals: str, more: str = "") -> Path:
 
 def evaluate(run: Path, suite: Path, out: Path, *more: str) -> int:
     """In this process, on the untrained model."""
-    toys.admit_evals()
+    toy_evals.admit()
     command = ["eval", "--run", str(run), "--suite", str(suite), "--out", str(out), "--random-init", *more]
     return main(command)
 
@@ -157,7 +157,7 @@ def test_statistics_of_batch_norm_and_buffers_that_no_checkpoint_holds_are_the_m
 
 def command(run: Path, suite: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own."""
-    code = "import sys; from tests import toys; toys.admit_evals(); from pipeline.run.__main__ import main; "
+    code = "import sys; from tests import toy_evals; toy_evals.admit(); from pipeline.run.__main__ import main; "
     words = ["eval", "--run", str(run), "--suite", str(suite), "--out", str(out), "--random-init"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     return subprocess.run(

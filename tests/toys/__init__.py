@@ -1,7 +1,7 @@
 """Objectives of the tests' own: the smallest ones that have phases, surveys or frozen parts.
 
 They pass the contract tests as those of the product do. A rank that is to train one calls :func:`admit` first; one that
-is to run an evaluation of the tests' own (``evals/``), :func:`admit_evals`.
+is to run an evaluation of the tests' own (``tests/toy_evals``), :func:`tests.toy_evals.admit`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,3 @@ def admit() -> None:
 
     if str(FOLDER) not in pipeline.objectives.__path__:
         pipeline.objectives.__path__.append(str(FOLDER))
-
-
-def admit_evals() -> None:
-    """In this process, the program finds the toys among its evaluations."""
-    import pipeline.evals
-
-    folder = str(FOLDER / "evals")
-    if folder not in pipeline.evals.__path__:
-        pipeline.evals.__path__.append(folder)

@@ -1,1 +1,0 @@
-"""Evaluations of the tests' own, which do what none should."""
