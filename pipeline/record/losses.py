@@ -75,7 +75,7 @@ class LossFiles:
                 new = np.full(self.samples, np.nan, np.float32)
                 np.save(path.with_suffix(".part.npy"), new)
                 path.with_suffix(".part.npy").rename(path)
-            self._open[number] = np.load(path, mmap_mode="r+")
+            self._open[number] = np.load(path, mmap_mode="r+", allow_pickle=False)
         return self._open[number]
 
 
@@ -111,9 +111,9 @@ class History:
         try:
             self.sets: list[Mapping[str, Any]] = json.loads((folder / SETS).read_text(encoding="utf-8"))
             self.epochs = [int(p.stem.partition("-")[2]) for p in paths]
-            self.losses: Floats = np.stack([np.load(p) for p in paths])
+            self.losses: Floats = np.stack([np.load(p, allow_pickle=False) for p in paths])
             self._numbers = [
-                np.load(folder / NUMBERS.format(place)) if known["part"] else None
+                np.load(folder / NUMBERS.format(place), allow_pickle=False) if known["part"] else None
                 for place, known in enumerate(self.sets)
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:

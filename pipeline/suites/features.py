@@ -187,7 +187,9 @@ def _put(
         if not 0 <= int(ids.min()) <= int(ids.max()) < samples:
             raise DataError(f"a batch holds sample {int(ids.max())}, and the stream has {samples}")
         for value, form, place in zip(values, forms, places, strict=True):
-            place.put(ids, value.contiguous().view(len(ids), -1).view(torch.uint8).view(len(ids), form.bytes))
+            # A copy even of what counts as contiguous: a single row does at any stride, and is no bytes then.
+            rows = value.clone(memory_format=torch.contiguous_format)
+            place.put(ids, rows.view(len(ids), -1).view(torch.uint8).view(len(ids), form.bytes))
         seen.append(ids)
     return torch.cat(seen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,8 @@ REQUIRED = {"drift": {"domains": ("other",)}, "ood": {"unknown": ("other",)}}
 """Settings of evaluations that have no default."""
 SAMPLES = 1000
 """Of that data set."""
+FOLDERLESS = Path(os.devnull) / "folder"
+"""Where nobody can write: a test of an evaluation that does gives it a folder."""
 CONTEXT = StepContext(seed=3, clock=Clock(step=2, samples=16, total_samples=64))
 
 RESNET: dict[str, Any] = {
@@ -160,7 +163,7 @@ def context(
     """What an evaluation is given by the rank that calls; ``classes``: trained on; else those of a stream."""
     place = Place(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"), timedelta(minutes=1))
     known = next((s.classes for s in streams.values()), ()) if classes is None else classes
-    folder = more.pop("folder", Path("nowhere"))
+    folder = more.pop("folder", FOLDERLESS)
     return Context(
         encoders, dict.fromkeys(encoders, known), streams, place, folder, tokenize=tokens, spell=spell, **more
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,14 +95,8 @@ def streams(noise: float, seed: int = 0, rank: int = 0, world: int = 1) -> dict[
     return made
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    """What evaluations keep goes into a folder of the working directory."""
-    monkeypatch.chdir(tmp_path)
-
-
-def run(name: str, streams: dict[str, ListStream], seed: int = 0, **more: Any) -> dict[str, Number]:
-    return numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(encoders(seed), streams, **more))
+def run(name: str, folder: Path, streams: dict[str, ListStream], seed: int = 0) -> dict[str, Number]:
+    return numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(encoders(seed), streams, folder=folder))
 
 
 def encoders(seed: int = 0) -> dict[str, nn.Module]:
@@ -127,8 +121,8 @@ SCORED = [name for name in NAMES if scores(name)]
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_perfect_features_have_perfect_scores(name, lone_group):
-    results = run(name, streams(noise=0.0))
+def test_perfect_features_have_perfect_scores(name, lone_group, tmp_path):
+    results = run(name, tmp_path, streams(noise=0.0))
     expected = {key: perfect for key, (_, perfect) in scores(name).items()}
     assert expected == {key: results[key].value for key in expected}
     assert all(results[key].n in (103, CLASSES) and results[key].split == "val" for key in expected)
@@ -136,8 +130,8 @@ def test_perfect_features_have_perfect_scores(name, lone_group):
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_random_features_score_by_chance(name, lone_group):
-    found = [run(name, streams(1.0, seed), seed) for seed in range(4)]
+def test_random_features_score_by_chance(name, lone_group, tmp_path):
+    found = [run(name, tmp_path, streams(1.0, seed), seed) for seed in range(4)]
     for key, (chance, _) in scores(name).items():
         # 4 x 103 trials, or the 4 x 6 captions of retrieval; four standard errors of a share, and what a seed's
         # pictures have in common
@@ -147,13 +141,13 @@ def test_random_features_score_by_chance(name, lone_group):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_but_what_it_says_is_used(name, lone_group):
+def test_nothing_but_what_it_says_is_used(name, lone_group, tmp_path):
     """An evaluation that looks at a stream or an encoder beside those of ``uses`` fails here."""
     evaluation = build_evaluation(name, **SETTINGS.get(name, {}))
     uses, whole = evaluation.uses(), streams(0.6)
     few = {n: Only(whole[n], ("id", *fields)) for n, fields in uses.streams.items()}
-    ctx = context({n: encoders()[n] for n in uses.encoders}, few)
-    found, all_given = numbers(evaluation, ctx), run(name, whole)
+    ctx = context({n: encoders()[n] for n in uses.encoders}, few, folder=tmp_path)
+    found, all_given = numbers(evaluation, ctx), run(name, tmp_path, whole)
     assert {n: plain(r) for n, r in found.items()} == {n: plain(r) for n, r in all_given.items()}
 
 
@@ -169,15 +163,15 @@ class Only:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_prefixed_and_values_are_plain_numbers(name, lone_group):
-    results = run(name, streams(0.6))
+def test_names_are_prefixed_and_values_are_plain_numbers(name, lone_group, tmp_path):
+    results = run(name, tmp_path, streams(0.6))
     assert all(key.startswith(f"{name}/") for key in results)
     assert json.dumps([plain(result) for result in results.values()], allow_nan=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_number_is_the_mean_of_what_its_samples_add(name, lone_group):
-    results = [r for r in run(name, streams(0.6)).values() if r.samples is not None]
+def test_a_number_is_the_mean_of_what_its_samples_add(name, lone_group, tmp_path):
+    results = [r for r in run(name, tmp_path, streams(0.6)).values() if r.samples is not None]
     assert results or name not in {"accuracy", "few_shot", "knn", "linear_probe", "logistic_regression", "retrieval"}
     for result in results:
         assert result.samples is not None and result.samples.dtype in (np.bool_, np.float32)
@@ -186,9 +180,9 @@ def test_a_number_is_the_mean_of_what_its_samples_add(name, lone_group):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tables_and_figures_are_of_the_promised_form(name, lone_group):
+def test_tables_and_figures_are_of_the_promised_form(name, lone_group, tmp_path):
     evaluation = build_evaluation(name, **SETTINGS.get(name, {}))
-    ctx = context(encoders(), streams(0.6))
+    ctx = context(encoders(), streams(0.6), folder=tmp_path)
     with torch.no_grad():
         evaluation.check(ctx)
         outputs = list(evaluation.run(ctx))
@@ -202,10 +196,10 @@ def test_tables_and_figures_are_of_the_promised_form(name, lone_group):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_encoders_are_left_as_they_were(name, lone_group):
+def test_encoders_are_left_as_they_were(name, lone_group, tmp_path):
     known = encoders()
     before = weights_hash(known)
-    numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(known, streams(0.6)))
+    numbers(build_evaluation(name, **SETTINGS.get(name, {})), context(known, streams(0.6), folder=tmp_path))
     assert weights_hash(known) == before
     assert not any(module.training for encoder in known.values() for module in encoder.modules())
 
@@ -214,9 +208,8 @@ def evaluate_on_ranks(folder, noise):
     with process_group(timeout_minutes=1):
         rank, world = dist.get_rank(), dist.get_world_size()
         for name in NAMES:
-            found = [
-                plain(r) for r in run(name, streams(noise, 0, rank, world), folder=folder / f"kept-{world}").values()
-            ]
+            found = run(name, folder / f"kept-{world}", streams(noise, 0, rank, world))
+            found = [plain(number) for number in found.values()]
             (folder / f"{name}-{world}-{rank}.json").write_text(json.dumps(found))
 
 
@@ -235,7 +228,14 @@ def test_on_two_ranks(folder):
     evaluate_on_ranks(folder, 0.8)
 
 
+@pytest.mark.world_size(4)
+def test_on_four_ranks(folder):
+    evaluate_on_ranks(folder, 0.8)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rank_of_every_world_reports_the_same(name, folder):
-    first, *others = [(folder / f"{name}-{part}.json").read_text() for part in ("1-0", "2-0", "2-1")]
-    assert others == [first, first] and (0.2 < json.loads(first)[0][1] < 1 or name not in SCORED)
+    first, *others = [
+        (folder / f"{name}-{world}-{rank}.json").read_text() for world in (1, 2, 4) for rank in range(world)
+    ]
+    assert others == [first] * 6 and (0.2 < json.loads(first)[0][1] < 1 or name not in SCORED)

@@ -85,4 +85,5 @@ def test_it_evaluates_as_it_did(left):
     expected = json.loads((left / "expected.json").read_text())["knn"]
     assert codes(start_ranks(1, evaluate)) == [0]
     found = {row.metric: row.value for row in read_results(left).rows}
-    assert found == pytest.approx(expected, abs=0.05)  # one sample of 24 may be at the border
+    known = {name: found[name] for name in expected}  # later versions may report more
+    assert known == pytest.approx(expected, abs=0.05)  # one sample of 24 may be at the border

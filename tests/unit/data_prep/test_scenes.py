@@ -79,9 +79,7 @@ def test_they_are_read_with_their_masks(tmp_path):
     from pipeline.config.schema import Image
 
     build(ScenesSource(characters=3, train=4, val=3, size=32), tmp_path, Options())
-    stream = open_eval(
-        tmp_path / "val", Image(size=32, crop="resize"), ("image", "mask"), batch=2, workers=0, rank=0, world=1
-    )
+    stream = open_eval(tmp_path / "val", Image(size=32, crop="resize"), ("image", "mask"), batch=2, workers=0)
     assert stream.classes == ScenesSource(characters=3).classes
     masks = np.concatenate([batch["mask"].numpy() for batch in stream])
     records = {r.key: r for r in ScenesSource(characters=3, train=4, val=3, size=32)}

@@ -87,8 +87,8 @@ def test_images_are_written_as_they_are_with_their_labels(lone_group, tmp_path):
     ids, label = torch.arange(23).flip(0) * 7, torch.arange(23) % 2 * 2  # no sample of the class between
     data = write([(ids[:9], images[:9], label[:9]), (ids[9:], images[9:], label[9:])], ("a", "b", "c"), tmp_path / "x")
     assert load(data).classes == ("a", "b", "c") and load(data).samples == 23
-    with closing(open_eval(data, Image(size=(6, 5), crop="resize"), ("image", "label"), batch=8, workers=0, rank=0,
-                           world=1)) as stream:  # fmt: skip
+    image = Image(size=(6, 5), crop="resize")
+    with closing(open_eval(data, image, ("image", "label"), batch=8, workers=0)) as stream:
         batches = list(stream)
     assert torch.equal(torch.cat([b["image"] for b in batches]), images.flip(0))
     assert torch.equal(torch.cat([b["label"] for b in batches]), label.flip(0))

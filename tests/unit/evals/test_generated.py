@@ -15,6 +15,8 @@ from pipeline.evals import _neighbours
 from pipeline.evals._samples import _classes, chosen
 from pipeline.evals.agreement import Agreement
 from pipeline.evals.agreement import Config as AgreementConfig
+from pipeline.evals.denoiser_probe import Config as ProbeConfig
+from pipeline.evals.denoiser_probe import DenoiserProbe
 from pipeline.evals.frechet import Config as FrechetConfig
 from pipeline.evals.frechet import Frechet
 from pipeline.evals.inception_score import Config as InceptionConfig
@@ -31,6 +33,7 @@ from pipeline.evals.samples import Config as SamplesConfig
 from pipeline.evals.samples import Samples
 from tests.contracts.components import context, numbers
 from tests.unit.evals.generated import CLASSES, encoders, grey, real, run
+from tests.unit.evals.test_denoiser_probe import Tapped
 
 
 def on_ranks(folder):
@@ -49,6 +52,10 @@ def on_ranks(folder):
         ):
             for name, r in run(evaluation, encoders(), streams).items():
                 found[name] = [r.value, r.n, r.stderr, None if r.samples is None else r.samples.tolist()]
+        tapped = encoders()
+        tapped["generator"].denoiser.network = Tapped()
+        for name, r in run(DenoiserProbe(ProbeConfig(noise=(0.0, 0.9), l2=(1e-2,))), tapped, streams).items():
+            found[name] = [r.value, r.n, r.stderr]
         pictures = context(encoders(), streams)
         with torch.no_grad():
             for evaluation in (Samples(SamplesConfig(samples=21)), Memorisation(MemorisationConfig(samples=21))):
@@ -95,7 +102,7 @@ def test_on_four_ranks(folder, monkeypatch):
 
 def test_every_rank_of_every_world_reports_the_same(folder):
     whole = json.loads((folder / "1-0.json").read_text())
-    assert len(whole) == 31
+    assert len(whole) == 44
     for world in (2, 4):
         found = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
         assert all(other == found[0] for other in found)

@@ -51,7 +51,7 @@ def test_a_run_here_is_asked_by_its_stop_file(run):  # noqa: F811
 
 def test_a_job_is_cancelled_by_slurm(run, slurm):  # noqa: F811
     submitted(run)
-    (slurm / "queue").write_text("7 7 PENDING\n")
+    (slurm / "queue").write_text("7 7 7 PENDING\n")
     assert cancel(run) == "SLURM job 7 is cancelled"
     assert (slurm / "said").read_text().splitlines()[-1] == "scancel 7"
     assert not (run / "stop").exists()
@@ -59,7 +59,7 @@ def test_a_job_is_cancelled_by_slurm(run, slurm):  # noqa: F811
 
 def test_a_job_that_trains_may_take_its_time_to_save(run, slurm):  # noqa: F811
     submitted(run)
-    (slurm / "queue").write_text("7 7 RUNNING\n")
+    (slurm / "queue").write_text("7 7 7 RUNNING\n")
     assert "SLURM job 7 is asked to save and end" in cancel(run)
     assert history.asked_to_end(run, "7") and not history.asked_to_end(run, "8")
     assert "scancel" not in (slurm / "said").read_text()
@@ -123,14 +123,14 @@ def test_the_job_of_another_folder_is_not_cancelled(run, slurm):  # noqa: F811
     """Of a copy, or of one whose job's number was given out again."""
     entry = Submitted(history.now(), "7", "big", 2, None, "c.toml", ["submit"], "sluice-one", str(run.resolve()))
     history.append(run, entry)
-    (slurm / "queue").write_text("7 7 RUNNING sluice-one\n")
+    (slurm / "queue").write_text("7 7 7 RUNNING sluice-one\n")
     copy = run.with_name("two")
     shutil.copytree(run, copy)
     write_state(copy, State("finished", 0, 100, 0))
     with pytest.raises(LaunchError, match="neither queued nor running: finished"):
         cancel(copy)
     assert "asked to save" in cancel(run)
-    (slurm / "queue").write_text("7 7 RUNNING sluice-another\n")
+    (slurm / "queue").write_text("7 7 7 RUNNING sluice-another\n")
     write_state(run, State("finished", 0, 100, 0))
     with pytest.raises(LaunchError, match="neither queued nor running: finished"):
         cancel(run)
@@ -144,7 +144,7 @@ def test_a_run_at_work_is_not_resumed(run, slurm):  # noqa: F811
     with pytest.raises(LaunchError, match="is finished: nothing to resume"):
         resume_command(run)
     submitted(run)
-    (slurm / "queue").write_text("7 7 PENDING\n")
+    (slurm / "queue").write_text("7 7 7 PENDING\n")
     with pytest.raises(LaunchError, match="is queued, SLURM job 7 is pending: nothing"):
         resume_command(run)
 

@@ -64,9 +64,9 @@ def test_a_limit_of_0_is_none():
 
 
 def test_jobs_are_known_by_the_number_of_their_array_or_their_own(monkeypatch):
-    monkeypatch.setattr(slurm, "call", lambda *command, seconds: "7 7 RUNNING sluice-a b\n8 9 PENDING other")
-    jobs = {"7": "sluice-a b", "8": "", "9": "", "10": ""}
-    assert slurm.states(jobs) == {"7": "RUNNING", "8": "PENDING", "9": "PENDING"}
+    monkeypatch.setattr(slurm, "call", lambda *command, seconds: "7 7 7 RUNNING sluice-a b\n8 9 8_0 PENDING other")
+    jobs = {"7": "sluice-a b", "8": "", "9": "", "8_0": "", "8_1": "", "10": ""}
+    assert slurm.states(jobs) == {"7": "RUNNING", "8": "PENDING", "9": "PENDING", "8_0": "PENDING"}
     assert slurm.states({"7": "sluice-another"}) == {}, "a number that was given out again"
     assert slurm.states({}) == {}
 

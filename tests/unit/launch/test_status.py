@@ -153,7 +153,7 @@ def test_a_run_in_the_queue(tmp_path, slurm):
     run = tmp_path / "runs" / "new"
     submitted(run, "6")
     submitted(run)
-    (slurm / "queue").write_text("7 7 PENDING\n")
+    (slurm / "queue").write_text("7 7 7 PENDING\n")
     assert (only(run).phase, only(run).detail) == ("queued", "SLURM job 7 is pending")
     assert "--me" in (slurm / "said").read_text()
     (slurm / "queue").write_text("")
@@ -165,7 +165,7 @@ def test_a_run_that_was_queued_again(run, slurm):
     for number, decision in enumerate(["restart", "requeue", "requeue"]):
         t = history.now()
         history.append(run, Attempt("7", number, ["n1"], t, t, 1, 31, decision, "it crashed"))
-    (slurm / "queue").write_text("7 9 RUNNING\n8 8 RUNNING\n")
+    (slurm / "queue").write_text("7 9 7_0 RUNNING\n8 8 8 RUNNING\n")
     assert (only(run).phase, only(run).detail) == ("running", "SLURM job 7 is running; requeued 2 times")
 
 
@@ -176,7 +176,7 @@ def test_why_a_job_was_not_started_again(run, slurm):
     history.append(run, Attempt("7", 0, ["n1"], t, t, 1, 31, "stop", "failed 3 times in a row at step 31"))
     assert "  stopped     failed 3 times in a row at step 31" in details(only(run)).splitlines()
     submitted(run, "8")
-    (slurm / "queue").write_text("8 8 PENDING\n")
+    (slurm / "queue").write_text("8 8 8 PENDING\n")
     assert "stopped" not in details(only(run))
 
 

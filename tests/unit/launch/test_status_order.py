@@ -40,7 +40,7 @@ def ended(job: str, decision: str, reason: str = "it crashed") -> Attempt:
 )
 def test_slurm_knows_best_while_it_has_the_job(run, slurm, queued, phase):  # noqa: F811
     submitted(run)
-    (slurm / "queue").write_text(f"7 7 {queued}\n")
+    (slurm / "queue").write_text(f"7 7 7 {queued}\n")
     for state in (State("finished", 0, 100, 0), State("failed", 1, 31, 0, "boom")):
         write_state(run, state)
         assert (only(run).phase, only(run).detail) == (phase, f"SLURM job 7 is {queued.lower()}")
@@ -48,7 +48,7 @@ def test_slurm_knows_best_while_it_has_the_job(run, slurm, queued, phase):  # no
 
 def test_a_job_of_which_only_the_single_number_is_listed(run, slurm):  # noqa: F811
     submitted(run, "9")
-    (slurm / "queue").write_text("7 9 PENDING\n")
+    (slurm / "queue").write_text("7 9 7_0 PENDING\n")
     assert only(run).phase == "queued"
 
 
@@ -92,7 +92,7 @@ def test_requeues_of_earlier_jobs_are_not_this_one_s(run, slurm):  # noqa: F811
     history.append(run, ended("6", "requeue"))
     submitted(run)
     history.append(run, ended("7", "requeue"))
-    (slurm / "queue").write_text("7 7 RUNNING\n")
+    (slurm / "queue").write_text("7 7 7 RUNNING\n")
     assert only(run).detail == "SLURM job 7 is running; requeued 1 time"
 
 
@@ -139,14 +139,14 @@ def test_a_link_that_leads_back_is_not_followed(run, tmp_path):  # noqa: F811
 
 def test_a_table_says_what_slurm_says(run, slurm):  # noqa: F811
     submitted(run)
-    (slurm / "queue").write_text("7 7 PENDING\n")
+    (slurm / "queue").write_text("7 7 7 PENDING\n")
     assert table([only(run), only(run)]).splitlines()[1].endswith("SLURM job 7 is pending")
 
 
 def test_a_job_that_has_not_begun_to_train_has_nothing_to_save(tmp_path, slurm):  # noqa: F811
     new = tmp_path / "runs" / "new"
     submitted(new)
-    (slurm / "queue").write_text("7 7 RUNNING\n")
+    (slurm / "queue").write_text("7 7 7 RUNNING\n")
     assert cancel(new) == "SLURM job 7 is cancelled"
     assert (slurm / "said").read_text().splitlines()[-1] == "scancel 7" and not history.asked_to_end(new, "7")
 

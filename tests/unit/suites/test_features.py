@@ -108,6 +108,21 @@ def test_a_stream_without_labels_is_named(lone_group):
         extract(Sum(), Bare(stream(4).image, stream(4).label), [OWN], ("label",))
 
 
+def test_rows_may_be_parts_of_wider_ones(lone_group):
+    """As the single row of a short last batch, too, which counts as contiguous at any stride."""
+
+    class Sliced(ListStream):
+        def __iter__(self):
+            wide = torch.arange(24).reshape(4, 6)
+            for rows in (slice(0, 3), slice(3, 4)):
+                cut = wide[rows, ::2]
+                yield {"id": torch.arange(4)[rows], "cut": cut, "column": cut[:, 1]}
+
+    found = extract(None, Sliced(stream(4).image, stream(4).label), [], ("cut", "column"))
+    assert found["cut"].tolist() == [[6 * row + n for n in (0, 2, 4)] for row in range(4)]
+    assert found["column"].tolist() == [2, 8, 14, 20]
+
+
 @pytest.mark.world_size(2)
 def test_what_one_rank_cannot_read_is_the_error_of_all():
     """And nobody waits for the one that cannot go on."""
