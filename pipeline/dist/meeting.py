@@ -141,6 +141,42 @@ class Meeting:
             thread.join()
 
 
+class MeetingApart(Meeting):
+    """The same in a group of its own, for work beside that of the job, whose group and all that hold it stay as they are.
+
+    A context manager: inside, the group of its own is the one that collectives use. All ranks enter and leave together.
+    """
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self._job = distributed_c10d._get_default_group()
+        self._own: dist.ProcessGroup | None = None
+
+    def __enter__(self) -> MeetingApart:
+        """Make the group."""
+        self._renew()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Back to the job's."""
+        self._leave()
+
+    def _leave(self) -> None:
+        distributed_c10d._update_default_pg(self._job)
+        if self._own is not None:
+            dist.destroy_process_group(self._own)
+            self._own = None
+
+    def _renew(self) -> None:
+        if self._place.world_size == 1:
+            return
+        self._leave()
+        made = dist.new_group(timeout=self._place.timeout, backend=backends(self._place.device))
+        assert isinstance(made, dist.ProcessGroup)
+        self._own = made
+        distributed_c10d._update_default_pg(made)
+
+
 def _failure(error: Exception) -> Failure:
     if isinstance(error, SluiceError):
         return Failure(str(error), "")

@@ -93,6 +93,26 @@ def open_subject(spec: Spec, place: Place) -> Subject:
         "open_clip": lambda: foreign_clip.open_clip_model(spec.model, _path(spec)),
     }
     found, step = _checkpoint(spec, place) if spec.kind == "checkpoint" else (by_all(openers[spec.kind]), None)
+    return _subject(spec, found, step, place)
+
+
+def of_training(
+    spec: Spec, objective: Objective, known: DataFacts, config: RunConfig, tokenizer: bytes | None, place: Place
+) -> Subject:
+    """The same of a model that has the weights of a run which is going on.
+
+    Args:
+        spec: the checkpoint that would hold them.
+        objective: the model, which is nobody else's.
+        known: of the run's data.
+        config: of the run.
+        tokenizer: the file that its texts are read with; None: it has none.
+        place: of this rank.
+    """
+    return _subject(spec, _ours(objective, known, config, tokenizer), spec.step, place)
+
+
+def _subject(spec: Spec, found: Opened, step: int | None, place: Place) -> Subject:
     encoders: dict[str, nn.Module] = {}
     for name, encoder in found.encoders.items():
         encoders[name] = encoder.to(place.device).eval().requires_grad_(False)
@@ -144,7 +164,7 @@ def _untrained(run: Path) -> Opened:
     """The model of a run with weights as they are drawn at random, also where the run began from others' weights."""
     config = load.load_run(run / "config.toml")
     known = facts(config.data, load_manifest(config.data.train))
-    return _ours(_built(config, known, run), known, config, _tokenizer(config, None))
+    return _ours(built(config, known, run), known, config, _tokenizer(config, None))
 
 
 def _exported(file: Path) -> Opened:
@@ -157,13 +177,14 @@ def _exported(file: Path) -> Opened:
             "or evaluate the checkpoint itself"
         )
     known = DataFacts.of(table(file, FACTS, metadata[FACTS]))
-    objective = _built(config, known, file)
+    objective = built(config, known, file)
     hold(objective, tensors, file, f"the objective {config.objective.name!r}")
     told = metadata.get(TOKENIZER)
     return _ours(objective, known, config, told.encode() if told is not None else None)
 
 
-def _built(config: RunConfig, known: DataFacts, where: Path) -> Objective:
+def built(config: RunConfig, known: DataFacts, where: Path) -> Objective:
+    """The objective of a run, on the CPU, without its frozen parts and with weights that are to be filled in."""
     with no_initial_weights():
         objective = build_objective(config, known, str(where))
     leave_out(objective)
