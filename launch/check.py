@@ -86,6 +86,13 @@ def run_problems(config: RunConfig, title: str, procs: int, *, show: bool = Fals
         problems += mistakes.problems
     except ConfigError as error:
         problems.append(str(error))
+    if config.online is not None:
+        try:
+            components.check_suite(load_suite(config.online.suite), config.online.suite)
+        except Mistakes as mistakes:
+            problems += mistakes.problems
+        except ConfigError as error:
+            problems.append(f"online.suite: {error}")
     try:
         components.check_run(config, title)
         if data is not None:

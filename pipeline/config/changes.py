@@ -66,6 +66,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("ema", "course"),
     ("start", "how"),  # where it began; the checkpoint holds what has become of that
     ("every", "how"),
+    ("online", "how"),
     ("record", "how"),
 )
 """Settings, with what lies below them, and the rule for each; the longest that fits holds. Others are "experiment"."""

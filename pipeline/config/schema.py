@@ -35,8 +35,8 @@ from pipeline.core import registry
 
 __all__ = [
     "FOREIGN", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig", "EvalData",
-    "Every", "Fraction", "Group", "Image", "Optimizer", "Phase", "Positive", "PositiveFloat", "Precision", "Record",
-    "Run", "RunConfig", "Sidecar", "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width",
+    "Every", "Fraction", "Group", "Image", "Online", "Optimizer", "Phase", "Positive", "PositiveFloat", "Precision",
+    "Record", "Run", "RunConfig", "Sidecar", "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width",
     "without_silence",
 ]  # fmt: skip
 
@@ -239,6 +239,29 @@ class Record(Strict):
         return self
 
 
+class Online(Strict):
+    """A suite that is run on the run's own weights while it trains. It changes nothing of the run."""
+
+    suite: Text
+    """File of the suite."""
+    every: Duration = Duration(1.0, "ep")
+    """From one evaluation to the next; the first is before the first update, the last after the last one."""
+    weights: Literal["model", "ema"] | None = None
+    """Left out: the moving average, where [ema] keeps one."""
+    best: Text | None = None
+    """A metric of the suite, "knn/top1_k20": the checkpoint with its best value stays."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Evaluations without a new best value after which the run ends; 0: it does not."""
+
+    @model_validator(mode="after")
+    def _patience_needs_best(self) -> Online:
+        if self.patience and self.best is None:
+            raise ValueError("'patience' needs 'best', the metric that is to become better")
+        if self.every.value == 0:
+            raise ValueError("'every' is zero; leave [online] out")
+        return self
+
+
 class RunConfig(Strict):
     """One training run."""
 
@@ -256,6 +279,8 @@ class RunConfig(Strict):
     start: Start | None = None
     """Left out: weights are drawn, or what the objective's own settings say."""
     every: Every = Every()
+    online: Online | None = None
+    """Left out: none."""
     record: Record = Record()
 
     def optimizers(self) -> dict[str, Optimizer]:

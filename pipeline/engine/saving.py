@@ -131,6 +131,8 @@ class Saver:
         self.keep = keep
         self.saved = saved
         self.series = series
+        self.pinned: set[int] = set()
+        """Steps whose checkpoints stay whole, the best one's: the same on every rank."""
         self.last: int | None = None
         """The step that was saved last, since the run was started."""
         self._host: dict[str, Tensor] = {}
@@ -254,6 +256,8 @@ class Saver:
         kept = [step for step in steps if step not in self.store.damaged][-self.keep :]
         for old in (step for step in steps if step < kept[0]):
             # What cannot go now, as when somebody reads it over NFS, goes another time: the new one is there.
+            if old in self.pinned:
+                continue
             if self.series is None or not self.series.holds(old):
                 shutil.rmtree(self.store.path(old), ignore_errors=True)
             elif not self.series.optimizer:

@@ -43,6 +43,8 @@ def facts(values: Mapping[str, Value]) -> str:
         parts.append(f"{short(float(values['samples_per_second']), 3)} samples/s")
     if "data_wait" in values:
         parts.append(f"data wait {float(values['data_wait']):.0%}")
+    if "quality" in values:
+        parts.append(str(values["quality"]))
     return "  ".join(parts)
 
 

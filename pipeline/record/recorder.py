@@ -53,6 +53,7 @@ class Recorder:
         self._notes = Lines(self._folder / NOTES)
         # A bar is drawn on the terminal itself; plain lines belong into the log, which comes to the console too.
         self._progress = progress(total_steps, console() if console().isatty() else sys.stderr)
+        self._quality: dict[str, Value] = {}
         self._loggers: dict[str, Logger] = {}
         begun = Begun(self._folder, step, config)
         for name in loggers:
@@ -63,7 +64,14 @@ class Recorder:
         self._metrics.append({"step": step, **values, "attempt": self._attempt})
         found = numbers(values)
         self._tell(lambda logger: logger.scalars(step, found))
-        self._progress.update(step, values)
+        self._progress.update(step, {**values, **self._quality})
+
+    def quality(self, step: int, values: Mapping[str, float], best: str | None) -> None:
+        """Record what an evaluation has given; ``best``: the name of the one that people look at."""
+        self._tell(lambda logger: logger.scalars(step, dict(values)))
+        name = best if best in values else next(iter(values), None)
+        if name is not None:
+            self._quality = {"quality": f"{name} {values[name]:.4g}"}
 
     def pictures(self, step: int, pictures: Mapping[str, Picture]) -> None:
         """Record the objective's showcase at ``step``."""

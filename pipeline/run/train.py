@@ -47,6 +47,7 @@ from pipeline.run.build import (
     tokenizer_of,
 )
 from pipeline.run.making import make_engine
+from pipeline.run.online import Judge
 from pipeline.run.preflight import preflight
 from pipeline.run.resuming import Beginning, find_beginning, resume
 
@@ -75,6 +76,8 @@ class Job:
     recorder: Recorder | None
     """On rank 0."""
     surveys: list[Action]
+    judge: Judge | None = None
+    """Evaluates while it trains; None: nobody does."""
 
     @property
     def folder(self) -> Path:
@@ -152,24 +155,28 @@ class Job:
 
     def actions(self) -> list[Action]:
         """In the order in which they run: a line that is in the log belongs to the checkpoint that follows it."""
+        looks = [] if self.judge is None else self.judge.actions()
         return [
+            *looks[:1],  # before surveys, which may change buffers: as the checkpoint of that step has them
             *self.surveys,
             Action("log", self.plan.log_every, self.log),
             Action("checkpoint", self.plan.checkpoint_every, self.checkpoint),
             Action("checkpoint", self.saver.series.every if self.saver.series else 0, self.keep, at_end=False),
             Action("showcase", self.plan.showcase_every, self.showcase),
+            *looks[1:],
         ]
 
     def end(self, outcome: Outcome, clock: Clock, stop: StopRequest) -> int:
         """Wait for the last checkpoint, say how it ended, on rank 0, and give the exit code."""
         self.meter.at("end")
         self.saver.finish()
-        code = FINISHED if outcome is Outcome.FINISHED else REQUEUE
+        ended = outcome is Outcome.FINISHED or (self.judge is not None and self.judge.ended)
+        code = FINISHED if ended else REQUEUE
         if self.recorder is not None:
-            if outcome is Outcome.STOPPED:
+            if not ended:
                 self.recorder.note(f"stopped at step {clock.step}: {stop.reason or 'another rank was asked to'}")
                 stop.file.unlink(missing_ok=True)
-            name = "finished" if outcome is Outcome.FINISHED else "requeue"
+            name = "finished" if ended else "requeue"
             close_state(self.folder, name, code, step=clock.step)
             self.recorder.note(f"report: {write_report(self.folder)}")
         from_first(None)  # srun ends all ranks as soon as one has left with another code than 0
@@ -211,6 +218,8 @@ def train(path: str, overrides: Sequence[str]) -> int:
         surveys = build_surveys(config, manifest, plan, engine, surveyor, stack)
         parts = (engine, stream, saver, meter, sample, tokenizer, recorder, surveys)
         job = Job(config, place, plan, manifest, known, origins, *parts)
+        if config.online is not None:
+            job.judge = Judge(job, watch, clock.step)
         try:
             outcome, clock = fit(
                 engine=job.engine,

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from pipeline.config import load
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, Weights
 from pipeline.core.protocols import DataFacts
 from pipeline.dist.group import Place, by_first
 from pipeline.dist.meeting import MeetingApart
 from pipeline.engine.base import BaseEngine
-from pipeline.engine.fragments import EMA, MODEL, named_tensors
+from pipeline.engine.fragments import named_tensors
 from pipeline.record.failed import Ended, keep_failures
 from pipeline.record.results import Row, ready
 from pipeline.suites.progress import Progress
@@ -62,7 +62,7 @@ class Online:
         self._config, self._facts, self._tokenizer, self._place = config, facts, tokenizer, place
         self._folder = Path(config.run.folder)
         averaged = config.ema is not None and config.ema.decay is not None
-        self._weights = config.online.weights or (EMA if averaged else MODEL)
+        self._weights: Weights = config.online.weights or ("ema" if averaged else "model")
         by_first(partial(ready, self._folder))
 
     def evaluate(self, engine: BaseEngine, step: int, alive: Callable[[], None]) -> Quality:
@@ -100,7 +100,7 @@ class Online:
         """A model of its own with the weights of the moment, as the checkpoint of this step gives it."""
         objective = built(self._config, self._facts, self._folder)
         own = named_tensors(objective)
-        averaged = engine.averaged() if self._weights == EMA else nullcontext()
+        averaged = engine.averaged() if self._weights == "ema" else nullcontext()
         with torch.no_grad(), averaged, engine.whole_parameters():
             for name, tensor in named_tensors(engine.objective).items():
                 own[name].copy_(tensor)
