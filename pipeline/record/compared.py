@@ -97,6 +97,8 @@ def _notes(comparison: Comparison) -> list[str]:
     else:
         said.append("nothing was measured alike")
     several = len({one.data for one in [*comparison.compared, *comparison.unlike]}) > 1
+    for setting, values in comparison.settings.items():
+        said.append(f"setting {setting}: {', '.join(map(str, values))}")
     for reason, found in _by_reason(comparison.unlike).items():
         names = [f"{one.metric} on {one.data}" if several else one.metric for one in found]
         said.append(f"not compared: {', '.join(dict.fromkeys(names))}: {reason}")
@@ -165,6 +167,7 @@ def comparison_json(comparison: Comparison) -> str:
     """All of it, also what is not compared."""
     body = {
         "subjects": comparison.subjects,
+        "settings": {name: list(values) for name, values in comparison.settings.items()},
         "compared": [_plain(one) for one in comparison.compared],
         "not_compared": [one._asdict() for one in comparison.unlike],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from pipeline.record import statistics
 from pipeline.record.judging import judge
 from pipeline.record.lines import Score, apart, facts_of, score, short_fact
 from pipeline.record.results import CHECKPOINT, Found, Row, read_results, run_names, run_of
+from pipeline.record.runs import config_differences
 from pipeline.record.statistics import Difference
 
 
@@ -22,6 +23,8 @@ class Subject(NamedTuple):
 
     name: str
     rows: list[Row]
+    folder: str | None = None
+    """Of its run; None: it is not known."""
 
 
 class Compared(NamedTuple):
@@ -69,6 +72,8 @@ class Comparison(NamedTuple):
     """The first one is what the others are compared with."""
     compared: list[Compared]
     unlike: list[Unlike]
+    settings: Mapping[str, tuple[Any, ...]] = {}
+    """Settings of the runs that differ, in the order of the subjects."""
 
 
 def compare(subjects: Sequence[Subject]) -> Comparison:
@@ -90,7 +95,9 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
         unlike += _unlike(first.name, other.name, *left)
     corrected = statistics.holm([one.difference.p for one in compared])
     compared = [one._replace(p=p) for one, p in zip(compared, corrected, strict=True)]
-    return Comparison([one.name for one in subjects], compared, unlike)
+    folders = [one.folder for one in subjects if one.folder is not None]
+    settings = config_differences(folders) if len(folders) == len(subjects) else {}
+    return Comparison([one.name for one in subjects], compared, unlike, settings)
 
 
 def _by_task(rows: Sequence[Row]) -> dict[tuple[object, ...], dict[int | None, Row]]:
@@ -191,7 +198,7 @@ def _split(word: str) -> tuple[str | None, str]:
 def _chosen(named: Sequence[tuple[str, str]]) -> list[Subject]:
     names = run_names(folder for folder, _ in named)
     results = {folder: read_results(folder) for folder in names}
-    found: dict[tuple[str, str], tuple[str, str, list[Row]]] = {}
+    found: dict[tuple[str, str], tuple[str, str, str, list[Row]]] = {}
     alike = {Path(folder).resolve(): folder for folder in names}
     for folder, model in named:
         folder = alike[Path(folder).resolve()]
@@ -199,14 +206,14 @@ def _chosen(named: Sequence[tuple[str, str]]) -> list[Subject]:
         if not rows:
             raise ConfigError(f"{folder} has no results; evaluate it first: sluice eval {folder} SUITE")
         for name in _models(folder, model, rows):
-            found[folder, name] = (names[folder], name, _of(name, rows))
+            found[folder, name] = (folder, names[folder], name, _of(name, rows))
     if len(found) < 2:
         (folder, name), *_ = found
         others = ", ".join(repr(m) for m in dict.fromkeys(r.model for r in results[folder].rows) if m != name)
         more = f'; in {folder} there are also {others}: sluice compare {folder} "{name}" MODEL' if others else ""
         raise ConfigError(f"only {name!r} of {folder} is named, and two are needed to compare{more}")
-    several = len({run for run, _, _ in found.values()}) > 1
-    return [Subject(f"{run}: {name}" if several else name, rows) for run, name, rows in found.values()]
+    several = len({run for _, run, _, _ in found.values()}) > 1
+    return [Subject(f"{run}: {name}" if several else name, rows, at) for at, run, name, rows in found.values()]
 
 
 def _models(folder: str, wanted: str, rows: Sequence[Row]) -> list[str]:

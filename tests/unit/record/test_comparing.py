@@ -278,3 +278,12 @@ def test_a_pipe_in_a_name_does_not_end_a_cell_of_markdown(tmp_path):
     rows = [read_results(measured(tmp_path / name, top1(h, "a|b"))).rows for name, h in (("x", HITS), ("y", BETTER))]
     comparison = compare([Subject("x|", rows[0]), Subject("y", rows[1])])
     assert "| a\\|b |" in comparison_markdown(comparison)
+
+
+def test_settings_in_which_the_runs_differ_are_told(runs):
+    for folder, rate in zip(runs, (0.001, 0.01), strict=True):
+        (folder / "config.toml").write_text(f'[run]\nfolder = "{folder}"\nseed = 1\n[optimizer]\nlr = {rate}\n')
+    comparison = found(*runs)
+    assert comparison.settings == {"optimizer.lr": (0.001, 0.01)}
+    assert "setting optimizer.lr: 0.001, 0.01" in comparison_text(comparison)
+    assert json.loads(FORMATS["json"](comparison))["settings"] == {"optimizer.lr": [0.001, 0.01]}
