@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -83,11 +83,11 @@ def evaluate(run: Path, suite: Path, out: Path, *more: str) -> int:
     return main(command)
 
 
-def telling(run: Path, suite: Path, out: Path, *more: str) -> tuple[int, str]:
-    """As a rank; with what it says on standard error."""
-    with redirect_stderr(io.StringIO()) as said:
+def telling(run: Path, suite: Path, out: Path, *more: str) -> tuple[int, str, str]:
+    """As a rank; with what it says on standard error and on standard output."""
+    with redirect_stderr(io.StringIO()) as said, redirect_stdout(io.StringIO()) as shown:
         code = evaluate(run, suite, out, *more)
-    return code, said.getvalue()
+    return code, said.getvalue(), shown.getvalue()
 
 
 def found(folder: Path) -> set[tuple[str, str]]:
@@ -155,34 +155,24 @@ def test_statistics_of_batch_norm_and_buffers_that_no_checkpoint_holds_are_the_m
     assert read_results(tmp_path / "out").rows == []
 
 
-def command(run: Path, suite: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own."""
-    code = "import sys; from tests import toy_evals; toy_evals.admit(); from pipeline.run.__main__ import main; "
-    words = ["eval", "--run", str(run), "--suite", str(suite), "--out", str(out), "--random-init"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-c", f"{code}sys.exit(main({words!r}))"],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-
-
 def test_a_suite_that_was_killed_goes_on_with_what_is_not_there(mae, data, tmp_path):
     killed = 'name = "misbehave"\non = ["good"]\nhow = "killed"'
     evals = ('name = "knn"\nk = [3]\non = ["good"]', killed, 'name = "rank"\non = ["good"]')
     interrupted, out = suite_of(tmp_path, data, *evals), tmp_path / "out"
-    done = command(mae, interrupted, out)
-    assert done.returncode == -9, done.stderr
+    (done,) = start_ranks(1, telling, run=mae, suite=interrupted, out=out)
+    assert done.exit_code == -9, done.problem
     assert found(out) == {("knn", "good")} and not (out / "report.html").exists()
     before = {path: path.stat().st_mtime_ns for path in (out / "results").iterdir()}
-    again = command(mae, interrupted, out)
-    assert again.returncode == 0, again.stderr
+    (again,) = start_ranks(1, telling, run=mae, suite=interrupted, out=out)
+    code, said, shown = again.value
+    assert code == 0, said
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "1 of 3 were there already" in again.stdout and (out / "report.html").exists()
-    assert "misbehave on good, mae: random init (2 of 3)" in again.stderr
+    assert "1 of 3 were there already" in shown and (out / "report.html").exists()
+    assert "misbehave on good, mae: random init (2 of 3)" in said
     # In another process, that was never killed, all is the same to the last bit.
     shutil.copytree(out / "evaluations", tmp_path / "whole" / "evaluations")
-    whole = command(mae, interrupted, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    (whole,) = start_ranks(1, telling, run=mae, suite=interrupted, out=tmp_path / "whole")
+    assert whole.value[0] == 0, whole.value[1]
     assert records(out) == records(tmp_path / "whole") and len(records(out)) >= 3
 
 
@@ -268,20 +258,23 @@ def test_a_trial_of_a_few_samples_says_that_it_is_one(mae, data, tmp_path, capsy
 
 
 def test_any_number_of_ranks_gives_the_same_numbers(mae, data, tmp_path):
-    """Ragged shards, shared out in other ways; the ranks are started as a user starts them."""
+    """Ragged shards, shared out in other ways; two ranks are started as a user starts them."""
     suite = suite_of(tmp_path, data, 'name = "knn"\nk = [3, 5]\non = ["good"]', 'name = "rank"\non = ["good"]')
     assert evaluate(mae, suite, tmp_path / "alone") == 0
     alone = read_results(tmp_path / "alone")
-    for procs in (2, 4):
-        out = tmp_path / f"{procs}"
-        words = ["eval", str(mae), str(suite), "--random-init", "--out", str(out), "--procs", str(procs)]
-        done = subprocess.run(
-            [sys.executable, "-m", "launch", *words],
-            cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found = read_results(out)
+    words = ["eval", str(mae), str(suite), "--random-init", "--out", str(tmp_path / "2"), "--procs", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", *words],
+        cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ended = start_ranks(4, telling, run=mae, suite=suite, out=tmp_path / "4")
+    assert [e.problem for e in ended] == [None] * 4 and [e.value[0] for e in ended] == [0] * 4
+    for shown in (done.stdout, "".join(e.value[2] for e in ended)):
+        assert shown.count("knn/top1_k3") == 1
+    for world in (2, 4):
+        found = read_results(tmp_path / str(world))
         assert [row.key for row in found.rows] == [row.key for row in alone.rows]
         for row, expected in zip(found.rows, alone.rows, strict=True):
             assert row.value == pytest.approx(expected.value, rel=1e-6, abs=1e-6), row.metric
@@ -290,7 +283,6 @@ def test_any_number_of_ranks_gives_the_same_numbers(mae, data, tmp_path):
                 assert outcomes(row.outcomes, row.n).values == pytest.approx(
                     outcomes(expected.outcomes, expected.n).values, abs=1e-5
                 )
-        assert done.stdout.count("knn/top1_k3") == 1
 
 
 def test_an_average_of_data_sets_is_a_result_and_one_that_lacks_a_part_is_none(mae, data, tmp_path, capsys):

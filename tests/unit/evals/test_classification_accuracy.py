@@ -25,9 +25,9 @@ CLASSIFIER = Component.model_validate({
     "encoder_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
 })  # fmt: skip
 TRAINING = Training(
-    length=Duration(120, "ba"),
+    length=Duration(50, "ba"),
     global_batch=16,
-    optimizer=Optimizer(name="adamw", lr=1e-2, weight_decay=0.0),
+    optimizer=Optimizer(name="adamw", lr=2e-2, weight_decay=0.0),
     image=Image(size=4, crop="resize"),
     workers=0,
 )
