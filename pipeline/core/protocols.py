@@ -240,6 +240,9 @@ class PairwiseObjective(Objective):
     micro-batches there are: numbers of samples stay whole numbers.
     """
 
+    compares: bool = True
+    """False where, as it is set, the loss is a mean over samples after all: accumulation then needs no second pass."""
+
     @abstractmethod
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """One row per sample; random numbers belong to the samples, so that a second call gives the same."""

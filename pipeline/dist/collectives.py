@@ -109,7 +109,7 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
 
 def global_mean(rows: Tensor) -> Tensor:
     """Mean over the rows of the global batch, in at least fp32, with gradient: [n,...] -> [...]."""
-    return mean_over_ranks(_wide(rows).mean(0))
+    return mean_over_ranks(wide(rows).mean(0))
 
 
 def global_covariance(rows: Tensor, others: Tensor | None = None, *, correction: int = 1) -> Tensor:
@@ -126,12 +126,13 @@ def global_covariance(rows: Tensor, others: Tensor | None = None, *, correction:
     Returns:
         [D,E].
     """
-    centred = _wide(rows) - global_mean(rows)
-    second = centred if others is None else _wide(others) - global_mean(others)
+    centred = wide(rows) - global_mean(rows)
+    second = centred if others is None else wide(others) - global_mean(others)
     total = len(rows) * rank_and_world()[1]
     with torch.autocast(rows.device.type, enabled=False):  # products of what was made wide stay so
         return mean_over_ranks(centred.T @ second / len(rows)) * (total / (total - correction))
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In at least fp32."""
     return x if x.dtype == torch.float64 else x.float()

@@ -38,7 +38,7 @@ def accumulate(engine: SingleEngine, batches: Sequence[Batch], ctx: StepContext)
         with the parts of its samples.
     """
     objective = engine.objective
-    if isinstance(objective, PairwiseObjective) and len(batches) > 1:
+    if isinstance(objective, PairwiseObjective) and objective.compares and len(batches) > 1:
         yield from _in_two_passes(engine, objective, [engine.move(batch) for batch in batches], ctx)
         return
     for index, batch in enumerate(batches):

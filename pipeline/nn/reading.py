@@ -6,7 +6,7 @@ Shape letters: B images, T tokens, D width, H, W height and width of the grid of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -117,6 +117,60 @@ def caught(encoder: nn.Module, count: int) -> Iterator[list[Tensor]]:
         for hook in hooks:
             hook.remove()
     found += [cast("Tensor", backbone.norm(x)) if x.ndim == 3 else x for x in raw]
+
+
+def block_names(backbone: Backbone) -> list[str]:
+    """Names of the blocks of a timm model, from the input on, as :func:`outputs_of` takes them."""
+    of_blocks = {id(block) for block in _blocks(backbone)}
+    return [name for name, module in backbone.named_modules() if id(module) in of_blocks]
+
+
+@contextmanager
+def outputs_of(backbone: Backbone, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """Catch what modules of a timm model give while it runs, as maps: [B,D,H,W] by name.
+
+    Tokens before the patches are left out.
+
+    Args:
+        backbone: a timm model.
+        names: of its blocks, or of any other modules.
+
+    Raises:
+        ConfigError: it has no such module, or one gives no map.
+    """
+    found: dict[str, Tensor] = {}
+    modules: dict[str, nn.Module] = dict(backbone.named_modules())
+    if strange := sorted(set(names) - modules.keys()):
+        raise ConfigError(f"{type(backbone).__name__} has no block {strange[0]!r}; there are {block_names(backbone)}")
+
+    def catching(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found[name] = _as_map(backbone, name, output)
+
+        return catch
+
+    hooks = [modules[name].register_forward_hook(catching(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _as_map(backbone: Backbone, name: str, x: Any) -> Tensor:
+    """[B,D,H,W] of tokens [B,T,D], or of a map."""
+    if isinstance(x, Tensor) and x.ndim == 4:
+        return x.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else x
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if isinstance(x, Tensor) and x.ndim == 3 and grid is not None:
+        patches = x[:, backbone.num_prefix_tokens :]
+        if patches.shape[1] == grid[0] * grid[1]:
+            return patches.transpose(1, 2).unflatten(2, grid)
+    shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    raise ConfigError(
+        f"what {name!r} of {type(backbone).__name__} gives ({shape}) is no map of places; take one of its blocks: "
+        f"{block_names(backbone)}"
+    )
 
 
 def _blocks(backbone: Backbone) -> list[nn.Module]:

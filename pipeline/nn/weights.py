@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,8 @@ TIMM = "timm"
 """Key of a file's metadata that says, in JSON, what ``timm.create_model`` is to be given."""
 IMAGE_SIZE = "image_size"
 """Key of a file's metadata that holds height and width, in JSON."""
+FACTS = "facts"
+"""Key of a file's metadata that holds what the objective was told of the data, in JSON."""
 NORMAL = "normalisation"
 """Key of a file's metadata that holds "mean" and "std" of each channel, for values from 0 to 1, in JSON."""
 
@@ -175,9 +178,19 @@ def load_encoder(backbone: Backbone, path: str | os.PathLike[str], *, antialias:
     Raises:
         CheckpointError: unreadable, or of another model.
     """
-    if not _wanted.get():
-        return
-    state, metadata = read(path)
+    if _wanted.get():
+        fill_encoder(backbone, *read(path), path, antialias=antialias)
+
+
+def fill_encoder(
+    backbone: Backbone,
+    state: dict[str, Tensor],
+    metadata: dict[str, str],
+    path: str | os.PathLike[str],
+    *,
+    antialias: bool = True,
+) -> None:
+    """Fill a timm backbone with what :func:`read` gave of ``path``; see :func:`load_encoder`."""
     state, wanted = _encoder_part(state), backbone.state_dict()
     # MAE fine-tunes a pooled encoder with a fresh norm after the pooling instead of the one before it.
     missing = {name for name in wanted.keys() - state.keys() if not name.startswith("fc_norm.")}
@@ -202,6 +215,25 @@ def load_encoder(backbone: Backbone, path: str | os.PathLike[str], *, antialias:
             f"instead of {tuple(wanted[name].shape)}; set encoder and encoder_args as it was trained"
         )
     backbone.load_state_dict(fitting, strict=False)
+
+
+def heads_of(backbone: Backbone) -> tuple[str, ...]:
+    """Beginnings of the names of a model's classifiers."""
+    named = backbone.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+
+
+def as_timm(backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by timm's names: as they are, or as timm translates those that a model's authors published."""
+    if backbone.state_dict().keys() == {key for key in tensors if not key.startswith(heads_of(backbone))}:
+        return tensors
+    translate: Any = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if translate is None:
+        return tensors
+    try:
+        return translate(dict(tensors), backbone)
+    except (KeyError, IndexError, RuntimeError, ValueError, AttributeError, TypeError):
+        return tensors  # of another model: what is missing is said where they are held against it
 
 
 def _list(what: str, names: set[str]) -> str:

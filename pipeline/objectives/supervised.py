@@ -12,13 +12,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.batch_norm import GlobalBatchNorm
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageClassifier
 from pipeline.nn.images import tile
+from pipeline.nn.labels import check_labels
 from pipeline.nn.mixing import Mixing, mix
 from pipeline.nn.randaugment import RandAugment, rand_augment
 from pipeline.nn.start import start_as_big_vision
@@ -82,7 +83,8 @@ class Supervised(Objective):
         """
         label = batch["label"]
         if not self._labels_checked:  # once: it waits for the device
-            self._check_labels(label)
+            check_labels(label, self.classes)
+            self._labels_checked = True
         image = self.augmented(batch, ctx)
         if self.config.mixing.active:
             x, partner, part = self.mixed(image, batch, ctx)
@@ -134,15 +136,6 @@ class Supervised(Objective):
         if self.config.freeze:
             self.encoder.eval()
         return self
-
-    def _check_labels(self, label: Tensor) -> None:
-        low, high = int(label.min()), int(label.max())
-        if low < 0 or high >= len(self.classes):
-            raise DataError(
-                f"labels run from {low} to {high}, but the manifest names {len(self.classes)} classes "
-                f"(0 to {len(self.classes) - 1}); rebuild the shards or mend the manifest's classes"
-            )
-        self._labels_checked = True
 
     def encoders(self) -> dict[str, nn.Module]:
         """The backbone with its own pooling; "logits" is the classifier on it."""

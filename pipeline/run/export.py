@@ -12,14 +12,14 @@ from pipeline.core.protocols import Export
 from pipeline.dist.group import process_group
 from pipeline.engine.fragments import MODEL
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder
-from pipeline.nn.weights import IMAGE_SIZE, export_encoder, save
+from pipeline.nn.weights import FACTS, IMAGE_SIZE, export_encoder, save
 from pipeline.record.console import say
 from pipeline.run.weights import Restored, parse_weights, restore
 
 ENCODER = "encoder.safetensors"
 WHOLE = "objective.safetensors"
-FACTS, TOKENIZER = "facts", "tokenizer"
-"""Keys of its metadata: what the objective was told of the data, in JSON; the tokenizer's file, where there is one."""
+TOKENIZER = "tokenizer"
+"""Key of its metadata that holds the tokenizer's file, where there is one."""
 
 
 def export(

@@ -68,7 +68,10 @@ def _hash(name: str, origin: Origin) -> str:
 
 def _fill(name: str, part: nn.Module, origin: Origin) -> None:
     if origin.fill is not None:
-        origin.fill(origin.path)
+        try:
+            origin.fill(origin.path)
+        except SluiceError as error:
+            raise ConfigError(f"the objective's {name}: {error}") from error
         return
     stored, wanted = read(origin.path)[0], part.state_dict()
     for key in sorted(stored.keys() | wanted.keys()):

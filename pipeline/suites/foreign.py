@@ -6,7 +6,6 @@ Images are cropped and normalised as timm's own configuration of the model says.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.registry import suggest
 from pipeline.nn.encoder import Backbone, ImageEncoder
 from pipeline.nn.images import Normalize
-from pipeline.nn.weights import IMAGE_SIZE, NORMAL, TIMM, read
+from pipeline.nn.weights import IMAGE_SIZE, NORMAL, TIMM, as_timm, heads_of, read
 
 _SHOWN = 4
 """Names in a message."""
@@ -151,8 +150,8 @@ def timm_model(name: str, file: Path | None) -> Opened:
     encoders: dict[str, nn.Module] = {"image": ImageEncoder(normalize, backbone, "native")}
     if file is None:
         return Opened(marked(encoders, *facts), (), image)
-    tensors = _as_timm(backbone, dict(read(file)[0]))
-    heads = _heads(backbone)
+    tensors = as_timm(backbone, dict(read(file)[0]))
+    heads = heads_of(backbone)
     trunk = {key: value for key, value in tensors.items() if not key.startswith(heads)}
     hold(backbone, trunk, file, f"timm's {name!r}")
     classes = _classes(heads, tensors)
@@ -171,25 +170,6 @@ def _create(name: str, **arguments: Any) -> Backbone:
         return timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"timm cannot build {name!r} with {arguments}: {error or repr(error)}") from error
-
-
-def _heads(backbone: Backbone) -> tuple[str, ...]:
-    """Beginnings of the names of a model's classifiers."""
-    named = backbone.pretrained_cfg.get("classifier") or ()
-    return tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
-
-
-def _as_timm(backbone: Backbone, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by timm's names: as they are, or as timm translates those that a model's authors published."""
-    if backbone.state_dict().keys() == {key for key in tensors if not key.startswith(_heads(backbone))}:
-        return tensors
-    translate: Any = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if translate is None:
-        return tensors
-    try:
-        return translate(dict(tensors), backbone)
-    except (KeyError, IndexError, RuntimeError, ValueError, AttributeError, TypeError):
-        return tensors  # of another model: what is missing is said where they are held against it
 
 
 def _classes(heads: tuple[str, ...], tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from pipeline.core.protocols import Batch, DataFacts, Objective
 from pipeline.data.facts import facts
 from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.dist.group import Place, by_all
-from pipeline.nn.weights import no_initial_weights, read
+from pipeline.nn.weights import FACTS, no_initial_weights, read
 from pipeline.run.build import build_objective
-from pipeline.run.export import FACTS, TOKENIZER
+from pipeline.run.export import TOKENIZER
 from pipeline.run.frozen import leave_out
 from pipeline.run.weights import Restored, restore
 from pipeline.suites import foreign, foreign_clip

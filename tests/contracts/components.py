@@ -41,8 +41,39 @@ RESNET: dict[str, Any] = {
     "encoder_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "zero_init_last": False},
 }
 """An encoder with batch norm."""
+DISTILLED: dict[str, dict[str, Any]] = {
+    "sample by sample": {
+        "labels": {"kind": "labels"},
+        "kl": {"kind": "kl", "temperature": 2.0},
+        "dkd": {"kind": "dkd", "beta": 2.0, "temperature": 2.0},
+        "attention": {"kind": "attention", "block": "blocks.0", "teacher_block": "blocks.1", "weight": 100.0},
+        "tokens": {"kind": "tokens", "block": "blocks.1"},
+        "self_similarity": {"kind": "self_similarity", "block": "blocks.1", "temperature": 0.5},
+    },
+    "by relations": {
+        "hint": {"kind": "hint"},
+        "dist": {"kind": "dist", "weight": 0.1},
+        "angles": {"kind": "angles", "weight": 10.0},
+        "similarities": {"kind": "similarities", "weight": 100.0},
+        "neighbours": {"kind": "neighbours", "weight": 1000.0, "block": "blocks.1"},
+        "queue": {"kind": "queue", "size": 24},
+    },
+}
+"""Losses of a distillation that its smoke config has not got."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip with batch norm": ("clip", RESNET | {"keep_patches": 1.0}),
+    "distill sample by sample": ("distill", {"losses": DISTILLED["sample by sample"]}),
+    "distill by relations, balanced": ("distill", {"losses": DISTILLED["by relations"], "balance": True}),
+    "distill with batch norm": (
+        "distill",
+        RESNET
+        | {
+            "losses": {
+                "dist": {"kind": "dist"},
+                "hint": {"kind": "hint", "block": "layer3", "teacher_block": "blocks.0"},
+            }
+        },
+    ),
     "moco 2 with batch norm": ("moco", RESNET | {"small_stem": True, "norm_batch": 2}),
     "moco 3 with batch norm": ("moco", RESNET | {"small_stem": True, "version": 3}),
     "supervised with batch norm": ("supervised", RESNET),
