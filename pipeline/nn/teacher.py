@@ -154,14 +154,14 @@ class Teacher(nn.Module):
             )
         if whole and any(name.startswith("norm.") for name in state):
             raise ConfigError(
-                f"{path} is of a linear probe, whose classifier stands behind a norm; take the features of its encoder, "
-                "or a teacher that was trained as a whole"
+                f"{path} is of a linear probe, whose classifier stands behind a norm; take losses on features, or a "
+                "teacher that was trained as a whole"
             )
         weight, bias = state.get(f"{heads[0]}weight"), state.get(f"{heads[0]}bias")
         if weight is None or bias is None:
             raise ConfigError(
-                f"{path} holds no classifier {heads[0][:-1]!r}, and a loss reads this teacher's logits; name a file that "
-                "has it (objective.safetensors of an export), or take losses on features"
+                f"{path} holds no classifier {heads[0][:-1]!r}, and a loss reads this teacher's logits; name a file "
+                "that has it (objective.safetensors of an export), or take losses on features"
             )
         weight = weight.flatten(1)  # of a convolution of one pixel
         if weight.shape != self.head.weight.shape:

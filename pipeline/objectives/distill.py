@@ -1,9 +1,9 @@
 """Distillation: a student follows one or several frozen teachers, by any sum of losses, with labels or without.
 
 Hinton et al., "Distilling the Knowledge in a Neural Network" (2015, arXiv 1503.02531), and what came after it: the
-losses are in :mod:`pipeline.nn.distillation`, each with its source. Teacher and student see the same crop, augmented and
-mixed alike (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022), each under
-its own normalisation. Shape letters: B samples, n samples of all micro-batches of this rank, L losses, K classes.
+losses are in :mod:`pipeline.nn.distillation`, each with its source. Teacher and student see the same crop, augmented
+and mixed alike (Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022), each
+under its own normalisation. Shape letters: B samples, L losses, L' of them means over samples, K classes.
 """
 
 from __future__ import annotations

@@ -21,10 +21,8 @@ def on_one_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """
     if student.ndim == 2:
         return student, teacher
-    grid = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    mine, its = (
-        x if list(x.shape[2:]) == grid else functional.adaptive_avg_pool2d(x, grid) for x in (student, teacher)
-    )
+    height, width = (min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    mine, its = (functional.adaptive_avg_pool2d(x, (height, width)) for x in (student, teacher))
     return mine, its
 
 

@@ -50,7 +50,8 @@ class Loss(Strict):
     def weight_at(self, progress: float) -> float:
         """The weight at a part of the run, 0 to 1."""
         if isinstance(self.weight, tuple):
-            return float(np.interp(progress, *zip(*self.weight, strict=True)))
+            parts, weights = zip(*self.weight, strict=True)
+            return float(np.interp(progress, parts, weights))
         return self.weight
 
     def connectors(self, student: int, teacher: int) -> dict[str, nn.Module]:
@@ -68,10 +69,9 @@ class OfTeacher(Loss):
     def losses(self, student: Tensor, teacher: Tensor | None, label: Tensor | None) -> Tensor:
         """float[B]."""
         assert teacher is not None
-        return self.of(student, teacher, label)
+        return self._of(student, teacher, label)
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
-        """float[B]."""
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -100,8 +100,19 @@ class Labels(Loss):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def losses(self, student: Tensor, teacher: Tensor | None, label: Tensor | None) -> Tensor:
+        """float[B]."""
         assert label is not None
         return response.labels(student, label, self.label_smoothing)
+
+
+class Hard(OfTeacher):
+    """Cross-entropy with what the teacher decides."""
+
+    kind: Literal["hard"]
+    reads = "logits"
+
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+        return response.hard(student, teacher)
 
 
 class KL(OfTeacher):
@@ -111,7 +122,7 @@ class KL(OfTeacher):
     reads = "logits"
     temperature: PositiveFloat = 4.0
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         return response.soft_targets(student, teacher, self.temperature)
 
 
@@ -125,7 +136,7 @@ class DKD(OfTeacher):
     beta: Weight = 8.0
     temperature: PositiveFloat = 4.0
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         assert label is not None
         return response.decoupled(student, teacher, label, self.alpha, self.beta, self.temperature)
 
@@ -140,7 +151,7 @@ class DIST(OfTeacher):
     gamma: Weight = 1.0
     temperature: PositiveFloat = 1.0
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         return response.correlation(student, teacher, self.beta, self.gamma, self.temperature)
 
 
@@ -151,6 +162,7 @@ class Connected(OfBlock):
     """False: none, for features of one width."""
 
     def connectors(self, student: int, teacher: int) -> dict[str, nn.Module]:
+        """Those of this kind."""
         if self.connector:
             return {"student": nn.Linear(student, teacher)}
         if student != teacher:
@@ -166,7 +178,7 @@ class Hint(Connected):
     kind: Literal["hint"]
     reads = "any"
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         return feature.hint(student, teacher)
 
 
@@ -176,7 +188,7 @@ class Attention(OfBlock):
     kind: Literal["attention"]
     reads = "map"
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         return feature.attention(student, teacher)
 
 
@@ -187,7 +199,7 @@ class Tokens(Connected):
     reads = "map"
     temperature: PositiveFloat = 1.0
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         return feature.tokens(student, teacher, self.temperature)
 
 
@@ -198,7 +210,7 @@ class SelfSimilarity(OfBlock):
     reads = "map"
     temperature: PositiveFloat = 0.07
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         return feature.self_similarity(student, teacher, self.temperature)
 
 
@@ -209,7 +221,7 @@ class Relation(OfBlock):
     reads = "any"
     compares = True
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         return RELATIONS[self.kind](student.flatten(1), teacher.flatten(1))
 
 
@@ -223,9 +235,10 @@ class Contrast(OfTeacher):
     temperature: PositiveFloat = 0.07
 
     def connectors(self, student: int, teacher: int) -> dict[str, nn.Module]:
+        """Those of this kind."""
         return {"student": nn.Linear(student, self.dim), "teacher": nn.Linear(teacher, self.dim)}
 
-    def of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
+    def _of(self, student: Tensor, teacher: Tensor, label: Tensor | None) -> Tensor:
         return contrast.contrast(student, teacher, self.temperature)
 
 
@@ -240,10 +253,11 @@ class Queue(OfTeacher):
     temperature: PositiveFloat = 0.07
 
     def connectors(self, student: int, teacher: int) -> dict[str, nn.Module]:
+        """Those of this kind."""
         return {"student": nn.Linear(student, teacher)}
 
 
 Kind = Annotated[
-    Labels | KL | DKD | DIST | Hint | Attention | Tokens | SelfSimilarity | Relation | Contrast | Queue,
+    Labels | Hard | KL | DKD | DIST | Hint | Attention | Tokens | SelfSimilarity | Relation | Contrast | Queue,
     Field(discriminator="kind"),
 ]

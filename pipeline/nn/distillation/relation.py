@@ -63,7 +63,8 @@ def angles(student: Tensor, teacher: Tensor) -> Tensor:
     for rows, columns in ((student, gather_with_gradient(student)), (teacher.detach(), all_gather(teacher))):
         direction = unit(columns[None] - rows[:, None])
         cosines.append(direction @ direction.transpose(1, 2))
-    return functional.smooth_l1_loss(*cosines, reduction="none").mean(dim=(1, 2))
+    mine, its = cosines
+    return functional.smooth_l1_loss(mine, its, reduction="none").mean(dim=(1, 2))
 
 
 @in_full

@@ -31,6 +31,19 @@ def labels(student: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
 
 
 @in_full
+def hard(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy with what the teacher decides.
+
+    Touvron et al., "Training data-efficient image transformers & distillation through attention" (ICML 2021), eq. 3.
+
+    Args:
+        student: logits [B,K].
+        teacher: logits [B,K].
+    """
+    return functional.cross_entropy(student, teacher.argmax(dim=1), reduction="none")
+
+
+@in_full
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(p_T(teacher) || p_T(student)), summed over classes.
 

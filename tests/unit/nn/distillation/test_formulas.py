@@ -134,6 +134,13 @@ def test_the_divergence_is_summed_over_classes_and_its_gradient_keeps_its_size_a
     torch.testing.assert_close(s.grad, (s.detach() - t) / K, rtol=1e-4, atol=1e-6)
 
 
+def test_hard_decisions_of_the_teacher():
+    s, t = draw(B, K), draw(B, K, seed=1)
+    best = [max(range(K), key=row.__getitem__) for row in rows(t)]
+    expected = [-math.log(softmax(row)[c]) for row, c in zip(rows(s), best, strict=True)]
+    torch.testing.assert_close(response.hard(s, t), torch.tensor(expected, dtype=torch.float64))
+
+
 def test_labels_and_parts_of_labels():
     s, label = draw(B, K), torch.tensor(LABEL)
     p = [softmax(row) for row in rows(s)]
@@ -239,6 +246,7 @@ def test_contrast_and_queue():
 
 LOSSES = {
     "labels": lambda s, t: response.labels(s, torch.tensor(LABEL)),
+    "hard": response.hard,
     "soft targets": lambda s, t: response.soft_targets(s, t, 4.0),
     "decoupled": lambda s, t: response.decoupled(s, t, torch.tensor(LABEL), 1.0, 8.0, 4.0),
     "correlation": lambda s, t: response.correlation(s, t, 1.0, 1.0, 1.0),
