@@ -97,8 +97,11 @@ class Config(EncoderConfig):
                 raise ValueError(f"losses.{name}: set 'block', the name of a block of the student")
             if loss.block is None and loss.teacher_block is not None:
                 raise ValueError(f"losses.{name}: 'teacher_block' without 'block'; set both, or neither")
-            if loss.block is not None and self.checkpointing:
-                raise ValueError(f"losses.{name}: blocks cannot be read with checkpointing = true; set it to false")
+            teacher = self.teachers[loss.teacher or next(iter(self.teachers))]
+            if loss.block is not None and (self.checkpointing or self.compile or teacher.compile):
+                raise ValueError(
+                    f"losses.{name}: blocks cannot be read under 'checkpointing' or 'compile'; set them to false"
+                )
         if loss.labelled and loss.reads == "logits" and self.mixing.active:
             raise ValueError(f"losses.{name}: this kind needs one label for each image, which mixing leaves none with")
 

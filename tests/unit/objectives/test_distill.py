@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_a_config_error(losses, more, said):
         ({"losses": {"a": {"kind": "hint", "teacher_block": "x"}}}, "'teacher_block' without 'block'"),
         (
             {"losses": {"a": {"kind": "hint", "block": "x"}}, "checkpointing": True},
-            "checkpointing = true; set it to false",
+            "blocks cannot be read under 'checkpointing'",
         ),
         ({"losses": {"a": {"kind": "dkd"}}, "mixing": {"mixup": 0.8}}, "one label for each image"),
         ({"losses": {"a": {"kind": "labels", "teacher": "big"}}}, "labels ask no teacher"),
