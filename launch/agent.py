@@ -32,6 +32,7 @@ from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
 from pipeline.core.files import stamp
 from pipeline.record.beats import read_beats
+from pipeline.record.paces import slow_nodes
 
 PORTS = range(20_000, 32_000)
 """Below the ports that Linux gives out by itself."""
@@ -110,7 +111,9 @@ class Agent:
         queue = self._queue()
         if code not in (FINISHED, CONFIG, NONFINITE, REQUEUE) and not bad:
             bad = self._check_nodes(alive=queue == "ours")
-        return self._decide(Ended(code, step if attempt != attempt_before else None, bad, queue), start), code
+        slow = self._slow_nodes(attempt, bad) if self.job.leave_out_slow and attempt != attempt_before else {}
+        step = step if attempt != attempt_before else None
+        return self._decide(Ended(code, step, bad, queue, slow_nodes=slow), start), code
 
     def _decide(self, ended: Ended, start: str) -> Decision:
         """What follows, written down."""
@@ -156,6 +159,26 @@ class Agent:
         if bad:
             history.add_bad_nodes(self.run_folder, bad)
         return bad
+
+    def _slow_nodes(self, attempt: int | None, bad: Mapping[str, str]) -> dict[str, str]:
+        """Nodes that stayed slow in an attempt, the slowest first, as many as the job can do without."""
+        slow = {node: why for node, why in slow_nodes(self.run_folder, attempt).items() if node in self.nodes}
+        if not slow:
+            return {}
+        try:
+            known = slurm.patiently(lambda: slurm.usable(self.environment.get("SLURM_JOB_PARTITION", "")))
+        except LaunchError as error:  # being slow is no reason not to go on
+            say(f"{error}; which nodes there are is not known, so the slow ones stay")
+            return {}
+        spare = max(0, len(known - self._excluded() - bad.keys()) - self.job.nodes)
+        if spare < len(slow):
+            say(f"of the slow nodes ({', '.join(slow)}) {spare} can be left out: the partition has no more others")
+        return dict([*slow.items()][:spare])
+
+    def _excluded(self) -> set[str]:
+        """Nodes that this job does not run on any more."""
+        own = (a for a in history.attempts(self.run_folder) if a.job == self.id)
+        return {node for attempt in own for node in attempt.excluded}
 
     def _run_step(self) -> int:
         """The ranks, by srun. Returns its exit code."""
@@ -218,9 +241,8 @@ class Agent:
                 slurm.patiently(lambda: slurm.requeue(self.id))
             except slurm.MissingCommand as error:
                 return say(f"{error}; the job cannot be queued again from here: sluice resume {self.run_folder}")
-        own = (a for a in history.attempts(self.run_folder) if a.job == self.id)
         try:
-            slurm.soon(self.id, sorted({node for attempt in own for node in attempt.excluded}))
+            slurm.soon(self.id, sorted(self._excluded()))
         except LaunchError as error:
             say(f"{error}; it starts again in two minutes, on any node")
 

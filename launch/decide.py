@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from launch.history import Action, Attempt
@@ -37,6 +37,8 @@ class Ended:
     queue: Queue = "ours"
     has_agent: bool = True
     """Without an agent only queueing the job again ends what is left of the ranks."""
+    slow_nodes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Nodes that the job is better off without, with the reason. They do not change what follows."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,14 @@ def decide(ended: Ended, before: Sequence[Attempt], budget: Budget) -> Decision:
         before: the earlier attempts of this job, the oldest first.
         budget: of the job.
     """
+    decision = _follows(ended, before, budget)
+    if decision.action != "requeue" or not ended.slow_nodes:
+        return decision
+    exclude = tuple(sorted({*decision.exclude, *ended.slow_nodes}))
+    return replace(decision, reason=decision.reason + _named(ended.slow_nodes), exclude=exclude)
+
+
+def _follows(ended: Ended, before: Sequence[Attempt], budget: Budget) -> Decision:
     code, queue, bad = ended.exit_code, ended.queue, ended.bad_nodes
     settled: list[tuple[bool, Action, str]] = [
         (code == FINISHED, "finished", "the run has reached its length"),

@@ -43,6 +43,8 @@ class Job:
     stop_seconds: int = 300
     """How long before the time limit the ranks are asked to save."""
     budget: Budget = field(default_factory=Budget)
+    leave_out_slow: bool = False
+    """When the job is queued again, leave out nodes that stayed slow, where enough others are there."""
 
     def write(self, path: Path) -> None:
         """Write it, at once."""

@@ -72,6 +72,9 @@ class Profile(Strict):
     """Crashes on sound nodes after which a job still starts again in its allocation."""
     requeues: Annotated[int, Field(ge=0)] = 10
     """Lost nodes after which a job is still queued again. Preemption and time limits are not counted."""
+    leave_out_slow: bool = False
+    """A job that is queued again leaves out nodes whose ranks stayed slower than the others', as long as the partition
+    has enough others."""
     sbatch: tuple[Text, ...] = ()
     """Further options: ["--reservation=maintenance"]."""
     srun: tuple[Text, ...] = ()

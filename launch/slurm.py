@@ -233,6 +233,13 @@ def unsound(nodes: Sequence[str], *, alive: bool) -> dict[str, str]:
     return bad
 
 
+def usable(partition: str) -> set[str]:
+    """Nodes of a partition that run jobs, or could."""
+    lines = call("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T").splitlines()
+    states = [line.split() for line in lines]
+    return {node for node, state in states if not state.endswith("*") and not state.startswith(_UNSOUND)}
+
+
 def _roll_call() -> str:
     """The command that a sound node can run."""
     return "nvidia-smi" if shutil.which("nvidia-smi") else "true"

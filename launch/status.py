@@ -23,6 +23,7 @@ from pipeline.record import lock, logs, metrics
 from pipeline.record.beats import Beat, read_beats
 from pipeline.record.files import tail
 from pipeline.record.formats import duration, short
+from pipeline.record.paces import Paces, as_text, read_paces
 from pipeline.record.process import boot, born
 from pipeline.record.state import FILE as STATE
 from pipeline.record.state import State, read_state
@@ -32,6 +33,7 @@ SILENT_SECONDS = 120.0
 CLOCKS = 3600.0
 """Seconds that the clocks of two machines may differ; within them, a silent run is looked at for some seconds."""
 ERRORS_SHOWN = 4
+RANKS_SHOWN = 8
 DEPTH = 12
 """Folders below runs/ in which runs are looked for."""
 ROOT = Path("runs")
@@ -58,6 +60,8 @@ class Status:
     checkpoint: tuple[int, float] | None = None
     """Step and age in seconds of the newest."""
     behind: str = ""
+    paces: Paces | None = None
+    """Of its ranks; of a run alone, and at work."""
     stopped: str = ""
     """Why its job was not started again."""
     errors: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
@@ -228,6 +232,7 @@ def _status(run: Path, scene: _Scene, alone: bool) -> Status:
         total_steps=plan.get("total_steps"),
         checkpoint=newest_checkpoint(run),
         behind=rank_behind(beats) if phase == "running" else "",
+        paces=read_paces(run, beats[0].attempt) if phase == "running" and alone and beats else None,
         stopped=_stopped(run, phase, entries, job),
         errors=errors,
     )
@@ -339,7 +344,9 @@ def details(status: Status) -> str:
             break
         rows["error" + " " * index] = f"{_ranks(ranks)}: {text}" if ranks else text
     head = f"{status.run}: {status.phase}" + (f", {status.detail}" if status.detail else "")
-    return "\n".join([head, *(f"  {name.strip():<12}{text}" for name, text in rows.items())])
+    lines = [head, *(f"  {name.strip():<12}{text}" for name, text in rows.items())]
+    ranks = as_text(status.paces, RANKS_SHOWN) if status.paces and len(status.paces.nodes) > 1 else []
+    return "\n".join([*lines, *(f"  {line}" for line in ranks)])
 
 
 def _ranks(ranks: Sequence[int]) -> str:

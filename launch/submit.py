@@ -244,6 +244,7 @@ def _job(kind: Kind, folder: str, arguments: Sequence[str], request: Request, pr
         launcher=profile.launcher,
         stop_seconds=profile.stop_seconds,
         budget=Budget(profile.restarts, profile.requeues),
+        leave_out_slow=profile.leave_out_slow,
     )
 
 

@@ -136,6 +136,11 @@ class EngineConfig(Strict):
     hang_minutes: PositiveFloat = 5.0
     """A step that takes longer, and ten times longer than the median, ends the job after the stacks of all ranks were
     written; the start, saving and the like have six times as long."""
+    slow_percent: PositiveFloat = 40.0
+    """A rank whose own time for a step, without what it waits for others, stays longer than the median of the other
+    ranks' by so much is named."""
+    slow_minutes: PositiveFloat = 4.0
+    """After so many at the latest: it was slow in three windows in a row, of a quarter of this each."""
 
     @model_validator(mode="after")
     def _zero_is_deepspeed(self) -> EngineConfig:

@@ -70,7 +70,7 @@ def fit(
         clock = replace(clock, step=clock.step + 1, samples=clock.samples + global_batch)
         engine.after_step(clock)
         meter.end_step(global_batch)
-        watch.exchange(clock.step, meter.loss, meter.norm)
+        watch.exchange(clock.step, meter.loss, meter.norm, meter.own)
 
         ending = watch.stopping or clock.samples >= clock.total_samples
         due = [action for action in actions if not action.ahead and action.due(clock, ending=ending)]

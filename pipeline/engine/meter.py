@@ -16,6 +16,7 @@ from pipeline.core.digest import batch_digest
 from pipeline.core.protocols import Batch, Clock, StepOutput
 from pipeline.dist.group import sum_over_ranks
 from pipeline.engine.ledger import Ledger
+from pipeline.engine.pace import Pace
 from pipeline.record.beats import Pulse
 
 T = TypeVar("T")
@@ -40,15 +41,24 @@ class Meter:
         world_size: ranks of the job.
         pulse: told of every step; None: nobody is.
         ledger: keeps the losses of samples; None: nobody does.
+        pace: measures the rank's own time; None: nobody does.
     """
 
     def __init__(
-        self, device: torch.device, world_size: int, pulse: Pulse | None = None, ledger: Ledger | None = None
+        self,
+        device: torch.device,
+        world_size: int,
+        pulse: Pulse | None = None,
+        ledger: Ledger | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.device = device
         self.world_size = world_size
         self.pulse = pulse
         self.ledger = ledger
+        self.pace = pace
+        self.own: tuple[float, ...] = ()
+        """This rank's own seconds since the step before the last one ended, by phase."""
         self.loss = torch.zeros((), device=device)
         """Of the last step on this rank, added up over its updates."""
         self.norm = torch.zeros((), device=device)
@@ -79,6 +89,8 @@ class Meter:
         """What the rank does now; see :class:`pipeline.record.beats.Beat`."""
         if self.pulse is not None:
             self.pulse.at(phase, step)
+        if self.pace is not None:
+            self.pace.at(phase)
 
     def timed(self, source: Iterator[T]) -> Iterator[T]:
         """``source``, with the time spent waiting for it counted."""
@@ -128,6 +140,8 @@ class Meter:
         """Close the step."""
         self._steps += 1
         self._samples += samples
+        if self.pace is not None:
+            self.own = self.pace.take()
 
     def line(self, clock: Clock) -> dict[str, Any]:
         """The log line of the last step, over all ranks; begins a new stretch of time. Called on all ranks.

@@ -1,4 +1,5 @@
-"""After every update the ranks tell each other their loss, whether they were asked to stop, and how far saving is.
+"""After every update the ranks tell each other their loss, whether they were asked to stop, how far saving is, and
+how long they took by themselves.
 
 So a loss that is not finite on one rank stops all of them in the same step and before any action can persist what it
 did to the weights, a request to stop reaches all of them in the same step whoever got it, and a checkpoint that is
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from pipeline.core.errors import NonFiniteError
 from pipeline.dist.collectives import all_reduce
 from pipeline.dist.group import gather_rows
+from pipeline.engine.paces import PaceKeeper
 from pipeline.engine.saving import Saver
 from pipeline.engine.stopping import StopRequest
 
@@ -27,7 +30,7 @@ from pipeline.engine.stopping import StopRequest
 class _Pending(NamedTuple):
     step: int
     rows: Tensor
-    """[W,4] on the host: loss, gradient norm, stop, progress of saving."""
+    """[W,4+P] on the host: loss, gradient norm, stop, progress of saving, own seconds of each phase."""
     ready: torch.cuda.Event | None
 
 
@@ -38,20 +41,31 @@ class Watch:
         device: of the rank.
         stop: whether this rank was asked to stop.
         saver: writes checkpoints in the background; None: nobody does.
+        paces: takes in how long all ranks took; None: it is not kept, or by another rank.
     """
 
-    def __init__(self, device: torch.device, stop: StopRequest, saver: Saver | None = None) -> None:
+    def __init__(
+        self, device: torch.device, stop: StopRequest, saver: Saver | None = None, paces: PaceKeeper | None = None
+    ) -> None:
         self.stop = stop
         self.saver = saver
+        self.paces = paces
         self.lag = 1 if device.type == "cuda" else 0
         self.pending: deque[_Pending] = deque()
         self.stopping = False
 
-    def exchange(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Tell the others how this rank is; look at what has come back."""
+    def exchange(self, step: int, loss: Tensor, norm: Tensor, own: Sequence[float] = ()) -> None:
+        """Tell the others how this rank is; look at what has come back.
+
+        Args:
+            step: that was made.
+            loss: of this rank.
+            norm: of the gradient.
+            own: seconds by phase, of this rank; as many on every rank.
+        """
         progress = 0 if self.saver is None else self.saver.progress
         # new_full fills on the device; new_tensor would copy, and wait for the device
-        told = [loss.new_full((), float(value)) for value in (self.stop.asked(), progress)]
+        told = [loss.new_full((), float(value)) for value in (self.stop.asked(), progress, *own)]
         row = torch.stack([value.detach().float() for value in (loss, norm, *told)])
         rows = gather_rows(row)
         ready = None
@@ -83,7 +97,7 @@ class Watch:
             step, rows, ready = self.pending.popleft()
             if ready is not None:
                 ready.synchronize()
-            values = rows.tolist()
+            values = rows[:, :4].tolist()
             bad = [f"the loss of rank {rank} is {row[0]}" for rank, row in enumerate(values) if not _finite(row[0])]
             if not bad and not _finite(values[0][1]):
                 bad = [f"the gradient's norm is {values[0][1]}"]
@@ -97,6 +111,8 @@ class Watch:
             self.stopping = self.stopping or any(row[2] for row in values)
             if self.saver is not None:
                 self.saver.told([int(row[3]) for row in values])
+            if self.paces is not None:
+                self.paces.add(step, rows[:, 4:])
 
 
 def _finite(value: float) -> bool:

@@ -22,6 +22,7 @@ from pipeline.record.formats import duration, short
 from pipeline.record.metrics import FILE as METRICS
 from pipeline.record.metrics import History, read_history
 from pipeline.record.notes import FILE as NOTES
+from pipeline.record.paces import read_paces, rows_of, title_of
 from pipeline.record.page import NO_CURVES, facts, folded, page, tiles
 from pipeline.record.pictures import Shown, encode, shot
 from pipeline.record.records import FOLDER as RESULTS
@@ -34,6 +35,7 @@ FILE = "report.html"
 PICTURE_BYTES = 1_200_000
 """Most bytes of pictures in a page, before base64; steps are left out, evenly, until they fit."""
 _PICTURE_STEPS = 8
+_RANKS = 64
 _STATES = {"finished": "finished", "running": "running", "failed": "failed", "requeue": "stopped, to be resumed"}
 _PLACED = {"samples", "epoch", "attempt", "step", "data_digest", "step_seconds"}
 """Quantities of a metrics line that have no curve of their own."""
@@ -83,6 +85,7 @@ def _page(folder: Path) -> str:
         exhibits(results),
         _curves(data, history) if data else "<h2>Curves</h2><p class=soft>No metrics were logged yet.</p>",
         _showcase(read_pictures(folder)),
+        _ranks(folder),
         _origin(folder, starts),
     ]
     embedded = {"x": data.x, "step": data.step, "series": _rounded(data)} if data else NO_CURVES
@@ -223,6 +226,20 @@ def _spread(steps: list[int], count: int) -> list[int]:
     if count >= len(steps):
         return steps
     return [steps[-1 - i * (len(steps) - 1) // max(count - 1, 1)] for i in range(count)][::-1]
+
+
+def _ranks(folder: Path) -> str:
+    """A table of what each rank takes by itself; nothing of a run on one."""
+    paces = read_paces(folder)
+    if paces is None or len(paces.nodes) < 2:
+        return ""
+    head, *rows = rows_of(paces, _RANKS)
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    names = "".join(f"<th>{name}</th>" for name in head)
+    table = f"<table><thead><tr>{names}</tr></thead><tbody>{cells}</tbody></table>"
+    slow = "; ".join(f'rank {slow.rank} on {slow.node} was slow in "{slow.phase}"' for slow in paces.slow)
+    body = f'<p class="soft">{escape(title_of(paces).capitalize())}.</p><div class="scroll">{table}</div>'
+    return f"<h2>Ranks</h2><p>{escape(slow)}</p>{folded('Own time by rank', body)}"
 
 
 def _origin(folder: Path, starts: Sequence[Mapping[str, Any]]) -> str:

@@ -66,12 +66,15 @@ class Report:
     reduce_gb_per_second: float | None = None
 
 
-def preflight(folder: Path, place: Place) -> None:
+def preflight(folder: Path, place: Place) -> list[str]:
     """Check the nodes of a job. Collective; about a tenth of a second here.
 
     Args:
         folder: the run's; made if it is not there.
         place: of this rank.
+
+    Returns:
+        The node of each rank.
 
     Raises:
         LaunchError: on every rank; with the bad nodes and what is wrong with them.
@@ -99,6 +102,7 @@ def preflight(folder: Path, place: Place) -> None:
         error = LaunchError("preflight: " + "; ".join(f"node {node} {why}" for node, why in sorted(bad.items())))
         error.everywhere = True
         raise error
+    return [report.node for report in reports]
 
 
 def judge(reports: Sequence[Report], needed_bytes: int) -> dict[str, str]:

@@ -21,12 +21,15 @@ from pipeline.data.dataset import open_data
 from pipeline.data.facts import facts
 from pipeline.data.selection import Selection, sources
 from pipeline.dist.group import Place, by_first, from_first, gather_objects, process_group, sum_over_ranks
+from pipeline.dist.waits import Waits
 from pipeline.engine.actions import Action
 from pipeline.engine.base import BaseEngine
 from pipeline.engine.checkpoint import CHECKPOINTS, CheckpointStore
 from pipeline.engine.ledger import Ledger
 from pipeline.engine.loop import Outcome, fit
 from pipeline.engine.meter import Meter
+from pipeline.engine.pace import Pace
+from pipeline.engine.paces import PaceKeeper
 from pipeline.engine.saving import Saver, Series
 from pipeline.engine.stopping import StopRequest
 from pipeline.engine.surveys import Surveyor
@@ -34,6 +37,7 @@ from pipeline.engine.watch import Watch
 from pipeline.record.files import Lines, dumps
 from pipeline.record.logger import check_loggers
 from pipeline.record.losses import LossFiles
+from pipeline.record.paces import Judge
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
 from pipeline.record.state import close_state
@@ -198,7 +202,9 @@ def train(path: str, overrides: Sequence[str]) -> int:
         store = CheckpointStore(Path(config.run.folder) / CHECKPOINTS, place, notes.append)
         beginning = find_beginning(config, plan, store, path)
         start.begin(plan, stop)
-        preflight(Path(config.run.folder), place)
+        nodes = preflight(Path(config.run.folder), place)
+        waits = Waits(place.device)
+        stack.enter_context(waits.listening())
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
         sample, tokenizer = sample_batch(config, manifest), tokenizer_of(config, manifest)
         known = facts(config.data, manifest)
@@ -210,10 +216,10 @@ def train(path: str, overrides: Sequence[str]) -> int:
             stack.enter_context(closing(recorder))
         clock = beginning.clock
         start.pulse.at("start", clock.step)
-        meter = Meter(place.device, place.world_size, start.pulse, _ledger(config, manifest))
+        meter = Meter(place.device, place.world_size, start.pulse, _ledger(config, manifest), Pace(waits))
         series = Series(period(plan, config.run.keep_every), config.run.keep_optimizer)
         saver = Saver(store, config.run.keep, start.saved if place.first else lambda step: None, series)
-        watch = Watch(place.device, stop, saver)
+        watch = Watch(place.device, stop, saver, _paces(config, start, nodes, recorder))
         surveyor = Surveyor(engine, meter, watch, config.run.seed)
         surveys = build_surveys(config, manifest, plan, engine, surveyor, stack)
         parts = (engine, stream, saver, meter, sample, tokenizer, recorder, surveys)
@@ -248,6 +254,14 @@ def _ledger(config: RunConfig, manifest: manifests.Manifest) -> Ledger | None:
     sets = [(m.root, m.samples, m.kept if isinstance(m, Selection) else None) for m in sources(manifest)]
     by_first(lambda: in_folder(files.folder, lambda: files.describe(sets)))
     return Ledger(files)
+
+
+def _paces(config: RunConfig, start: Attempt, nodes: list[str], recorder: Recorder | None) -> PaceKeeper | None:
+    """On rank 0: what names the ranks that stay slow."""
+    if recorder is None:
+        return None
+    judge = Judge(nodes, config.engine.slow_percent)
+    return PaceKeeper(start.folder, start.number, judge, config.engine.slow_minutes, recorder.note)
 
 
 def _recorder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
@@ -131,3 +131,12 @@ def test_a_stop_says_why():
     made = decide(Ended(1, None, {"n2": "is down"}), [], Budget(requeues=0))
     assert made.reason == "crashed; n2: is down; the budget of 0 requeues is used up"
     assert asdict(made)["exclude"] == ()
+
+
+@given(ENDINGS, st.dictionaries(st.sampled_from(["n1", "n3"]), st.just("is slow"), min_size=1))
+def test_slow_nodes_are_left_out_when_the_job_is_queued_again_and_change_nothing_else(ended, slow):
+    usual, made = decide(ended, [], Budget()), decide(replace(ended, slow_nodes=slow), [], Budget())
+    assert made.action == usual.action
+    queued = usual.action == "requeue"
+    assert set(made.exclude) == set(usual.exclude) | (set(slow) if queued else set())
+    assert ("is slow" in made.reason) == queued

@@ -16,6 +16,7 @@ from launch.status import details, find_runs, read_status, table
 from pipeline.core.errors import LaunchError
 from pipeline.record.beats import Pulse
 from pipeline.record.metrics import MetricsLog
+from pipeline.record.paces import Paces, Slow
 from pipeline.record.state import State, write_state
 
 ROOT = Path(__file__).parents[3]
@@ -242,3 +243,16 @@ def test_no_framework_is_imported(run, tmp_path, words):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_ranks_own_times_are_shown_while_it_runs(run):
+    own = [(0.01, 0.5, 0.0, 0.0), (0.01, 0.9, 0.0, 0.0)]
+    Paces(0, 30, 1.0, ["n1", "n2"], own, [Slow(1, "n2", 78.4, "step", 20)]).write(run)
+    assert details(only(run)).splitlines()[-4:] == [
+        "  each rank's own seconds a step, without what it waited for others, up to step 30",
+        "    rank  node  data  step  checkpoint  other",
+        '    1     n2    0.01  0.9   0           0      slow in "step", +78 %',
+        "    0     n1    0.01  0.5   0           0",
+    ]
+    write_state(run, State("finished", 0, 100, 0))
+    assert "each rank" not in details(only(run))

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from pipeline.core.evaluation import Figure, Output, Table
 from pipeline.record import exhibits, report
 from pipeline.record.metrics import MetricsLog
 from pipeline.record.outputs import keep
+from pipeline.record.paces import Paces, Slow
 from pipeline.record.pictures import Shown, encode
 from pipeline.record.report import write_report
 from pipeline.record.results import Origin
@@ -236,3 +238,16 @@ def test_a_browser_shows_the_page_without_errors(run, tmp_path):
     expected = {"ready": "yes", "crosses": "9/9", "moment": "step 1,500", "lr": "7.5e-5", "wide": "false"}
     for name, value in (expected | {"images": "13/13", "zoomed": "true"}).items():
         assert f'data-{name}="{value}"' in root, root
+
+
+def test_the_ranks_own_times(tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    own = [[0.01, 0.5 + rank / 1000, 0.0, 0.0] for rank in range(99)]
+    Paces(0, 30, 1.0, ["<n>"] * 99, own, [Slow(98, "<n>", 78.4, "step", 20)]).write(tmp_path)
+    html = write_report(tmp_path).read_text()
+    assert "rank 98 on &lt;n&gt; was slow in &quot;step&quot;" in html and "<n>" not in html
+    ranks = re.findall(r"<tr><td>(\d+)</td><td>&lt;n&gt;</td><td>0.01</td><td>(0.\d+)</td>", html)
+    assert [int(rank) for rank, _ in ranks] == [*range(98, 34, -1), 49], "the slowest, and the one in the middle"
+    assert all(float(seconds) == pytest.approx(0.5 + int(rank) / 1000) for rank, seconds in ranks)
+    Paces(0, 30, 1.0, ["n"], own[:1]).write(tmp_path)
+    assert "Own time" not in write_report(tmp_path).read_text()

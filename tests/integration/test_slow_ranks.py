@@ -1,0 +1,69 @@
+"""Of four real ranks one is slow: it is named, with what it is slow in, and no other is."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from pipeline.data.stream import TrainStream
+from pipeline.engine.base import SingleEngine
+from pipeline.record.paces import read_paces
+from tests.integration.runs import codes, notes, overrides, run
+
+SLOW = 2
+EVEN, MORE = 0.1, 0.25
+"""Seconds: what every rank sleeps in each forward, so that the load of this machine is little beside it; and what the
+slow one sleeps."""
+ENGINES = {
+    "accelerate": ["engine.name=accelerate"],
+    **{f"zero {stage}": ["engine.name=deepspeed", f"engine.zero={stage}"] for stage in (0, 1, 2, 3)},
+}
+
+
+def burden(where: str) -> None:
+    """Make every rank sleep in its forward, and the slow one longer ``where``: "step", "data" or nowhere."""
+    slow = int(os.environ["RANK"]) == SLOW
+    forward, batches = SingleEngine.forward, TrainStream.batches
+
+    def slept(self: Any, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(MORE if slow and where == "step" else EVEN)
+        return forward(self, *args, **kwargs)
+
+    def late(self: Any, step: int) -> Iterator[Any]:
+        for batch in batches(self, step):
+            time.sleep(MORE)
+            yield batch
+
+    SingleEngine.forward = slept  # type: ignore[method-assign]
+    if slow and where == "data":
+        TrainStream.batches = late  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("where", "engine"),
+    [
+        ("nowhere", "zero 1"),
+        ("data", "accelerate"),
+        ("step", "accelerate"),
+        ("step", "zero 1"),
+        ("step", "zero 3"),
+        pytest.param("step", "zero 0", marks=pytest.mark.slow),
+        pytest.param("step", "zero 2", marks=pytest.mark.slow),
+    ],
+)
+def test_the_slow_rank_alone_is_named(where, engine, tmp_path, glyphs):
+    length = ("run.length=16ba", "every.log=8ba", "every.checkpoint=0ba", "engine.slow_minutes=0.02")
+    settings = overrides(tmp_path, glyphs / "train", *ENGINES[engine], "engine.precision=fp32", *length)
+    assert codes(run(4, "supervised", settings, hurt=partial(burden, where))) == [0] * 4
+    paces = read_paces(tmp_path)
+    assert paces is not None and len(paces.own) == 4
+    named = [] if where == "nowhere" else [(SLOW, where)]
+    assert [(slow.rank, slow.phase) for slow in paces.slow] == named, paces.own
+    said = notes(tmp_path)
+    assert [rank for rank in range(4) if f"rank {rank} on" in said] == [rank for rank, _ in named]
+    assert all(own[1] > EVEN for own in paces.own), "what was slept is its own"
