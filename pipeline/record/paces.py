@@ -174,7 +174,10 @@ def rows_of(paces: Paces, most: int) -> list[list[str]]:
     shown = [(rank, str(rank), named.get(rank, "")) for rank in order[:most]]
     if len(order) > most:
         shown.append((order[len(order) // 2], str(order[len(order) // 2]), f"in the middle of {len(order)}"))
-    rows = [[name, paces.nodes[rank], *(short(value, 3) for value in paces.own[rank]), remark] for rank, name, remark in shown]
+    rows = [
+        [name, paces.nodes[rank], *(short(value, 3) for value in paces.own[rank]), remark]
+        for rank, name, remark in shown
+    ]
     return [["rank", "node", *PHASES, ""], *rows]
 
 
