@@ -48,7 +48,7 @@ class Waits:
         self._inside = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[Waits]:
         """Inside, waits are measured. One at a time in a process."""
         places = [(dist, name) for name in COLLECTIVES if hasattr(dist, name)] + [(dist.Work, "wait")]
         if self.device.type == "cuda":
@@ -59,7 +59,7 @@ class Waits:
         for owner, name, call in before:
             setattr(owner, name, self._timed(call))
         try:
-            yield
+            yield self
         finally:
             for owner, name, call in before:
                 setattr(owner, name, call)

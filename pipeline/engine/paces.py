@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.record.paces import WINDOWS, Judge, Paces, Window
+from pipeline.record.paces import WINDOWS, Paces, Stragglers, Window
 
 
 class PaceKeeper:
@@ -28,7 +28,7 @@ class PaceKeeper:
         self,
         folder: Path,
         attempt: int,
-        judge: Judge,
+        judge: Stragglers,
         minutes: float,
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,

@@ -92,7 +92,7 @@ def others_median(values: Sequence[float]) -> list[float]:
 
 
 @dataclass
-class Judge:
+class Stragglers:
     """Says which ranks stay slow.
 
     A rank is slow in a window when its own time in data and step exceeds the median of the other ranks' by

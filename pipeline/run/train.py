@@ -37,7 +37,7 @@ from pipeline.engine.watch import Watch
 from pipeline.record.files import Lines, dumps
 from pipeline.record.logger import check_loggers
 from pipeline.record.losses import LossFiles
-from pipeline.record.paces import Judge
+from pipeline.record.paces import Stragglers
 from pipeline.record.recorder import Recorder
 from pipeline.record.report import write_report
 from pipeline.record.state import close_state
@@ -203,8 +203,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         beginning = find_beginning(config, plan, store, path)
         start.begin(plan, stop)
         nodes = preflight(Path(config.run.folder), place)
-        waits = Waits(place.device)
-        stack.enter_context(waits.listening())
+        waits = stack.enter_context(Waits(place.device).listening())
         stream = stack.enter_context(closing(build_stream(config, manifest, plan, place)))
         sample, tokenizer = sample_batch(config, manifest), tokenizer_of(config, manifest)
         known = facts(config.data, manifest)
@@ -260,7 +259,7 @@ def _paces(config: RunConfig, start: Attempt, nodes: list[str], recorder: Record
     """On rank 0: what names the ranks that stay slow."""
     if recorder is None:
         return None
-    judge = Judge(nodes, config.engine.slow_percent)
+    judge = Stragglers(nodes, config.engine.slow_percent)
     return PaceKeeper(start.folder, start.number, judge, config.engine.slow_minutes, recorder.note)
 
 

@@ -15,7 +15,7 @@ from pipeline.dist.waits import Waits
 from pipeline.engine import pace as pacing
 from pipeline.engine.pace import Pace
 from pipeline.engine.paces import PaceKeeper
-from pipeline.record.paces import PHASES, Judge, read_paces
+from pipeline.record.paces import PHASES, Stragglers, read_paces
 
 CPU = torch.device("cpu")
 
@@ -104,7 +104,7 @@ def test_work_begun_earlier_is_waited_for_here():
 
 def test_windows_are_judged_and_kept(tmp_path):
     clock, said = Clock(), list[str]()
-    keeper = PaceKeeper(tmp_path, 5, Judge(["a", "b"], 40.0), 4.0, said.append, clock.perf_counter)
+    keeper = PaceKeeper(tmp_path, 5, Stragglers(["a", "b"], 40.0), 4.0, said.append, clock.perf_counter)
     rows = torch.zeros(2, len(PHASES))
     for step in range(1, 21):  # of 20 s: three to a window of a minute
         clock.now += 20.0

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.record.paces import Judge, Paces, Slow, Window, as_text, others_median, read_paces, rows_of, slow_nodes
+from pipeline.record.paces import (
+    Paces,
+    Slow,
+    Stragglers,
+    Window,
+    as_text,
+    others_median,
+    read_paces,
+    rows_of,
+    slow_nodes,
+)
 
 NODES = ["n1", "n1", "n2", "n2"]
 
@@ -21,8 +31,8 @@ def window(*own: float, data: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0), seconds:
 EVEN = window(0.5, 0.5, 0.5, 0.5)
 
 
-def told(*windows: Window, percent: float = 40.0, nodes: list[str] = NODES) -> tuple[Judge, list[list[str]]]:
-    judge = Judge(nodes, percent)
+def told(*windows: Window, percent: float = 40.0, nodes: list[str] = NODES) -> tuple[Stragglers, list[list[str]]]:
+    judge = Stragglers(nodes, percent)
     return judge, [judge.hear(w) for w in windows]
 
 
@@ -94,7 +104,7 @@ def test_one_that_has_recovered_is_named_no_more():
 
 def test_ranks_that_differ_a_little_are_never_named():
     """Each is 30 % slower in its turn, and all are now and then twice as slow for a window."""
-    judge = Judge(NODES, 40.0)
+    judge = Stragglers(NODES, 40.0)
     for turn in range(40):
         own = [0.5, 0.5, 0.5, 0.5]
         own[turn // 10] = 0.65
