@@ -113,10 +113,12 @@ class Stragglers:
             return []
         totals = [sum(row[:JUDGED]) for row in window.own]
         usual = others_median(totals)
+        between = max(sum(row[JUDGED:]) for row in window.own)  # an evaluation may take longer than all steps
+        felt = FELT * max(window.seconds - between, max(totals))
         news, better = list[int](), list[int]()
         for rank, (own, others) in enumerate(zip(totals, usual, strict=True)):
             excess = own - others
-            slow = excess > self.percent / 100 * others and excess > FELT * window.seconds
+            slow = excess > self.percent / 100 * others and excess > felt
             self._in_a_row[rank] = self._in_a_row.get(rank, 0) + 1 if slow != (rank in self.named) else 0
             if self._in_a_row[rank] == WINDOWS:
                 self._in_a_row[rank] = 0

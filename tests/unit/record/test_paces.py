@@ -84,6 +84,11 @@ def test_what_is_done_between_steps_is_not_judged():
     assert not told(logs, logs, logs)[0].named
 
 
+def test_what_takes_long_between_steps_hides_nobody():
+    evaluates = Window(9, 61.0, [(0.0, 0.5, 0.0, 60.0)] * 3 + [(0.0, 0.9, 0.0, 60.0)])
+    assert list(told(evaluates, evaluates, evaluates)[0].named) == [3]
+
+
 def test_one_of_two_ranks_and_a_node_of_two():
     pair = Window(9, 1.0, [(0.0, 0.5, 0.0, 0.0), (0.0, 0.9, 0.0, 0.0)])
     assert list(told(pair, pair, pair, nodes=["n1", "n2"])[0].named) == [1]
