@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from pipeline.data.stream import TrainStream
 from pipeline.engine.base import SingleEngine
 from pipeline.record.paces import read_paces
-from tests.integration.runs import codes, notes, overrides, run
+from pipeline.run import train as training
+from tests.integration.runs import codes, metrics, notes, overrides, run
 
 SLOW = 2
 EVEN, MORE = 0.1, 0.4
@@ -67,3 +69,20 @@ def test_the_slow_rank_alone_is_named(where, engine, tmp_path, glyphs):
     said = notes(tmp_path)
     assert [rank for rank in range(4) if f"rank {rank} on" in said] == [rank for rank, _ in named]
     assert all(own[1] > EVEN for own in paces.own), "what was slept is its own"
+
+
+def unmeasured() -> None:
+    """Train as if nobody measured."""
+    training.Pace = lambda waits: None  # type: ignore[assignment, misc]
+    training._paces = lambda *parts: None
+    training.Waits.listening = lambda self: nullcontext(self)  # type: ignore[method-assign]
+
+
+def test_measuring_changes_no_bit(tmp_path, glyphs):
+    found = []
+    for name, hurt in (("measured", None), ("unmeasured", unmeasured)):
+        settings = overrides(tmp_path / name, glyphs / "train", *ENGINES["zero 1"], "run.length=4ba")
+        assert codes(run(2, "supervised", [*settings, "engine.slow_minutes=0.0001"], hurt=hurt)) == [0, 0]
+        found.append(metrics(tmp_path / name))
+    assert found[0] == found[1] and len(found[0]) == 4
+    assert [(tmp_path / name / "paces.json").exists() for name in ("measured", "unmeasured")] == [True, False]
