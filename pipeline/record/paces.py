@@ -16,7 +16,7 @@ from pipeline.core.files import replace_file
 from pipeline.record.formats import short
 
 FILE = "paces.json"
-PHASES = ("data", "step", "checkpoint", "other")
+PHASES: tuple[str, ...] = ("data", "step", "checkpoint", "other")
 """Waiting for a batch; forward, backward and update; saving; logging, surveys and whatever else is done between."""
 JUDGED = 2
 """So many of them are what a rank is judged by: only rank 0 logs, and ranks do not save alike."""
@@ -74,7 +74,8 @@ def read_paces(folder: Path, attempt: int | None = None) -> Paces | None:
     """What a run has written last, in an attempt where one is named; None: nothing, or it cannot be read."""
     try:
         values: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        found = Paces(**values | {"slow": [Slow(**slow) for slow in values["slow"]]})
+        values["slow"] = [Slow(**slow) for slow in values["slow"]]
+        found = Paces(**values)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return found if attempt in (None, found.attempt) else None
