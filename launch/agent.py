@@ -28,7 +28,7 @@ from launch.history import Attempt
 from launch.job import MASTER, TASK, Job
 from launch.local import child_environment
 from launch.supervise import CRASH, STATE, STOP, make_ready, outcome
-from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
+from pipeline.config.exitcodes import CONFIG, FINISHED, INCOMPLETE, NONFINITE, REQUEUE
 from pipeline.core.errors import LaunchError
 from pipeline.core.files import stamp
 from pipeline.record.beats import read_beats
@@ -109,11 +109,13 @@ class Agent:
         attempt, step = self._newest_beat()
         bad = {n: why for n, why in history.bad_nodes(self.run_folder).items() if n not in known_bad}
         queue = self._queue()
-        if code not in (FINISHED, CONFIG, NONFINITE, REQUEUE) and not bad:
+        suite = self.job.kind == "evaluate"
+        settled = (FINISHED, CONFIG, NONFINITE, REQUEUE, *([INCOMPLETE] if suite else []))
+        if code not in settled and not bad:
             bad = self._check_nodes(alive=queue == "ours")
         slow = self._slow_nodes(attempt, bad) if self.job.leave_out_slow and attempt != attempt_before else {}
         step = step if attempt != attempt_before else None
-        return self._decide(Ended(code, step, bad, queue, slow_nodes=slow), start), code
+        return self._decide(Ended(code, step, bad, queue, slow_nodes=slow, suite=suite), start), code
 
     def _decide(self, ended: Ended, start: str) -> Decision:
         """What follows, written down."""

@@ -10,19 +10,18 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from launch import history, slurm, status, submit
-from launch.job import TASK, Job
+from launch import history, status, submit
+from launch.evaluations import Order, submit_after
 from launch.profile import Profile
 from launch.profile import load as load_profile
-from launch.submit import COPY, SCRIPTS, Draft, Request
+from launch.submit import SCRIPTS, Request
 from launch.sweep import Asked, claimed, examined
+from launch.tasks import Task, queue
 from launch.variants import folder_of, standing
-from pipeline.config import load
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.sweep import Plan, Variant, told
 from pipeline.core.errors import LaunchError, SluiceError
@@ -38,20 +37,6 @@ class Shape(NamedTuple):
     """Of each run."""
     at_once: int | None = None
     """Runs that may train at the same time; None: as many as there is room for."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A run of which a task of the array is made."""
-
-    variant: Variant
-    request: Request
-    draft: Draft
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return folder_of(self.variant)
 
 
 def submit_sweep(asked: Asked, shape: Shape, *, dry_run: bool) -> str:
@@ -74,17 +59,18 @@ def submit_sweep(asked: Asked, shape: Shape, *, dry_run: bool) -> str:
     notes = plan.folder / history.FOLDER
     options = submit.sbatch_options(whole, profile, job, notes.absolute())
     if dry_run:
-        listed = [f"  task {number}: {task.variant.name}" for number, task in enumerate(tasks)]
+        listed = [f"  task {number}: {task.name}" for number, task in enumerate(tasks)]
         command = shlex.join(["sbatch", "--parsable", *options, str(SCRIPTS / "pretrain.sbatch")])
         return "\n".join([*said, *listed, f"$ {command}"])
     submit.check_there(replace(tasks[0].draft, check=_check_words(asked, shape.nodes * profile.ranks)), profile)
     with claimed(plan.folder) as own:
         if not own:
             raise LaunchError(f"another command is submitting what lies in {plan.folder}; wait for it")
-        number = _submit(tasks, job, options, notes, profile, name)
+        number = queue(tasks, options, notes, profile, name)
         said += [f"job {number}: {len(tasks)} runs; their logs: {notes}/slurm-{number}-TASK.out"]
         if plan.suite is not None:
-            after = _submit_suite(plan.suite, tasks, number, shape, profile, notes)
+            order = Order(Path(plan.suite), [], cluster=shape.cluster, time=shape.time)
+            after = submit_after(order, [task.folder for task in tasks], number)
             said += [f"job {after}: {plan.suite}, of each run when it has finished"]
     return "\n".join(said)
 
@@ -104,12 +90,12 @@ def _to_do(plan: Plan, retry: bool) -> tuple[list[Variant], list[str]]:
     return [v for v in plan.variants if v.name not in passed], said
 
 
-def _task(asked: Asked, shape: Shape, profile: Profile, variant: Variant) -> _Task:
+def _task(asked: Asked, shape: Shape, profile: Profile, variant: Variant) -> Task:
     request = Request(asked.config, asked.overrides, shape.nodes, shape.cluster, shape.time)
-    return _Task(variant, request, submit.pretrain_draft(request, profile, variant.config))
+    return Task(variant.name, folder_of(variant), request, submit.pretrain_draft(request, profile, variant.config))
 
 
-def _checked(asked: Asked, tasks: Sequence[_Task]) -> list[str]:
+def _checked(asked: Asked, tasks: Sequence[Task]) -> list[str]:
     """What the checks of the first run say.
 
     Raises:
@@ -123,7 +109,7 @@ def _checked(asked: Asked, tasks: Sequence[_Task]) -> list[str]:
             try:
                 lines.setdefault(title, check())
             except SluiceError as error:
-                problems.setdefault(f"{title}: {error}", []).append(task.variant.name)
+                problems.setdefault(f"{title}: {error}", []).append(task.name)
     if problems:
         raise Mistakes(str(asked.config), told(problems, len(tasks)))
     return [f"{title}: {line}" for title, line in lines.items() if title != "folder"]
@@ -133,65 +119,3 @@ def _check_words(asked: Asked, ranks: int) -> list[str]:
     """Of `sluice`: what checks all runs where their components can be imported."""
     overrides = [word for override in asked.overrides for word in ("--set", override)]
     return ["check", str(asked.config), *overrides, "--procs", str(ranks)]
-
-
-def _submit(
-    tasks: Sequence[_Task], job: Job, options: Sequence[str], notes: Path, profile: Profile, cluster: str
-) -> str:
-    """Write down what each task is to do, put the array into the queue, and note it in every run. Its number."""
-    notes.mkdir(parents=True, exist_ok=True)
-    stem = f"job-{_next(notes):03d}"
-    places: list[Path] = []
-    for number, task in enumerate(tasks):
-        own = (task.folder / history.FOLDER).absolute()
-        own.mkdir(parents=True, exist_ok=True)
-        places.append(own / f"config-{_next(own, 'config'):03d}.toml")
-        places[-1].write_text(task.draft.config, encoding="utf-8")
-        arguments = [str(places[-1]) if word == COPY else word for word in task.draft.job.arguments]
-        replace(task.draft.job, arguments=arguments).write(notes / f"{stem}-{number}.json")
-    environment = submit.submission_environment(profile, notes.absolute() / f"{stem}-{TASK}.json")
-    array = slurm.submit(options, SCRIPTS / f"{job.kind}.sbatch", environment)
-    for number, (task, config) in enumerate(zip(tasks, places, strict=True)):
-        asked = replace(task.request, config=config, overrides=())
-        entry = history.Submitted(
-            time=history.now(),
-            job=f"{array}_{number}",
-            cluster=cluster,
-            nodes=asked.nodes,
-            time_limit=asked.time or profile.time,
-            config=str(config),
-            command=submit.command_of(asked),
-            name=submit.job_name(job),
-            run=os.path.realpath(task.folder),
-        )
-        history.append(task.folder, entry)
-        log = task.folder / history.FOLDER / f"slurm-{array}_{number}.out"
-        with suppress(OSError):  # a file system without links: the log is where the array's lie
-            log.symlink_to(os.path.relpath(notes / f"slurm-{array}-{number}.out", log.parent))
-    return array
-
-
-def _next(folder: Path, stem: str = "job") -> int:
-    """The number of the next file of a name."""
-    taken = [int(part) for path in folder.glob(f"{stem}-*") if (part := path.name.split("-")[1][:3]).isdigit()]
-    return max(taken, default=0) + 1
-
-
-def _submit_suite(suite: str, tasks: Sequence[_Task], array: str, shape: Shape, profile: Profile, notes: Path) -> str:
-    """An array of evaluations, of which each waits for the run of the same number. Its number."""
-    config = load.load_suite(suite)
-    stem = f"eval-{_next(notes, 'eval'):03d}"
-    copy = notes.absolute() / f"{stem}.toml"
-    copy.write_text(load.dump(config), encoding="utf-8")
-    waits = (f"--dependency=aftercorr:{array}", "--kill-on-invalid-dep=yes")
-    profile = profile.model_copy(update={"sbatch": (*profile.sbatch, *waits)})
-    request = Request(Path(suite), (), 1, shape.cluster, shape.time, array=f"0-{len(tasks) - 1}")
-    jobs = [submit.suite_draft(replace(request, run=task.folder, after=array), profile, config).job for task in tasks]
-    for number, job in enumerate(jobs):
-        arguments = [str(copy) if word == COPY else word for word in job.arguments]
-        replace(job, arguments=arguments).write(notes / f"{stem}-{number}.json")
-    environment = submit.submission_environment(profile, notes.absolute() / f"{stem}-{TASK}.json")
-    job = replace(jobs[0], run=os.path.abspath(notes.parent))
-    return slurm.submit(
-        submit.sbatch_options(request, profile, job, notes.absolute()), SCRIPTS / "evaluate.sbatch", environment
-    )

@@ -9,7 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch import cli_results, cli_runs
+from launch import cli_results, cli_runs, cli_suites
+from launch.cli_options import Config, Overrides, Procs, again
 from pipeline.core.errors import SluiceError
 
 app = typer.Typer(
@@ -22,18 +23,6 @@ app = typer.Typer(
 
 CLOSED = 141
 """Exit code of a command whose output nobody reads any more: as the shell gives it for SIGPIPE."""
-Config = Annotated[Path, typer.Argument(help="Configuration file (TOML).")]
-Overrides = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        default_factory=list,
-        show_default=False,
-        help="Override a value: optimizer.lr=1e-3. May be repeated.",
-    ),
-]
-Procs = Annotated[int, typer.Option(min=1, help="Processes (ranks) on this machine.")]
 
 
 @app.command(
@@ -83,7 +72,7 @@ def look(
     """Make a page of what the model will see, before anything is trained: crops, views, masks, texts as tokens."""
     from pipeline.config.load import load_run
 
-    load_run(_again(config), overrides)
+    load_run(again(config), overrides)
     words = [word for override in overrides for word in ("--set", override)]
     _become(["look", "--config", str(config), "--samples", str(samples), "--out", str(out), *words])
 
@@ -149,7 +138,7 @@ def train(
     from pipeline.config.load import load_run
     from pipeline.core.errors import LaunchError
 
-    checked = load_run(_again(config), overrides)
+    checked = load_run(again(config), overrides)
     if master is None:
         local.check_alone(os.environ)
     if master is None or provenance.COMMAND not in os.environ:  # a SLURM job's agent tells what was submitted
@@ -164,70 +153,6 @@ def train(
         part = by_hand(master, nodes, node_rank, procs)
         raise typer.Exit(local.train_part(checked, config, overrides, part))
     raise typer.Exit(local.train(checked, config, overrides, procs))
-
-
-@app.command("submit")
-def submit(
-    config: Annotated[Path, typer.Argument(help="A run, a suite, or shards to prepare (TOML).")],
-    overrides: Overrides,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
-    cluster: Annotated[str | None, typer.Option(help="Profile: slurm/profiles/NAME.toml, or a file.")] = None,
-    time: Annotated[str | None, typer.Option(help="Time limit, as sbatch reads it; else the profile's.")] = None,
-    array: Annotated[str | None, typer.Option(help="Tasks that prepare shards: 0-99, or 0-99%8.")] = None,
-    after: Annotated[str | None, typer.Option(metavar="JOB", help="Start when this job has ended.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Whose checkpoint a suite evaluates.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the job and the checks; submit nothing.")] = False,
-) -> None:
-    """Check a job thoroughly, and put it into SLURM's queue."""
-    from launch import submit as module
-
-    request = module.Request(_again(config), overrides, nodes, cluster, time, array, after, run)
-    typer.echo(module.submit(request, dry_run=dry_run))
-
-
-@app.command("eval")
-def evaluate(
-    overrides: Overrides,
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SUBJECT... SUITE", help="Runs, checkpoints or other weights; then a suite, by file or name."
-        ),
-    ] = None,
-    random_init: Annotated[
-        bool, typer.Option("--random-init", help="Untrained weights of the same shape, for comparison: random:SUBJECT.")
-    ] = False,
-    weights: Annotated[
-        list[str] | None, typer.Option(help='Of checkpoints: "model", "ema" or a width. May be repeated.')
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results and report; left out: each run's.")] = None,
-    again: Annotated[
-        bool, typer.Option("--again/--missing", help="Measure everything anew, or only what is not there yet.")
-    ] = False,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="The first N samples of each stream alone, for a trial.")
-    ] = None,
-    procs: Procs = 1,
-    include: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Find suites in this folder too. May be repeated.")
-    ] = None,
-    show: Annotated[bool, typer.Option("--list", help="Show what suites and evaluations there are.")] = False,
-    validate: Annotated[
-        str | None, typer.Option(metavar="SUITE", help="Say whether a suite is sound; evaluate nothing.")
-    ] = None,
-) -> None:
-    """Run a suite of evaluations on runs (their newest checkpoint), checkpoints, exports or other weights."""
-    from launch.suites import listing
-
-    if show:
-        return typer.echo(listing(include or []))
-    from launch import evaluate as module
-
-    if validate is not None:
-        return typer.echo(module.validate(validate, include or [], overrides))
-    module.evaluate(
-        module.Wish(names or [], overrides, include or [], weights or [], random_init, out, again, limit, procs)
-    )
 
 
 @app.command("export")
@@ -341,20 +266,8 @@ def board(run: Run, port: Annotated[int, typer.Option(min=1, max=65535, help="On
 
 
 cli_runs.add(app)
+cli_suites.add(app)
 cli_results.add(app)
-
-
-def _again(path: Path) -> Path:
-    """A configuration that other processes will read as well.
-
-    Raises:
-        ConfigError: it is a pipe, from which only the first can read.
-    """
-    from pipeline.core.errors import ConfigError
-
-    if path.is_fifo():
-        raise ConfigError(f"{path} is a pipe, and the ranks have to read it again: write it into a file first")
-    return path
 
 
 def _run_and_checkpoint(path: Path) -> tuple[Path, Path | None]:

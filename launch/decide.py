@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from launch.history import Action, Attempt
-from pipeline.config.exitcodes import CONFIG, FINISHED, NONFINITE, REQUEUE
+from pipeline.config.exitcodes import CONFIG, FINISHED, INCOMPLETE, NONFINITE, REQUEUE
 from pipeline.record.failures import LIMIT, repeated
 
 Queue = Literal["ours", "requeueing", "cancelled", "timeout"]
@@ -39,6 +39,8 @@ class Ended:
     """Without an agent only queueing the job again ends what is left of the ranks."""
     slow_nodes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Nodes that the job is better off without, with the reason. They do not change what follows."""
+    suite: bool = False
+    """It was a suite of evaluations, which says by its exit code that some have failed, and does not crash of it."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ def decide(ended: Ended, before: Sequence[Attempt], budget: Budget) -> Decision:
 def _follows(ended: Ended, before: Sequence[Attempt], budget: Budget) -> Decision:
     code, queue, bad = ended.exit_code, ended.queue, ended.bad_nodes
     settled: list[tuple[bool, Action, str]] = [
-        (code == FINISHED, "finished", "the run has reached its length"),
+        (code == FINISHED, "finished", "all of it is done" if ended.suite else "the run has reached its length"),
         (queue == "cancelled", "stop", "the job was cancelled"),
         (queue == "requeueing", "requeue", "SLURM queues the job again"),
         (code == REQUEUE, "requeue", "asked to stop, and saved"),
         (code == NONFINITE, "stop", "a loss or gradient was not finite; starting again would fail again"),
+        (
+            ended.suite and code == INCOMPLETE,
+            "stop",
+            "some have failed, and said why; submitted again, it does the rest",
+        ),
         (code == CONFIG and not bad, "stop", "something has to be mended; the message is in the log"),
         (_same_step(ended, before), "stop", f"failed {LIMIT} times in a row {_at(ended.step)}"),
     ]

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from launch.suites import find_suite
+from pipeline.config.exitcodes import CONFIG, CRASH, REQUEUE
 from pipeline.core.errors import ConfigError, DataError, LaunchError
 from pipeline.core.manifest import load
 
 if TYPE_CHECKING:
-    from pipeline.config.schema import SuiteConfig
+    from pipeline.config.schema import SuiteConfig, Weights
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,59 @@ class Wish:
     procs: int = 1
 
 
-def evaluate(wish: Wish) -> NoReturn:
-    """Become the process that evaluates, or DeepSpeed's launcher of several.
+def evaluate(wish: Wish) -> int:
+    """Become the process that evaluates, or start several and wait. Returns the exit code.
 
     Raises:
         ConfigError: the suite is not sound, or a word means nothing.
         LaunchError: fewer devices than ranks.
     """
-    from launch.local import check_alone, child_environment, deepspeed_command, run_command
+    from launch.local import become, check_alone
 
     arguments = arguments_of(wish)
-    check_alone(os.environ)
-    environment = child_environment(wish.procs)
-    sys.stdout.flush()
     if wish.procs == 1:
-        command = run_command(arguments)
-    else:
-        command = deepspeed_command("pipeline.run", arguments, wish.procs, environment)
-    os.execve(command[0], command, environment)
+        become(arguments)
+    check_alone(os.environ)
+    code = start(arguments, wish.procs)
+    return CRASH if code is None else code
+
+
+def start(arguments: Sequence[str], procs: int) -> int | None:
+    """Run ranks that evaluate until all have ended. Returns their exit code; REQUEUE: a signal has ended them; None:
+    they died without a word, which is said.
+
+    None is left behind: should this process be killed, so are they (:func:`launch.supervise.run_session`). What
+    has been measured is kept, and there is nothing else to save.
+
+    Args:
+        arguments: of :mod:`pipeline.run`.
+        procs: ranks.
+
+    Raises:
+        LaunchError: fewer devices than ranks.
+    """
+    from launch.local import child_environment, deepspeed_command, run_command
+    from launch.supervise import STOP, run_session, say
+
+    environment = child_environment(procs)
+    with TemporaryDirectory(prefix="sluice-eval-") as place:
+        notes, outcome = Path(place), Path(place, "outcome")
+        told = [*arguments, "--outcome", str(outcome)]
+        command = run_command(told) if procs == 1 else deepspeed_command("pipeline.run", told, procs, environment)
+
+        def asked() -> str | None:
+            return "the evaluation is left; given again, it goes on" if (notes / STOP).exists() else None
+
+        sys.stdout.flush()
+        status = run_session(command, notes, environment, asked)
+        if (notes / STOP).exists():
+            return REQUEUE
+        if outcome.exists():
+            return int(outcome.read_text())
+    if status == CONFIG:
+        return CONFIG
+    say(f"the evaluation died (status {status}); given again, it goes on")
+    return None
 
 
 def arguments_of(wish: Wish) -> list[str]:
@@ -73,7 +110,7 @@ def arguments_of(wish: Wish) -> list[str]:
     for word in wish.overrides:
         arguments += ["--set", word]
     for kind in wish.weights:
-        arguments += ["--weights", _checked(kind)]
+        arguments += ["--weights", str(checked_weights(kind))]
     if wish.out is not None:
         arguments += ["--out", str(wish.out)]
     if wish.limit is not None:
@@ -81,18 +118,20 @@ def arguments_of(wish: Wish) -> list[str]:
     return [*arguments, *["--again"] * wish.again]
 
 
-def _checked(weights: str) -> str:
+def checked_weights(word: str) -> Weights:
     """Which weights of a checkpoint.
 
     Raises:
         ConfigError: there are none of that name.
     """
+    if word in ("model", "ema"):
+        return word
     try:
-        if weights in ("model", "ema") or 0 < float(weights) < 0.28:
-            return weights
+        if 0 < (width := float(word)) < 0.28:
+            return width
     except ValueError:
         pass
-    raise ConfigError(f"--weights {weights}: write model, ema, or the relative width of an average, below 0.28")
+    raise ConfigError(f"--weights {word}: write model, ema, or the relative width of an average, below 0.28")
 
 
 def validate(name: str, include: Sequence[Path], overrides: Sequence[str]) -> str:

@@ -258,6 +258,10 @@ def _phase(run: Path, state: State | None, beats: list[Beat], scene: _Scene) -> 
         running = queued in ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED")
         return ("running" if running else "queued"), where
     if state is None:
+        entries = scene.histories[run]
+        if entries and isinstance(last := entries[-1], Attempt) and last.decision in ("finished", "stop"):
+            done = last.decision == "finished"  # no run, which says so itself
+            return ("finished", "") if done else ("failed", f"exit code {last.exit_code}")
         gone = "is gone from the queue" if scene.queue is not None else "may be queued or running"
         return "not started", f"SLURM job {job} {gone}" if job else ""
     if state.outcome != "running":

@@ -25,7 +25,7 @@ from launch.profile import load as load_profile
 from pipeline.config import load, provenance
 from pipeline.config.mistakes import validate
 from pipeline.config.resolve import resolve
-from pipeline.config.schema import RunConfig, Strict, SuiteConfig, Text
+from pipeline.config.schema import RunConfig, Strict, Text
 from pipeline.core import manifest as manifests
 from pipeline.core.errors import ConfigError, LaunchError, SluiceError
 from pipeline.core.location import is_url
@@ -63,8 +63,8 @@ class Request:
     time: str | None = None
     array: str | None = None
     after: str | None = None
-    run: Path | None = None
-    """Whose checkpoint a suite evaluates."""
+    words: Sequence[str] = ()
+    """What else the command says: of a suite its subjects, and how they are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -127,19 +127,13 @@ COPY = "\0config"
 
 
 def _draft(request: Request, profile: Profile) -> Draft:
-    """What the file asks for: a run, a suite or shards."""
+    """What the file asks for: a run or shards."""
     tables = load.read_layers(request.config)
     if any("prepare" in layer.values for layer in tables):
         return _prepare(request, profile)
-    config = load.load(request.config, request.overrides)
-    for option, given in (("--array", request.array), ("--run", request.run)):
-        if given and (option == "--array" or isinstance(config, RunConfig)):
-            raise ConfigError(f"{option} does not belong to {request.config}, see `sluice submit --help`")
-    return (
-        pretrain_draft(request, profile, config)
-        if isinstance(config, RunConfig)
-        else suite_draft(request, profile, config)
-    )
+    if request.array:
+        raise ConfigError(f"--array does not belong to {request.config}, see `sluice submit --help`")
+    return pretrain_draft(request, profile, load.load_run(request.config, request.overrides))
 
 
 def pretrain_draft(request: Request, profile: Profile, config: RunConfig) -> Draft:
@@ -180,36 +174,12 @@ def pretrain_draft(request: Request, profile: Profile, config: RunConfig) -> Dra
             )
         return f"{limit}, the last {profile.stop_seconds} s for saving"
 
-    job = _job("pretrain", config.run.folder, arguments, request, profile)
+    job = job_of("pretrain", config.run.folder, arguments, request, profile)
     told = provenance.command_variable(["sluice", *command_of(request)])
     job = replace(job, environment={**told, **job.environment})
     overrides = [word for override in request.overrides for word in ("--set", override)]
     check = ["check", str(request.config), *overrides, "--procs", str(world)]
     return Draft(job, load.dump(config), [("data", shards), ("time", time)], check)
-
-
-def suite_draft(request: Request, profile: Profile, config: SuiteConfig) -> Draft:
-    """A job that evaluates a run.
-
-    Raises:
-        ConfigError: the run is not named, or more than one node is asked for.
-    """
-    if request.run is None:
-        raise ConfigError(f"{request.config} is a suite: say whose checkpoint it evaluates, --run RUN")
-    if request.nodes != 1:
-        raise ConfigError("a suite is evaluated by one process; leave --nodes out")
-    run = request.run.absolute()
-
-    def trained() -> str:
-        if not any((run / "checkpoints").glob("step-*")) and request.after is None:
-            raise ConfigError(f"{run} holds no checkpoint yet; train it first, or submit this --after its job")
-        return f"of {run}"
-
-    arguments = ["-m", PROGRAM, "eval", "--run", str(run), "--suite", COPY]
-    notes = run / history.FOLDER / f"eval-{request.config.stem}"
-    job = replace(_job("evaluate", str(notes), arguments, request, profile), ranks_per_node=1)
-    overrides = [word for override in request.overrides for word in ("--set", override)]
-    return Draft(job, load.dump(config), [("run", trained)], ["check", str(request.config), *overrides])
 
 
 def _prepare(request: Request, profile: Profile) -> Draft:
@@ -225,11 +195,12 @@ def _prepare(request: Request, profile: Profile) -> Draft:
         raise ConfigError(f"{request.config} {wanted}")
     arguments = ["-m", "launch", "prep", "build", *asked.arguments]
     folder = f"{asked.folder}/task-{TASK}" if several else asked.folder
-    job = replace(_job("prepare", folder, arguments, request, profile), ranks_per_node=1)
+    job = replace(job_of("prepare", folder, arguments, request, profile), ranks_per_node=1)
     return Draft(job, "", [], ["prep", "build", "--help"])
 
 
-def _job(kind: Kind, folder: str, arguments: Sequence[str], request: Request, profile: Profile) -> Job:
+def job_of(kind: Kind, folder: str, arguments: Sequence[str], request: Request, profile: Profile) -> Job:
+    """A job of a kind for a folder, in the cluster's shape."""
     scratch = {"TMPDIR": profile.scratch} if profile.scratch else {}
     return Job(
         kind=kind,
@@ -372,10 +343,10 @@ def shown(job: Job, options: Sequence[str], script: Path) -> list[str]:
 
 def command_of(request: Request) -> list[str]:
     """What submits the same again."""
-    words = ["submit", str(request.config), "--nodes", str(request.nodes)]
+    words = ["submit", str(request.config), *request.words, "--nodes", str(request.nodes)]
     for override in request.overrides:
         words += ["--set", override]
-    for name in ("cluster", "time", "array", "run"):
+    for name in ("cluster", "time", "array"):
         if (value := getattr(request, name)) is not None:
             words += [f"--{name}", str(value)]
     return words

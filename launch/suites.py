@@ -48,6 +48,32 @@ def find_suite(name: str, include: Sequence[Path]) -> Path:
     raise ConfigError(f"there is no suite {name!r}, nor a file of that name; {suggest(name, sorted(known))}")
 
 
+def suite_meant(word: str, subjects: Sequence[str], include: Sequence[Path]) -> Path | None:
+    """The suite that is to be submitted; None: the file is of something else, a run or shards.
+
+    Raises:
+        ConfigError: the word means nothing or two things, or what it names evaluates nothing.
+    """
+    from pipeline.config.load import read_layers
+
+    path, known = Path(word), dict(_suites(include))
+    if path.suffix != ".toml" and word in known:
+        if path.exists():
+            raise ConfigError(f"{word} is a suite's name ({known[word]}) and something here; write the suite's file")
+        return known[word]
+    if path.is_dir() or not (path.suffix == ".toml" or path.exists()):
+        from pipeline.core.registry import suggest
+
+        if subjects and (subjects[-1] in known or subjects[-1].endswith(".toml")):
+            raise ConfigError(f"{word} is no suite; the suite comes first: sluice submit {subjects[-1]} {word} ...")
+        raise ConfigError(f"{word} is neither a file (TOML) nor the name of a suite; {suggest(word, sorted(known))}")
+    if any("evals" in layer.values for layer in read_layers(path)):
+        return path
+    if subjects:
+        raise ConfigError(f"{path} is no suite, it has no [[evals]]: it takes no {subjects[0]}")
+    return None
+
+
 def _suites(include: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     """Names and files; of one name the last is the one that is meant."""
     for folder in reversed(folders(include)):

@@ -27,7 +27,10 @@ def main(argv: Sequence[str]) -> int:
             print(f"sluice: {line}", file=sys.stderr, flush=True)
     if args.command == "train":
         return guarded(partial(_train, args.config, args.overrides))
-    return guarded(partial(_COMMANDS[args.command], args))
+    code = guarded(partial(_COMMANDS[args.command], args))
+    if args.command == "eval" and args.outcome is not None and os.environ.get("RANK", "0") == "0":
+        args.outcome.write_text(str(code), encoding="utf-8")  # DeepSpeed's launcher gives 0 when a signal killed a rank
+    return code
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -35,8 +38,8 @@ def _eval(args: argparse.Namespace) -> int:
 
     named = [args.checkpoint] if args.checkpoint else args.runs
     specs = [f"random:{name}" for name in named] if args.random_init else named
-    how = {"weights": args.weights, "out": args.out, "again": args.again, "limit": args.limit}
-    return evaluate(specs, args.suite, args.overrides, **how)
+    names = ("weights", "out", "again", "limit", "source", "fleeting")
+    return evaluate(specs, args.suite, args.overrides, **{name: getattr(args, name) for name in names})
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -114,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out")
     evaluate.add_argument("--again", action="store_true")
     evaluate.add_argument("--limit", type=int)
+    evaluate.add_argument("--source")
+    evaluate.add_argument("--fleeting", action="store_true")
+    evaluate.add_argument("--outcome", type=Path)
     evaluate.add_argument("--set", action="append", default=[], dest="overrides")
     export = commands.add_parser("export")
     export.add_argument("--run", required=True)

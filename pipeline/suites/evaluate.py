@@ -38,6 +38,8 @@ def evaluate(
     out: str | None = None,
     again: bool = False,
     limit: int | None = None,
+    source: str | None = None,
+    fleeting: bool = False,
 ) -> int:
     """Run of a suite what is not there yet, record it, renew the reports and print the tables.
 
@@ -49,6 +51,8 @@ def evaluate(
         out: folder for results and report; None: each run's.
         again: run also what is there.
         limit: look at so many samples of each stream, for a quick trial; None: at all.
+        source: what the subject comes from, where others of the same name have results in ``out``; None: its own name.
+        fleeting: pass over checkpoints that are gone by now, with a word.
 
     Returns:
         FINISHED, or INCOMPLETE when something could not be evaluated.
@@ -61,7 +65,8 @@ def evaluate(
     done: list[Done] = []
     with ExitStack() as stack:
         place = stack.enter_context(process_group(timeout_minutes=60))
-        subjects = by_first(lambda: _wanted(specs, list(weights) or [plan.weights], out))
+        kinds = list(weights) or [plan.weights]
+        subjects = by_first(lambda: _wanted(find(specs, kinds, fleeting=fleeting), out, source))
         folders = list(dict.fromkeys(wanted.folder for wanted in subjects))
         for folder in folders:
             by_first(partial(ready, folder))
@@ -69,7 +74,9 @@ def evaluate(
         progress = stack.enter_context(closing(Progress(sys.stderr, total, quiet=not place.first)))
         meeting = Meeting(place)
         for wanted in subjects:
-            own = _on_subject(wanted, asked, place, meeting, progress)
+            own = _on_subject(wanted, asked, place, meeting, progress, fleeting)
+            if not own:
+                continue
             done += own + by_first(partial(keep_averages, asked, wanted.spec.spelled, wanted.folder, own))
         progress.close()
         by_first(partial(_finish, folders, done))  # and the others wait, since the first to leave ends a launcher's job
@@ -88,20 +95,28 @@ class Wanted:
     apart: bool
     """The folder is not that of its run, so that its name tells where it comes from."""
 
+    def passed_over(self) -> bool:
+        """Whether there is no such checkpoint any more, which is said."""
+        if self.spec.path is None or self.spec.path.exists():
+            return False
+        say(f"passed over {self.name}: the run has removed it (run.keep)")
+        return True
+
     def open(self, place: Place) -> Subject:
         """See :func:`open_subject`."""
         subject = open_subject(self.spec, place)
         return replace(subject, name=subject.title) if self.apart else subject
 
 
-def _wanted(specs: Sequence[str], weights: Sequence[Weights], out: str | None) -> list[Wanted]:
+def _wanted(specs: Sequence[Spec], out: str | None, source: str | None) -> list[Wanted]:
     """What is to be evaluated, and where its results go.
 
     Raises:
         ConfigError: that is not known.
     """
     wanted: list[Wanted] = []
-    for spec in find(specs, weights):
+    for found in specs:
+        spec = found if source is None else replace(found, source=source)
         folder = spec.run if out is None else Path(out)
         if folder is None:
             raise ConfigError(f"{spec.spelled} is not of a run: say where its results go, --out FOLDER")
@@ -109,8 +124,10 @@ def _wanted(specs: Sequence[str], weights: Sequence[Weights], out: str | None) -
     return wanted
 
 
-def _on_subject(wanted: Wanted, asked: Asked, place: Place, meeting: Meeting, progress: Progress) -> list[Done]:
-    """All tasks on a subject; where it cannot be opened, all of them have failed."""
+def _on_subject(
+    wanted: Wanted, asked: Asked, place: Place, meeting: Meeting, progress: Progress, fleeting: bool
+) -> list[Done]:
+    """All tasks on a subject; where it cannot be opened, all of them have failed, or none if it is passed over."""
     done: list[Done] = []
     left = Counter(task.data_name for task in asked.tasks)
     runner: Runner | None = None
@@ -119,6 +136,8 @@ def _on_subject(wanted: Wanted, asked: Asked, place: Place, meeting: Meeting, pr
             made = meeting.hold(lambda: _runner(wanted, asked, place, meeting, progress))
             if made.value is None:
                 progress.skip(len(asked.tasks) - len(done))
+                if fleeting and not done and by_first(wanted.passed_over):
+                    return []
                 rest = asked.tasks[len(done) :]
                 return done + [Done(task.title, wanted.name, wanted.folder, made.failure) for task in rest]
             runner = made.value

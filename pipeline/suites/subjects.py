@@ -84,6 +84,8 @@ def find(
     specs: Sequence[str],
     weights: Sequence[Weights] = (MODEL,),
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    *,
+    fleeting: bool = False,
 ) -> list[Spec]:
     """What is to be evaluated, each thing once, with names of their own.
 
@@ -91,22 +93,31 @@ def find(
         specs: see the top of the file.
         weights: of every checkpoint; what is no checkpoint has one kind of weights.
         say: is told what a pattern matches and what is passed over.
+        fleeting: what is not there is passed over, and there may be nothing.
 
     Raises:
         ConfigError: one of them is nothing that could be evaluated.
     """
     found: dict[tuple[object, ...], Spec] = {}
     for spelled in specs:
-        for spec in _spelled(spelled, say):
+        for spec in _there(spelled, say) if fleeting else _spelled(spelled, say):
             for own in weights if spec.kind == "checkpoint" else (MODEL,):
                 _check_average(spec, own)
                 where = spec.path.resolve() if spec.path is not None else None
                 key = (spec.kind, where, spec.model, own)
                 if key not in found or found[key].newest:
                     found[key] = replace(spec, weights=own)
-    if not found:
+    if not found and not fleeting:
         raise ConfigError("nothing to evaluate: name a run, a checkpoint, an export or other weights")
     return _named(list(found.values()))
+
+
+def _there(spelled: str, say: Callable[[str], None]) -> list[Spec]:
+    try:
+        return list(_spelled(spelled, say))
+    except ConfigError as error:
+        say(f"passed over {spelled}: {error}")
+        return []
 
 
 def _spelled(spelled: str, say: Callable[[str], None]) -> Iterator[Spec]:

@@ -1,9 +1,6 @@
-"""Jobs of the other kinds, on a real SLURM: shards by an array of tasks, and a suite of evaluations."""
+"""Jobs of the other kinds, on a real SLURM: shards by an array of tasks."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import pytest
 import tomli_w
@@ -12,10 +9,9 @@ from launch import history, submit
 from launch.submit import Request
 from pipeline.core import manifest
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import environment, profile
+from tests.slurm.jobs import environment
 
 pytestmark = pytest.mark.slurm
-SUITE = Path(__file__).parents[2] / "configs" / "eval" / "glyphs.toml"
 
 
 @pytest.fixture(autouse=True)
@@ -38,17 +34,3 @@ def test_each_task_of_an_array_makes_its_own_shards(cluster, tmp_path):
         assert manifest.load(out / f"part-{task}" / "train").samples > 0
         (attempt,) = history.attempts(out / f"task-{task}")
         assert attempt.decision == "finished"
-
-
-def test_a_suite_is_evaluated_in_one_process(cluster, tmp_path, monkeypatch):
-    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    monkeypatch.setattr(submit, "PROGRAM", "tests.slurm.recorder")
-    place = profile(tmp_path / "p.toml", environment={"SLUICE_TEST_RECORD": str(tmp_path / "record")}, ranks_per_node=2)
-    submit.submit(Request(SUITE, run=tmp_path / "run", cluster=str(place)), dry_run=False)
-    notes = tmp_path / "run" / "launch" / "eval-glyphs"
-    job = str(history.last_job(notes))
-    assert cluster.wait_state(job, "COMPLETED", "FAILED", seconds=200) == "COMPLETED"
-    record = json.loads((tmp_path / "record0").read_text())
-    copy = notes / "launch" / "config-001.toml"
-    assert record["arguments"] == ["eval", "--run", str(tmp_path / "run"), "--suite", str(copy)]
-    assert record["environment"]["WORLD_SIZE"] == "1" and not (tmp_path / "record1").exists()

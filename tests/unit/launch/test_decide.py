@@ -49,6 +49,9 @@ def play(endings: list[Ended], budget: Budget) -> list[Attempt]:
         (Ended(137, None, {}), "restart"),
         (Ended(1, 4, {"n2": "is down"}), "requeue"),
         (Ended(2, None, {"n2": "has no device"}), "requeue"),
+        (Ended(1, None, {}, suite=True), "stop"),
+        (Ended(1, None, {}, "requeueing", suite=True), "requeue"),
+        (Ended(137, None, {}, suite=True), "restart"),
     ],
 )
 def test_first_attempt(ended, action):

@@ -88,7 +88,6 @@ def test_a_dry_run_imports_no_framework(request_of, tmp_path):
         ([f"run.folder='{SMOKE}/mae.toml/run'"], {}, "mae.toml cannot be written"),
         (["run.folder='a\\b'"], {}, "backslash"),
         ([], {"array": "0-3"}, "--array does not belong"),
-        ([], {"run": Path("r")}, "--run does not belong"),
         ([], {"after": "7;rm"}, "--after 7;rm: the number of a job"),
         ([], {"cluster": "nowhere"}, "no cluster profile"),
         ([], {"time": "9:59"}, "of a limit of 9:59 the last 300 s"),
@@ -150,17 +149,6 @@ def test_what_is_submitted_is_remembered(request_of, tmp_path, monkeypatch):
         "job-001.json",
         "jobs.jsonl",
     ]
-
-
-def test_a_suite_needs_a_run_and_one_that_is_trained(tmp_path):
-    suite = ROOT / "configs" / "eval" / "glyphs.toml"
-    with pytest.raises(ConfigError, match="--run RUN"):
-        dry(Request(suite))
-    with pytest.raises(ConfigError, match="holds no checkpoint yet"):
-        dry(Request(suite, run=tmp_path))
-    assert "--dependency=afterok:7" in dry(Request(suite, run=tmp_path, after="7"))
-    (tmp_path / "checkpoints" / "step-0001").mkdir(parents=True)
-    assert "evaluate.sbatch" in dry(Request(suite, run=tmp_path))
 
 
 def test_shards_are_prepared_by_an_array(tmp_path):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +16,6 @@ from launch.submit import Request
 from pipeline.config import load, provenance
 from pipeline.core.errors import ConfigError
 from tests.unit.launch.test_submit import ROOT, dry, request_of, write  # noqa: F401
-
-SUITE = ROOT / "configs" / "eval" / "glyphs.toml"
 
 
 @pytest.fixture
@@ -102,19 +98,6 @@ def test_what_submits_a_run_again_is_all_that_was_said(request_of, tmp_path, sba
     assert list(entry.command) == words  # not --after: that job is over by then
 
 
-def test_a_suite_is_one_process_whatever_the_profile_says(tmp_path, sbatch):
-    (tmp_path / "r" / "checkpoints" / "step-0001").mkdir(parents=True)
-    cluster = write(tmp_path / "c.toml", gpus_per_node=4)
-    submit.submit(Request(SUITE, run=tmp_path / "r", cluster=str(cluster)), dry_run=False)
-    ((options, script, _),) = sbatch
-    assert script == "evaluate.sbatch" and "--ntasks-per-node=1" in options and "--gpus-per-node=4" in options
-    job = Job.read(tmp_path / "r" / "launch" / "eval-glyphs" / "launch" / "job-001.json")
-    assert (job.kind, job.ranks_per_node) == ("evaluate", 1)
-    assert job.arguments[:-1] == ["-m", "pipeline.run", "eval", "--run", str(tmp_path / "r"), "--suite"]
-    (entry,) = history.read(tmp_path / "r" / "launch" / "eval-glyphs")
-    assert isinstance(entry, Submitted) and list(entry.command)[-2:] == ["--run", str(tmp_path / "r")]
-
-
 def test_shards_need_no_accelerator(tmp_path, sbatch):
     words = ["table", "list-{task}.csv", str(tmp_path / "part-{task}")]
     config = write(tmp_path / "p.toml", prepare={"folder": str(tmp_path / "out"), "arguments": words})
@@ -157,17 +140,6 @@ def test_a_setup_file_lies_beside_its_profile(tmp_path, monkeypatch):
     path = write(tmp_path / "site" / "c.toml", setup="setup.sh")
     monkeypatch.chdir("/")
     assert profile.load(str(path)) == ("c", Profile(setup=str(tmp_path / "site" / "setup.sh")))
-
-
-def test_a_suite_of_what_is_still_to_be_trained_waits_for_its_job(tmp_path):
-    asked = Request(SUITE, run=tmp_path, after="7_1")
-    assert "--dependency=afterok:7_1" in dry(asked)
-    assert "--dependency" not in dry(replace(asked, after=None, run=trained(tmp_path)))
-
-
-def trained(folder: Path) -> Path:
-    (folder / "checkpoints" / "step-0001").mkdir(parents=True)
-    return folder
 
 
 def test_the_number_of_a_job_is_all_that_is_kept_of_what_sbatch_says(tmp_path, monkeypatch):
