@@ -17,6 +17,14 @@ def sweep(
     ] = None,
     procs: Annotated[int, typer.Option(min=1, help="Processes (ranks) of each run, on this machine.")] = 1,
     retry: Annotated[bool, typer.Option("--retry", help="Start runs again that have failed for good.")] = False,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Submit it to SLURM as an array, with so many nodes for each run.")
+    ] = None,
+    cluster: Annotated[str | None, typer.Option(help="Of an array: profile, as for `sluice submit`.")] = None,
+    time: Annotated[str | None, typer.Option(help="Of an array: time limit of each run.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, metavar="M", help="Of an array: runs that train at the same time, at most.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the runs and what would be done; do nothing.")
     ] = False,
@@ -24,9 +32,23 @@ def sweep(
     """Train every combination of a sweep, each once; given again, goes on where it was."""
     from launch import local
     from launch import sweep as module
+    from pipeline.core.errors import LaunchError
 
+    asked = module.Asked(config, overrides or (), procs, retry)
+    if nodes is not None:
+        from launch.array import Shape, submit_sweep
+
+        if procs > 1:
+            raise LaunchError(
+                "--procs is of this machine; under SLURM the cluster's profile says how many ranks there are"
+            )
+        return typer.echo(submit_sweep(asked, Shape(nodes, cluster, time, at_once), dry_run=dry_run))
+    if cluster or time or at_once:
+        raise LaunchError(
+            "--cluster, --time and --at-once are of a SLURM array: say how many nodes a run has, --nodes N"
+        )
     local.check_alone(os.environ)
-    raise typer.Exit(module.sweep(module.Asked(config, overrides or (), procs, retry), dry_run=dry_run))
+    raise typer.Exit(module.sweep(asked, dry_run=dry_run))
 
 
 def runs(

@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.config.load import dump
 from pipeline.core import manifest as manifests
+from pipeline.core.errors import CheckpointError
 from pipeline.core.manifest import Manifest
 from pipeline.record.records import outcomes
 from pipeline.record.results import Results, read_results
@@ -301,3 +302,23 @@ def test_an_average_of_data_sets_is_a_result_and_one_that_lacks_a_part_is_none(m
     parts = [row.value for row in rows if row.metric == "rank/rankme"]
     assert (average.metric, average.group) == ("some/macro", "some") and len(parts) == 2
     assert average.value == pytest.approx(sum(parts) / 2)
+
+
+def test_a_checkpoint_that_goes_before_it_is_opened_is_passed_over_where_that_is_asked_for(
+    mae, data, tmp_path, capsys, monkeypatch
+):
+    suite, run = suite_of(tmp_path, data, 'name = "knn"\nk = [3]\non = ["good"]'), tmp_path / "run"
+    shutil.copytree(mae, run)
+    begun = run / "checkpoints" / "step-00000003"
+
+    def vanish(*_: object) -> object:
+        shutil.rmtree(begun)
+        raise CheckpointError("a file is gone")
+
+    monkeypatch.setattr("pipeline.suites.evaluate.open_subject", vanish)
+    for more, code, says in ((["--fleeting"], 0, "passed over run: step 3"), ([], 1, "a file is gone")):
+        begun.mkdir(parents=True)
+        (begun / "checkpoint.json").write_text('{"state": {"step": 3}}')
+        assert main(["eval", "--run", f"{run}@3", "--suite", str(suite), "--out", str(tmp_path / "out"), *more]) == code
+        told = capsys.readouterr()
+        assert says in told.out + told.err

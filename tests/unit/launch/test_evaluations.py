@@ -160,3 +160,13 @@ def test_a_suite_after_the_runs_of_an_array(tmp_path, queue):
     options, _, environment = made[0]
     assert {"--array=0-1", "--dependency=aftercorr:7", "--kill-on-invalid-dep=yes"} <= set(options)
     assert [told(environment, number).arguments[4] for number in (0, 1)] == [str(run) for run in runs]
+
+
+def test_a_sweep_is_submitted_from_the_command_line(tmp_path, glyphs, queue):
+    base = {"base": [str(ROOT / "configs" / "smoke" / "mae.toml")], "data": {"train": str(glyphs / "train")}}
+    runs, grid = {"folder": str(tmp_path / "runs"), "length": "6ba"}, {"optimizer.lr": [1e-4, 0.5]}
+    file = write(tmp_path / "s.toml", **base, run=runs, sweep={"grid": grid})
+    shown = CliRunner().invoke(app, ["sweep", str(file), "--nodes", "1", "--at-once", "1", "--dry-run"])
+    assert shown.exit_code == 0 and "--array=0-1%1" in shown.output and "task 1: lr=0.5" in shown.output
+    refused = CliRunner().invoke(app, ["sweep", str(file), "--at-once", "1"])
+    assert "say how many nodes a run has" in str(refused.exception)

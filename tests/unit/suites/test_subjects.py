@@ -187,3 +187,11 @@ def test_finding_needs_no_torch(runs):
     code = "import sys; from pipeline.suites.subjects import find; find(['runs/*']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "timm"} & set(loaded)
+
+
+def test_what_is_gone_by_now_may_be_passed_over(runs):
+    said: list[str] = []
+    found = find(["runs/mae@3", "runs/mae@4", "runs/mae@6"], say=said.append, fleeting=True)
+    assert [spec.step for spec in found] == [3, 6]
+    assert said == ["passed over runs/mae@4: runs/mae has no checkpoint of step 4, only of 3, 6, 12"]
+    assert find(["runs/mae@4"], say=said.append, fleeting=True) == []
