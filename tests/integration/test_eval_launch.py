@@ -76,4 +76,4 @@ def test_a_watch_that_is_killed_and_given_again_has_each_checkpoint_once(glyphs,
     assert again.returncode == 0 and train.wait(timeout=10) == 0, said
     assert [row.step for row in read_results(run).rows if row.metric == "knn/top1_k3"] == [3, 6, 9, 12]
     assert before.items() <= records().items() and len(records()) == 4
-    assert f"{run} is running" in said and f"{run} is finished" in said
+    assert f"{run} is finished" in said
