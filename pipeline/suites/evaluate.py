@@ -79,7 +79,9 @@ def evaluate(
                 continue
             done += own + by_first(partial(keep_averages, asked, wanted.spec.spelled, wanted.folder, own))
         progress.close()
-        by_first(partial(_finish, folders, done))  # and the others wait, since the first to leave ends a launcher's job
+        by_first(
+            partial(_finish, folders if done else [], done)
+        )  # and the others wait, since the first to leave ends a launcher's job
     return INCOMPLETE if any(one.failure is not None for one in done) else FINISHED
 
 

@@ -116,7 +116,7 @@ def _there(spelled: str, say: Callable[[str], None]) -> list[Spec]:
     try:
         return list(_spelled(spelled, say))
     except ConfigError as error:
-        say(f"passed over {spelled}: {error}")
+        say(f"passed over {error}")
         return []
 
 
