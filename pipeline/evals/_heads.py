@@ -88,12 +88,11 @@ class Stack:
         x = x[:, self.columns]
         wrong = self.scores(x).softmax(dim=2)
         wrong[torch.arange(len(x), device=x.device), :, label] -= 1
-        wrong = wrong.flatten(1) / len(x)
-        for parameter, velocity, slope in zip(
-            (self.weight, self.bias), self.velocity, (x.T @ wrong, wrong.sum(dim=0)), strict=True
-        ):
-            velocity.mul_(MOMENTUM).add_(slope)
-            parameter.sub_(decay * self.rates * velocity)
+        wrong = wrong.flatten(1).div_(len(x))
+        torch.addmm(self.velocity[0], x.T, wrong, beta=MOMENTUM, out=self.velocity[0])
+        self.velocity[1].mul_(MOMENTUM).add_(wrong.sum(dim=0))
+        for parameter, velocity in zip((self.weight, self.bias), self.velocity, strict=True):
+            parameter.addcmul_(velocity, self.rates, value=-decay)
 
     def scores(self, x: Tensor) -> Tensor:
         """[B,H,K] of what the heads read, [B,D]."""

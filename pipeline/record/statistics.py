@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import special  # neither stats nor optimize: they take as long to import as many a command
 
 from pipeline.record.found import Outcomes
 
@@ -39,7 +39,7 @@ _BOOTSTRAPPED = 100_000
 """Most sources; of more the mean is normal, as near as a thousand resamples could tell."""
 _AT_ONCE = 4_000_000
 """Sources drawn at once."""
-_Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+_Z = float(special.ndtri(0.5 + LEVEL / 2))
 
 
 class Difference(NamedTuple):
@@ -60,8 +60,8 @@ def mcnemar(lost: int, won: int) -> float:
     """Two-sided p of the discordant pairs: the first alone right, the second alone right."""
     n = lost + won
     if n <= EXACT:
-        return float(stats.binomtest(won, n).pvalue) if n else 1.0
-    return float(stats.chi2.sf(max(abs(lost - won) - 1, 0) ** 2 / n, 1))
+        return min(1.0, 2 * float(special.bdtr(min(lost, won), n, 0.5)))
+    return float(special.chdtrc(1, max(abs(lost - won) - 1, 0) ** 2 / n))
 
 
 def tango(lost: int, won: int, n: int) -> tuple[float, float]:
@@ -72,6 +72,8 @@ def tango(lost: int, won: int, n: int) -> tuple[float, float]:
         b, c = (2 * n - won + lost) * d - won - lost, -lost * d * (1 - d)
         alone = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)  # the likeliest share of ``lost``, were it d
         return (won - lost - n * d) / math.sqrt(max(n * (2 * alone + d * (1 - d)), 1e-30))
+
+    from scipy import optimize  # see above
 
     found = (won - lost) / n
     low = optimize.brentq(lambda d: score(d) - _Z, -1.0, found) if lost < n else -1.0
@@ -109,9 +111,9 @@ def bootstrap(values: np.ndarray, sources: np.ndarray | None = None) -> tuple[fl
     without = (sums.sum() - sums) / (sizes.sum() - sizes)
     off = without.mean() - without
     bend = float((off**3).sum() / (6 * ((off**2).sum() ** 1.5)))
-    shift = stats.norm.ppf(below)
+    shift = special.ndtri(below)
     to = shift + np.array([-_Z, _Z])
-    low, high = np.quantile(means, stats.norm.cdf(shift + to / (1 - bend * to)))
+    low, high = np.quantile(means, special.ndtr(shift + to / (1 - bend * to)))
     return float(low), float(high)
 
 
@@ -247,14 +249,24 @@ def _student(value: float, error: float, freedom: float, method: str) -> Differe
         return Difference(value, math.nan, math.nan, math.nan, math.nan, method)
     if error == 0:
         return Difference(value, value, value, 1.0 if value == 0 else 0.0, 0.0, method)
-    wide = error * float(stats.t.ppf(0.5 + LEVEL / 2, freedom))
-    p = 2 * float(stats.t.sf(abs(value) / error, freedom))
+    wide = error * _quantile(0.5 + LEVEL / 2, freedom)
+    p = 2 * _below(-abs(value) / error, freedom)
     return Difference(value, value - wide, value + wide, p, _needed(error, freedom), method)
+
+
+def _quantile(p: float, freedom: float) -> float:
+    """Of Student's t; where the freedom is infinite, of the normal distribution."""
+    return float(special.ndtri(p) if math.isinf(freedom) else special.stdtrit(freedom, p))
+
+
+def _below(t: float, freedom: float) -> float:
+    """The chance of less than ``t``, likewise."""
+    return float(special.ndtr(t) if math.isinf(freedom) else special.stdtr(freedom, t))
 
 
 def _needed(error: float, freedom: float) -> float:
     """The difference that is found in four of five cases, of an estimate with such an error."""
-    return error * float(stats.t.ppf(0.5 + LEVEL / 2, freedom) + stats.t.ppf(POWER, freedom))
+    return error * (_quantile(0.5 + LEVEL / 2, freedom) + _quantile(POWER, freedom))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -96,6 +96,11 @@ def _own_ticks(pid: int) -> int:
     return sum(map(int, fields[11:15])) + sum(_own_ticks(int(child)) for part in started for child in part.split())
 
 
+def own_seconds() -> float:
+    """Of processor time that this process, and those that it has started, have had; to a hundredth."""
+    return _own_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
+
+
 def _foreign() -> float:
     """Seconds of processor time that others on this machine have had."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
