@@ -18,6 +18,7 @@ from pipeline.evals._training import settled
 from pipeline.evals.attentive_probe import AttentiveProbing, Config
 from pipeline.nn.weights import weights_hash
 from tests.contracts.components import ListStream, context, numbers, plain
+from tests.ranks import start_ranks
 from tests.unit.evals.test_finetune import encoder, on_data
 from tests.unit.evals.test_knn import Identity, make_streams
 from tests.unit.nn.test_reading import RESNET, VIT
@@ -166,29 +167,14 @@ def test_a_class_missing_from_training_is_named(glyphs, lone_group, tmp_path):
             numbers(AttentiveProbing(Config(**SMALL)), ctx)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
-
-
 def on_ranks(glyphs, folder):
     from pipeline.dist.group import process_group
 
-    with process_group(timeout_minutes=1) as place, on_data(glyphs, encoder(), folder) as ctx:
+    with process_group(timeout_minutes=1), on_data(glyphs, encoder(), folder) as ctx:
         found = numbers(AttentiveProbing(Config(rates=(1e-2,), decays=(0.1, 0.4), **SMALL)), ctx)
-        torch.save([plain(number) for number in found.values()], folder / f"{place.world_size}-{place.rank}.pt")
+        return [plain(number) for number in found.values()]
 
 
-@pytest.mark.world_size(1)
-def test_on_one_rank(glyphs, folder):
-    on_ranks(glyphs, folder)
-
-
-@pytest.mark.world_size(2)
-def test_on_two_ranks(glyphs, folder):
-    on_ranks(glyphs, folder)
-
-
-def test_every_rank_of_every_world_reports_the_same(folder):
-    first, *others = [torch.load(folder / f"{part}.pt") for part in ("1-0", "2-0", "2-1")]
-    assert others == [first, first]
+def test_every_rank_of_every_world_reports_the_same(glyphs, tmp_path):
+    first, *others = [e.value for world in (1, 2) for e in start_ranks(world, on_ranks, glyphs=glyphs, folder=tmp_path)]
+    assert first and others == [first, first]

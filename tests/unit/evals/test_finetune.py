@@ -24,6 +24,7 @@ from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
 from pipeline.nn.images import Normalize
 from pipeline.nn.weights import weights_hash
 from tests.contracts.components import context, numbers, plain
+from tests.ranks import start_ranks
 from tests.unit.evals.test_knn import Identity, make_streams
 from tests.unit.nn.test_reading import RESNET, VIT
 
@@ -189,26 +190,11 @@ def test_a_class_missing_from_training_is_named_before_anything_is_trained(lone_
 
 
 def on_ranks(glyphs, folder):
-    with process_group(timeout_minutes=1) as place:
+    with process_group(timeout_minutes=1):
         found = tuned(glyphs, encoder(DROPPING), folder)
-        torch.save([plain(number) for number in found.values()], folder / f"{place.world_size}-{place.rank}.pt")
+        return [plain(number) for number in found.values()]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.mark.world_size(1)
-def test_on_one_rank(glyphs, folder):
-    on_ranks(glyphs, folder)
-
-
-@pytest.mark.world_size(2)
-def test_on_two_ranks(glyphs, folder):
-    on_ranks(glyphs, folder)
-
-
-def test_every_rank_of_every_world_reports_the_same(folder):
-    first, *others = [torch.load(folder / f"{part}.pt") for part in ("1-0", "2-0", "2-1")]
-    assert others == [first, first]
+def test_every_rank_of_every_world_reports_the_same(glyphs, tmp_path):
+    first, *others = [e.value for world in (1, 2) for e in start_ranks(world, on_ranks, glyphs=glyphs, folder=tmp_path)]
+    assert first and others == [first, first]
