@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from launch.suites import find_suite
 from pipeline.config.exitcodes import CONFIG, CRASH, REQUEUE
-from pipeline.core.errors import ConfigError, DataError, LaunchError
+from pipeline.core.errors import CheckpointError, ConfigError, DataError, LaunchError
 from pipeline.core.manifest import load
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def validate(name: str, include: Sequence[Path], overrides: Sequence[str]) -> st
 
     path = find_suite(name, include)
     suite = load_suite(path, overrides)
-    problems = list(_data_problems(suite))
+    problems = [*_judge_problems(suite), *_data_problems(suite)]
     try:
         check_suite(suite, str(path))
     except Mistakes as mistakes:
@@ -154,6 +154,17 @@ def validate(name: str, include: Sequence[Path], overrides: Sequence[str]) -> st
     if problems:
         raise Mistakes(str(path), problems)
     return f"{path} is sound"
+
+
+def _judge_problems(suite: SuiteConfig) -> Iterator[str]:
+    """A model that judges and is not there."""
+    from pipeline.suites.subjects import find
+
+    if suite.judge is not None:
+        try:
+            find([suite.judge])
+        except (ConfigError, CheckpointError) as error:
+            yield f"judge: {error}"
 
 
 def _data_problems(suite: SuiteConfig) -> Iterator[str]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 import pipeline
@@ -96,8 +100,9 @@ def listing(include: Sequence[Path]) -> str:
 def _of_suite(path: Path) -> Iterator[str]:
     """What its first comment says, and what it measures on what."""
     text = path.read_text(encoding="utf-8")
-    if text.startswith("#"):
-        yield text.splitlines()[0].lstrip("# ")
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), text.splitlines()))
+    if comment:
+        yield re.split(r"(?<=[.?!])\s", comment)[0]
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -109,7 +114,7 @@ def _of_suite(path: Path) -> Iterator[str]:
             continue
         task = cast("dict[str, Any]", entry)
         own = {key: value for key, value in task.items() if key not in ("name", "on")}
-        told = ", ".join(f"{key} = {value!r}" for key, value in own.items())
+        told = ", ".join(f"{key} = {_as_toml(value)}" for key, value in own.items())
         on = f" on {', '.join(map(str, task['on']))}" if isinstance(task.get("on"), list) else ""
         yield f"{task.get('name', '?')}{on}{f' ({told})' if told else ''}"
     if table.get("groups"):
@@ -150,9 +155,38 @@ def _settings(path: Path) -> Iterator[str]:
     for node in _classes(path, "Config"):
         for line in node.body:
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                found[line.target.id] = ast.unparse(line.value) if line.value is not None else "..."
+                found[line.target.id] = line.target.id + _default(line.value)
     if found:
-        yield ", ".join(f"{name} = {value}" for name, value in found.items())
+        yield ", ".join(found.values())
+
+
+def _default(value: ast.expr | None) -> str:
+    """What stands behind a setting's name, as in a suite; nothing where the default cannot be written there."""
+    match value:
+        case None | ast.Constant(value=EllipsisType()):
+            return " (required)"
+        case ast.Call(func=ast.Name(id="Field"), args=[ast.expr() as first, *_]):
+            return _default(first)
+        case ast.Call(func=ast.Name(id="Duration"), args=[ast.Constant(value=number), ast.Constant(value=unit)]):
+            return f" = {_as_toml(f'{number}{unit}')}"
+        case ast.BinOp(left=ast.Constant(value=float(base)), op=ast.Pow(), right=ast.Constant(value=int(power))):
+            return f" = {_as_toml(base**power)}"
+        case _:
+            try:
+                plain = ast.literal_eval(value)
+            except ValueError:
+                return ""
+            return "" if plain is None else f" = {_as_toml(plain)}"
+
+
+def _as_toml(value: Any) -> str:
+    """A value as it is written in a suite."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{key} = {_as_toml(one)}" for key, one in cast("dict[str, Any]", value).items())
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_toml, cast('list[Any]', value)))}]"
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _classes(path: Path, name: str) -> Iterator[ast.ClassDef]:

@@ -73,7 +73,10 @@ def _stream_problems(config: SuiteConfig, component: EvalTask, settings: BaseMod
     """What an evaluation looks at and the suite has not got."""
     interface = importlib.import_module("pipeline.core.evaluation").Evaluation  # torch is here with the component
     make = registry.component(EVALS, component.name, cast("type[Any]", interface))
-    for name, fields in make(settings).uses().streams.items():
+    uses = make(settings).uses()
+    if config.judge is None and any(name.startswith("judge.") for name in uses.encoders):
+        yield f'{component.name} needs a model that judges, and the suite names none; add judge = "runs/..."'
+    for name, fields in uses.streams.items():
         for data, streams in config.sets(component).items():
             if name not in streams:
                 where = f"[data.{data}]" if data else "the suite"

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pipeline.record.comparing import Compared, Comparison, Unlike
 from pipeline.record.files import dumps
-from pipeline.record.formats import decimals, with_error
+from pipeline.record.formats import decimals, far_apart, short, with_error
 from pipeline.record.grids import csv_text, markdown
 from pipeline.record.terminal import print_table
 
@@ -65,13 +65,17 @@ def _cells(one: Compared) -> list[str]:
     errors = [s.stderr for s in (one.first, one.second) if s.stderr is not None]
     places = decimals([one.first.value, one.second.value], [*errors, *wide])
     values = [with_error(s.value, s.stderr, places) for s in (one.first, one.second)]
+    difference = f"{d.value:+.{places}f}"
+    if far_apart([one.first.value, one.second.value], [*errors, *wide]):
+        values = [short(s.value) for s in (one.first, one.second)]
+        difference = "+" * (d.value >= 0) + short(d.value)
     interval = "" if math.isnan(d.low) else f"{d.low:+.{places}f} to {d.high:+.{places}f}"
     smallest = "" if math.isnan(d.smallest) else f"{d.smallest:.{places}f}"
     return [
         one.metric,
         one.data,
         *values,
-        f"{d.value:+.{places}f}",
+        difference,
         interval,
         _p(one.p),
         one.verdict,

@@ -35,7 +35,8 @@ def keep_failures(folder: str | os.PathLike[str], ended: Sequence[Ended]) -> Non
         OSError: the disk takes no more.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    for task, model, failure in ended:
+    # Of several of one name, such as an evaluation with other settings, one that failed is told of.
+    for task, model, failure in sorted(ended, key=lambda one: one.failure is not None):
         mark = hashlib.sha256(json.dumps([task, model]).encode()).hexdigest()[:16]
         path = Path(folder) / FOLDER / f"{slug(task)}-{mark}.failed"
         if failure is None:

@@ -34,6 +34,12 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
+def far_apart(values: list[float], errors: list[float]) -> bool:
+    """Whether one number of decimals would hide some of the values, and no error says what is worth printing."""
+    sizes = [abs(v) for v in values if math.isfinite(v) and v != 0]
+    return not errors and bool(sizes) and max(sizes) > 100 * min(sizes)
+
+
 def with_error(value: float, stderr: float | None, decimals: int) -> str:
     """ "0.812 +- 0.004", both to the same place after the point."""
     return f"{value:.{decimals}f}" + (f" +- {stderr:.{decimals}f}" if stderr is not None else "")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from pipeline.record.formats import decimals, with_error
+from pipeline.record.formats import decimals, far_apart, short, with_error
 from pipeline.record.results import Found, Row
 
 F = TypeVar("F", bound=Found)
@@ -92,6 +92,8 @@ class Line:
 
     def texts(self) -> list[str]:
         """What to print for each cell; empty where nothing was measured."""
+        if far_apart([c.value for c in self.measured], [c.stderr for c in self.measured if c.stderr is not None]):
+            return ["" if c is None else short(c.value) for c in self.cells]
         places = self.places
         return ["" if c is None else with_error(c.value, c.stderr, places) for c in self.cells]
 
@@ -222,5 +224,8 @@ def _flat(table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def short_fact(value: Any) -> str:
     """A setting's value, cut where it is long."""
+    if isinstance(value, float):
+        exact, rounded = json.dumps(value), f"{value:.6g}"
+        return rounded if len(exact) > len(rounded) + 2 else exact  # 0.9032258064516129, but 1.0 as it was written
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= _APART else text[: _APART - 3] + "..."

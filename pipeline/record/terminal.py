@@ -46,7 +46,7 @@ def table(results: Sequence[Row], stream: TextIO, like: TextIO | None = None) ->
     """
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("metric")
-    shown.add_column("split")
+    shown.add_column("data")
     for model in models(results):
         shown.add_column(Text(model), justify="right")
     found = lines(results)
@@ -54,7 +54,7 @@ def table(results: Sequence[Row], stream: TextIO, like: TextIO | None = None) ->
         cells = [
             Text(text, style="bold" if mark else "") for text, mark in zip(line.texts(), leading(line), strict=True)
         ]
-        shown.add_row(Text(line.name), Text(line.split), *cells)
+        shown.add_row(Text(line.name), Text(line.data), *cells)
     print_table(shown, stream, (like or stream).isatty())
 
 

@@ -104,6 +104,10 @@ class Wanted:
         say(f"passed over {self.name}: the run has removed it (run.keep)")
         return True
 
+    def told(self, name: str) -> str:
+        """What it is called where other runs are told of too."""
+        return name if self.apart or name == self.spec.source else f"{self.spec.source}: {name}"
+
     def open(self, place: Place) -> Subject:
         """See :func:`open_subject`."""
         subject = open_subject(self.spec, place)
@@ -117,11 +121,13 @@ def _wanted(specs: Sequence[Spec], out: str | None, source: str | None) -> list[
         ConfigError: that is not known.
     """
     wanted: list[Wanted] = []
+    spelled: dict[Path, Path] = {}  # one folder, however its run was spelled
     for found in specs:
         spec = found if source is None else replace(found, source=source)
         folder = spec.run if out is None else Path(out)
         if folder is None:
             raise ConfigError(f"{spec.spelled} is not of a run: say where its results go, --out FOLDER")
+        folder = spelled.setdefault(folder.resolve(), folder)
         wanted.append(Wanted(spec, spec.name if out is not None else spec.called(), folder, out is not None))
     return wanted
 
@@ -141,9 +147,10 @@ def _on_subject(
                 if fleeting and not done and by_first(wanted.passed_over):
                     return []
                 rest = asked.tasks[len(done) :]
-                return done + [Done(task.title, wanted.name, wanted.folder, made.failure) for task in rest]
+                told = wanted.told(wanted.name)
+                return done + [Done(task.title, wanted.name, told, wanted.folder, made.failure) for task in rest]
             runner = made.value
-        progress.begin(f"{task.title}, {runner.subject}")
+        progress.begin(f"{task.title}, {runner.told}")
         done.append(runner.run(task))
         progress.end(worked=not done[-1].before)
         left[task.data_name] -= 1
@@ -164,7 +171,9 @@ def _runner(wanted: Wanted, asked: Asked, place: Place, meeting: Meeting, progre
         if len(specs) > 1:
             raise ConfigError(f"judge: {asked.plan.judge} are {len(specs)}, and one is wanted: {specs[0].name}")
         judge = open_subject(specs[0], place)
-    return Runner(asked, wanted.spec.spelled, wanted.open(place), judge, wanted.folder, place, meeting, progress)
+    subject = wanted.open(place)
+    told = wanted.told(subject.name)
+    return Runner(asked, wanted.spec.spelled, subject, told, judge, wanted.folder, place, meeting, progress)
 
 
 def _finish(folders: Sequence[Path], done: Sequence[Done]) -> None:
@@ -201,7 +210,7 @@ def _tell(done: Sequence[Done]) -> None:
     lines = [f"{len(failed)} of {len(done)} evaluations have failed; what the others have measured is kept"]
     for one in failed:
         assert one.failure is not None
-        lines.append(f"{one.title}, {one.subject}: {one.failure.text}")
+        lines.append(f"{one.title}, {one.told}: {one.failure.text}")
         if one.failure.trace:
             lines.append(one.failure.trace.rstrip())
     print("sluice: " + "\n  ".join(lines), file=sys.stderr, flush=True)

@@ -57,6 +57,8 @@ class Done:
 
     title: str
     subject: str
+    told: str
+    """What it is called among those of all folders."""
     folder: Path
     """Of its results."""
     failure: Failure | None = None
@@ -83,6 +85,7 @@ class Runner:
         asked: the suite.
         name: of the subject, as it was named.
         subject: what is measured.
+        told: what it is called among those of all folders.
         judge: whose encoders judge; None: there is none.
         folder: of the results.
         place: of this rank.
@@ -95,6 +98,7 @@ class Runner:
         asked: Asked,
         name: str,
         subject: Subject,
+        told: str,
         judge: Subject | None,
         folder: Path,
         place: Place,
@@ -114,7 +118,7 @@ class Runner:
         self._cache = _cache(asked.plan, place)
         self._weights = weights_hash(subject.encoders)
         self._before = whole_hash(self._encoders)
-        self.subject = subject.name
+        self.subject, self.told = subject.name, told
         self.touched = False
         """An evaluation has changed the subject: it has to be opened anew."""
 
@@ -126,13 +130,16 @@ class Runner:
             self.touched = not self._untouched()
             self._stores.clear()
             self._made.clear()  # and of what was made, each rank may have another part
-            return Done(task.title, self.subject, self._folder, held.failure)
+            return self._done(task, held.failure)
         measured = held.value
         if measured.there is not None:
             results = results_of(measured.there, self._folder)
-            return Done(task.title, self.subject, self._folder, None, results, before=True)
+            return self._done(task, None, results, before=True)
         kept = self._meeting.hold(partial(self._kept, measured))
-        return Done(task.title, self.subject, self._folder, kept.failure, kept.value)
+        return self._done(task, kept.failure, kept.value)
+
+    def _done(self, task: Task, failure: Failure | None, results: Results | None = None, before: bool = False) -> Done:
+        return Done(task.title, self.subject, self.told, self._folder, failure, results, before)
 
     def forget(self, data_name: str) -> None:
         """No further task looks at a data set: what was made of it may go."""
@@ -257,6 +264,8 @@ def there(folder: Path, origin: Origin, code: str, title: str) -> Record | None:
         return tell(
             f"measured on {record.body['time'][:19]} by other code or with other names of classes, so it is done anew"
         )
+    if record is not None and record.origin.model != origin.model:
+        tell(f"it has the weights of {record.origin.model}, under whose name its results are")
     return record
 
 

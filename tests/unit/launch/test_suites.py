@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,21 @@ def test_every_suite_and_evaluation_is_listed_with_its_settings(own):
             n for n, line in enumerate(lines) if line.startswith(f"  {name}: ") and n > lines.index("evaluations:")
         ]
         fields = registry.module("pipeline.evals", name).Config.model_fields
-        assert all(f"{field} = " in lines[place + 1] for field in fields), name
+        assert all(re.search(rf"\b{field}\b", lines[place + 1]) for field in fields), name
+
+
+def test_the_list_speaks_as_a_suite_is_written(own):
+    told = 'name = "x"\na = true\nb = ["c"]\nd = { e = 1 }\n'
+    (own / "told.toml").write_text(f"# How near are they, and\n# why? And more.\n\n# Not this.\n[[evals]]\n{told}")
+    text = listing([own])
+    assert '    How near are they, and why?\n    x (a = true, b = ["c"], d = { e = 1 })\n' in text
+    lines = text.splitlines()[text.splitlines().index("evaluations:") :]
+    told = {line.split(":")[0].strip(): after.strip() for line, after in pairwise(lines) if ": " in line}
+    assert told["knn"] == 'train = "train", test = "val", k = [10, 20, 100, 200], temperature = 0.07'
+    assert "unknown (required)" in told["ood"] and "l2 = 1024.0" in told["few_shot"]
+    assert 'length = "20ep"' in told["attentive_probe"] and "heads," in told["attentive_probe"]
+    for name in (p.stem for p in (ROOT / "pipeline/evals").glob("[!_]*.py")):
+        assert not re.search(r"None|True|False|Field\(|\.\.\.|'", told[name]), told[name]
 
 
 def test_listing_needs_no_framework():
@@ -92,6 +108,8 @@ def test_words_become_the_command_of_the_ranks(own):
         (('val = "b"', 'test = "b"'), r"knn looks at the stream 'val', and \[data.one\] has none"),
         (("", ""), "data.one.train: no manifest"),
         ((SUITE.partition("[[evals]]")[0], ""), "there is no data"),
+        (("# Mine.", 'judge = "nowhere"'), "judge: nowhere: there is no nowhere; name a run"),
+        (('name = "knn"\non = ["one"]\nk = [7]', 'name = "frechet"'), r"evals\[0\]: frechet needs a model that judges"),
     ],
 )
 def test_a_suite_is_sound_or_each_mistake_is_said(change, says, own):

@@ -82,6 +82,13 @@ def test_what_is_known_by_errors_alone_is_not_paired_and_says_so(tmp_path):
     assert top.p == top.difference.p  # what has no p is no comparison
 
 
+def test_values_orders_of_magnitude_apart_are_not_rounded_to_nothing(tmp_path):
+    one = measured(tmp_path / "one", Number("lr/c", 5882.35, 9, "train", None, None))
+    other = measured(tmp_path / "other", Number("lr/c", 0.05882, 9, "train", None, None))
+    words = comparison_text(found(one, other)).split()
+    assert {"5882", "0.05882", "-5882"} <= set(words)
+
+
 def test_damaged_outcomes_are_named_and_errors_used(runs):
     (file,) = (runs[1] / "results").glob("*.npz")
     file.write_bytes(b"damaged")

@@ -28,6 +28,14 @@ def test_a_failure_stays_until_the_same_one_ends_well(tmp_path):
         assert [one.model for one in read_failures(tmp_path)] == ["step 20"]
 
 
+def test_one_that_fails_is_told_beside_one_of_the_same_name_that_ends_well(tmp_path):
+    """The same evaluation with other settings, in one suite: whichever comes first."""
+    keep_failures(tmp_path, [Ended("knn", "step 10", "why"), Ended("knn", "step 10", None)])
+    assert [one.text for one in read_failures(tmp_path)] == ["why"]
+    keep_failures(tmp_path, [Ended("knn", "step 10", None), Ended("knn", "step 10", None)])
+    assert read_failures(tmp_path) == ()
+
+
 def test_a_record_is_none_of_a_failure(tmp_path):
     keep_failures(tmp_path, [Ended("knn", "step 10", "why")])
     assert read_results(tmp_path).damaged == () and read_results(tmp_path).rows == []

@@ -195,14 +195,41 @@ def printed(results: list[Row]) -> str:
 def test_the_table_in_a_log():
     text = printed(top1(0.5) + top1(0.12345, "random [init]", None) + top1(0.9, "step 20", 20, stderr=None))
     head, _, body = [line for line in text.splitlines() if line.strip()]
-    assert head.split() == ["metric", "split", "random", "[init]", "step", "10", "step", "20"]
+    assert head.split() == ["metric", "data", "random", "[init]", "step", "10", "step", "20"]
     assert body.split() == ["knn/top1", "val", "0.123", "+-", "0.010", "0.500", "+-", "0.010", "0.900"]
+
+
+def test_the_table_names_the_data_sets_that_tell_its_lines_apart():
+    def on(name: str) -> list[Row]:
+        return [replace(row, data_name=name) for row in top1(0.5, data={"test": name})]
+
+    body = [line.split()[:2] for line in printed(on("cifar10") + on("dtd")).splitlines() if "knn" in line]
+    assert body == [["knn/top1", "cifar10"], ["knn/top1", "dtd"]]
 
 
 def test_a_missing_cell_is_empty():
     other = [replace(row, metric="knn/top5") for row in top1(0.9, "step 20", 20, stderr=None)]
     (first, second) = [line.texts() for line in lines(top1(0.5) + other)]
     assert first == ["0.500 +- 0.010", ""] and second == ["", "0.9000"]
+
+
+def test_what_lies_orders_of_magnitude_apart_is_written_each_for_itself():
+    """Chosen strengths, of which none has an error: rounded as the largest is, the smallest would be 0."""
+    (line,) = lines(top1(0.05882, stderr=None) + top1(5882.35, "step 20", 20, stderr=None))
+    assert line.texts() == ["0.05882", "5882"]
+    (line,) = lines(top1(0.05882) + top1(5882.35, "step 20", 20))
+    assert line.texts() == ["0.059 +- 0.010", "5882.350 +- 0.010"]
+    (line,) = lines(top1(0.0, stderr=None) + top1(9.0, "step 20", 20, stderr=None))
+    assert line.texts() == ["0.000", "9.000"]
+
+
+def test_settings_are_told_with_the_digits_that_a_person_reads():
+    def cropped(fraction: float, model: str) -> list[Row]:
+        return top1(0.5, model, settings={"crop_fraction": fraction})
+
+    first, second, third = lines(cropped(28 / 31, "a") + cropped(1.0, "b") + cropped(1e-5, "c"))
+    assert first.name == "knn/top1 [crop_fraction=0.903226]" and second.name == "knn/top1 [crop_fraction=1.0]"
+    assert third.name == "knn/top1 [crop_fraction=1e-05]"
 
 
 def test_runs_stand_side_by_side_and_are_told_apart(tmp_path):
