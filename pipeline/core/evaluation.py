@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -75,6 +76,8 @@ class Uses(NamedTuple):
     """Stream to the fields of its batches, ``{"val": ("image", "label")}``."""
     encoders: Sequence[str] = ("image",)
     """"image", "text", "logits", "generator"; those of the run that judges are "judge.NAME"."""
+    also: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """Fields that are read beside, of a stream that has them and where the suite names them: what only some models need."""
 
 
 class EvalStream(Protocol):

@@ -52,8 +52,9 @@ class Likelihood(Evaluation):
         self.config = config
 
     def uses(self) -> Uses:
-        """The model; the field that it is told is known with it."""
-        return Uses({name: ("image",) for name in (self.config.train, self.config.test)}, ("generator",))
+        """The model; which field it is told, is known with it."""
+        streams = {name: ("image",) for name in (self.config.train, self.config.test)}
+        return Uses(streams, ("generator",), {self.config.test: tuple(field for field in TOLD if field)})
 
     def check(self, ctx: EvalContext) -> None:
         """A model that knows, and steps that it can be measured in."""
@@ -113,7 +114,7 @@ def _prompt(batch: Batch, fields: tuple[str, ...]) -> Batch:
         ConfigError: the suite's fields lack it.
     """
     if missing := [name for name in fields if name not in batch]:
-        raise ConfigError(f'the model is told "{missing[0]}"; add it to the suite\'s fields')
+        raise ConfigError(f'the model is told "{missing[0]}": the suite\'s fields, or the data, lack it')
     return {name: batch[name] for name in fields}
 
 

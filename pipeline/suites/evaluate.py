@@ -15,7 +15,7 @@ from pipeline.config.exitcodes import FINISHED, INCOMPLETE
 from pipeline.config.schema import Weights
 from pipeline.core.errors import ConfigError
 from pipeline.dist.group import Place, by_first, process_group
-from pipeline.dist.meeting import Meeting
+from pipeline.dist.meeting import Failure, Meeting
 from pipeline.record.console import say
 from pipeline.record.failed import Ended, keep_failures
 from pipeline.record.report import write_report
@@ -208,9 +208,12 @@ def _tell(done: Sequence[Done]) -> None:
     if not failed:
         return
     lines = [f"{len(failed)} of {len(done)} evaluations have failed; what the others have measured is kept"]
+    titles: dict[tuple[str, Failure], list[str]] = {}
     for one in failed:
         assert one.failure is not None
-        lines.append(f"{one.title}, {one.told}: {one.failure.text}")
-        if one.failure.trace:
-            lines.append(one.failure.trace.rstrip())
+        titles.setdefault((one.told, one.failure), []).append(one.title)
+    for (told, failure), own in titles.items():  # of a subject that cannot be opened one line, not one for each task
+        lines.append(f"{', '.join(own)}, {told}: {failure.text}")
+        if failure.trace:
+            lines.append(failure.trace.rstrip())
     print("sluice: " + "\n  ".join(lines), file=sys.stderr, flush=True)

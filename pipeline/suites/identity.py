@@ -66,7 +66,7 @@ def origin_of(
     data = {use: context.streams[stream].fingerprint for use, stream in named.items()}
     if limit is not None:
         settled["limit"] = limit
-    seen = {field for each in uses.streams.values() for field in each}
+    seen = {field for each in (*uses.streams.values(), *uses.also.values()) for field in each}
     if set_otherwise := {n: f.model_dump(mode="json") for n, f in (fields or {}).items() if n in seen}:
         settled["fields"] = set_otherwise
     return Origin(subject.name, subject.step, weights, name, settled, data, seed, evaluation.version)

@@ -42,8 +42,10 @@ class Streams:
         self._suite, self._subject, self._place, self._limit = suite, subject, place, limit
         self._wanted: dict[EvalData, dict[str, None]] = {}
         for task in tasks:
-            for name, fields in task.uses.streams.items():
-                self._wanted.setdefault(task.streams[name], {}).update(dict.fromkeys(fields))
+            uses = task.uses
+            for name, fields in uses.streams.items():
+                also = [field for field in uses.also.get(name, ()) if field in suite.fields]
+                self._wanted.setdefault(task.streams[name], {}).update(dict.fromkeys([*fields, *also]))
         self._open: dict[EvalData, tuple[OrderedStream, dict[str, str]]] = {}
 
     def get(self, task: Task, name: str) -> OrderedStream:
@@ -59,7 +61,9 @@ class Streams:
         stream, lacking = self._open[data]
         for field in task.uses.streams[name]:
             if field in lacking:
-                raise ConfigError(f"{task.name} needs the field {field!r} of stream {name!r}: {lacking[field]}")
+                why = lacking[field].removeprefix("data.fields: ")
+                why = why.replace(self.shards(task.streams[name]).path, str(task.streams[name]))  # as it was named
+                raise ConfigError(f"{task.name} needs the field {field!r} of stream {name!r}: {why}")
         return stream
 
     def shards(self, data: EvalData) -> EvalData:

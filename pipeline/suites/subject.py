@@ -137,7 +137,8 @@ def _checkpoint(spec: Spec, place: Place) -> tuple[Opened, int]:
             return by_all(lambda: _of_run(restore(run, named, place, spec.weights)))
         except CheckpointError as error:
             if path.exists():
-                problem = CheckpointError(str(error))
+                named_there = str(path) in str(error)
+                problem = CheckpointError(str(error) if named_there else f"{path}: {error}")
             else:
                 problem = CheckpointError(
                     f"{path} is gone: a run removes its older checkpoints while it goes on (run.keep)"

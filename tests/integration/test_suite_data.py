@@ -72,6 +72,18 @@ def top1(folder: Path) -> list[Row]:
     return [row for row in read_results(folder).rows if row.metric.startswith("knn/top1")]
 
 
+def test_images_without_classes_are_named_by_their_folder(data, weights, tmp_path, capsys):
+    """Not by the shards that were made of them in a cache."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for image in sorted((data / "images/val/c0").iterdir()):
+        (flat / image.name).write_bytes(image.read_bytes())
+    named = suite(tmp_path / "suite", f'train = "{flat}"\nval = "{flat}"')
+    assert evaluate(weights, named, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert f"needs the field 'label' of stream 'train': {flat} has no field 'label', only image" in said
+
+
 def test_a_folder_of_images_gives_the_number_that_shards_of_it_give(data, weights, tmp_path):
     for name, root in (("shards", data), ("folders", data / "images")):
         assert evaluate(weights, suite(tmp_path, f'train = "{root}/train"\nval = "{root}/val"'), tmp_path / name) == 0

@@ -121,6 +121,17 @@ def test_what_one_data_set_lacks_fails_there_alone(mae, data, tmp_path, capsys):
     assert "rankme" in said.out and (tmp_path / "out" / "report.html").is_file()
 
 
+def test_a_model_that_is_told_classes_is_told_them_by_the_suite(data, tmp_path, capsys):
+    """Only the model knows that it needs labels, of all that the suite looks at."""
+    run = write_run(tmp_path / "ddpm", "ddpm", data / "train", steps=8)
+    task = 'name = "likelihood"\nsamples = 1\non = ["good"]'
+    assert evaluate(run, suite_of(tmp_path, data, task), tmp_path / "out") == 0
+    assert found(tmp_path / "out") == {("likelihood", "good")}
+    task = task.replace("good", "unlabelled")
+    assert evaluate(run, suite_of(tmp_path, data, task), tmp_path / "out") == 1
+    assert 'the model is told "label"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("how", "says", "traced"),
     [

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.evaluation import Number
+from pipeline.dist.meeting import Failure
 from pipeline.record.outputs import keep
 from pipeline.record.records import About
 from pipeline.record.results import Origin
-from pipeline.suites.evaluate import _wanted
-from pipeline.suites.running import there
+from pipeline.suites.evaluate import _tell, _wanted
+from pipeline.suites.running import Done, there
 from tests.unit.suites.test_subjects import make_run
 
 
@@ -43,3 +44,15 @@ def test_weights_that_were_measured_under_another_name_are_told_of(tmp_path, cap
     said = capsys.readouterr().err
     assert "knn, copy of mae: it has the weights of mae, under whose name its results are" in said
     assert there(tmp_path, origin("mae"), "d", "knn") is None and "by other code" in capsys.readouterr().err
+
+
+def test_why_a_subject_fails_is_said_once_for_all_of_its_tasks(tmp_path, capsys):
+    broken = Failure("runs/mae/checkpoints/step-00000006: it is damaged", "")
+    done = [Done(title, "step 6", "mae: step 6", tmp_path, broken) for title in ("knn on cifar", "rank")]
+    done += [Done("rank", "step 6", "clip: step 6", tmp_path, broken), Done("knn", "step 3", "mae: step 3", tmp_path)]
+    _tell(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "sluice: 3 of 4 evaluations have failed; what the others have measured is kept",
+        f"  knn on cifar, rank, mae: step 6: {broken.text}",
+        f"  rank, clip: step 6: {broken.text}",
+    ]
