@@ -77,7 +77,7 @@ class Uses(NamedTuple):
     encoders: Sequence[str] = ("image",)
     """"image", "text", "logits", "generator"; those of the run that judges are "judge.NAME"."""
     also: Mapping[str, Sequence[str]] = MappingProxyType({})
-    """Fields that are read beside, of a stream that has them and where the suite names them: what only some models need."""
+    """Fields that are read too where the suite names them and the stream has them: only some models need them."""
 
 
 class EvalStream(Protocol):

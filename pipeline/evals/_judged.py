@@ -43,7 +43,7 @@ class Judged(OfSamples):
 
     def uses(self) -> Uses:
         """The real images too."""
-        streams, encoders = super().uses()
+        streams, encoders, _ = super().uses()
         name = self.config.reference
         return Uses({**streams, name: ("image", *streams.get(name, ()))}, encoders)
 

@@ -60,7 +60,7 @@ class ClassificationAccuracy(OfSamples):
 
     def uses(self) -> Uses:
         """Real images with their labels."""
-        streams, encoders = super().uses()
+        streams, encoders, _ = super().uses()
         names = (self.config.train, self.config.test) if self.config.baseline else (self.config.test,)
         return Uses({**streams, **{n: ("image", "label", *streams.get(n, ())) for n in names}}, encoders)
 

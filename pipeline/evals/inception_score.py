@@ -48,7 +48,7 @@ class InceptionScore(OfSamples):
 
     def uses(self) -> Uses:
         """The real images too, if any."""
-        streams, encoders = super().uses()
+        streams, encoders, _ = super().uses()
         name = self.config.reference
         return Uses({**streams, name: ("image", *streams.get(name, ()))} if name else streams, encoders)
 

@@ -167,7 +167,8 @@ FIELDS = 'fields = ["image", "label", "text"]'
     ("subject", "evals", "more", "says"),
     [
         ("{weights}", RETRIEVAL, FIELDS, "needs the encoder 'text'"),
-        ("{weights}", '[[evals]]\nname = "frechet"\nsamples = 8\n', "", "generator"),
+        ("{weights}", '[[evals]]\nname = "frechet"\nsamples = 8\n', "", "needs a model that judges"),
+        ("{weights}", '[[evals]]\nname = "samples"\nsamples = 8\n', "", "needs the encoder 'generator'"),
         ("random:test_resnet", '[[evals]]\nname = "accuracy"\n', "", "needs the encoder 'logits'"),
         ("{weights}", '[[evals]]\nname = "accuracy"\n', "", "has samples of class"),
     ],

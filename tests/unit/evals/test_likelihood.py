@@ -99,5 +99,5 @@ def test_what_the_model_is_told_must_be_in_the_batches(lone_group):
             return iter([{"image": real(3).image, "id": torch.arange(3)}])
 
     streams = {"val": Silent(), "train": real(20)}
-    with pytest.raises(ConfigError, match='told "label"; the suite\'s fields, or the data, lack it'):
+    with pytest.raises(ConfigError, match='told "label": the suite\'s fields, or the data, lack it'):
         run(Likelihood(LikelihoodConfig()), {"generator": Exact()}, streams)
