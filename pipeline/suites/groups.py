@@ -64,9 +64,9 @@ def keep_averages(asked: Asked, subject: str, folder: Path, done: Sequence[Done]
             found = members(average, given)
             about = About(subject, asked.suite, asked.plan.version, group=name)
             results = keep(folder, [averaged(name, average, found)], group_origin(name, average, found), about)
-            kept.append(Done(title, done[0].subject, folder, None, results))
+            kept.append(Done(title, done[0].subject, done[0].told, folder, None, results))
         except (DataError, OSError) as error:
-            kept.append(Done(title, done[0].subject, folder, Failure(f"there is none: {error}", "")))
+            kept.append(Done(title, done[0].subject, done[0].told, folder, Failure(f"there is none: {error}", "")))
     return kept
 
 

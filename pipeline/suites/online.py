@@ -83,11 +83,12 @@ class Online:
         return Quality(rows, [f"{one.title}: {one.failure.text}" for one in done if one.failure is not None])
 
     def _run(self, subject: Subject, spelled: str, meeting: MeetingApart, progress: Progress) -> list[Done]:
+        name = subject.name
         made = meeting.hold(
-            lambda: Runner(self._asked, spelled, subject, None, self._folder, self._place, meeting, progress)
+            lambda: Runner(self._asked, spelled, subject, name, None, self._folder, self._place, meeting, progress)
         )
         if made.value is None:
-            return [Done(task.title, subject.name, self._folder, made.failure) for task in self._asked.tasks]
+            return [Done(task.title, name, name, self._folder, made.failure) for task in self._asked.tasks]
         done: list[Done] = []
         with closing(made.value) as runner:
             for task in self._asked.tasks:

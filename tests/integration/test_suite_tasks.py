@@ -107,7 +107,12 @@ def test_what_one_data_set_lacks_fails_there_alone(mae, data, tmp_path, capsys):
     ranked = {("rank", name) for name in ("good", "unlabelled", "others")}
     assert found(tmp_path / "out") == {("knn", "good"), *ranked}
     said = capsys.readouterr()
-    lines = {line.partition(", ")[0].strip(): line for line in said.err.splitlines() if ", mae: random init: " in line}
+    lines = {
+        title: line
+        for line in said.err.splitlines()
+        if ", mae: random init: " in line
+        for title in line.partition(", mae: random init: ")[0].strip().split(", ")
+    }
     for title, why in {
         "knn on unlabelled": "needs the field 'label' of stream 'val'",
         "knn on others": "has samples of classes 'other c0', 'other c1'",

@@ -11,6 +11,7 @@ from pipeline.record.records import About
 from pipeline.record.results import Origin
 from pipeline.suites.evaluate import _tell, _wanted
 from pipeline.suites.running import Done, there
+from pipeline.suites.subjects import find
 from tests.unit.suites.test_subjects import make_run
 
 
@@ -20,18 +21,18 @@ def test_a_run_has_one_folder_however_it_is_spelled(tmp_path, monkeypatch):
     make_run(Path("runs/mae"), 3, 6)
     (tmp_path / "link").symlink_to(tmp_path / "runs/mae")
     words = ["runs/mae@all", "random:runs/mae", str(tmp_path / "runs/mae"), "random:link"]
-    assert len({wanted.folder for wanted in _wanted(words, ["model"], None)}) == 1
+    assert len({wanted.folder for wanted in _wanted(find(words), None, None)}) == 1
 
 
 def test_of_several_runs_it_is_told_which_one_is_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run in ("mae", "clip"):
         make_run(Path("runs") / run, 6)
-    wanted = _wanted(["runs/*", "random:runs/mae"], ["model"], None)
+    wanted = _wanted(find(["runs/*", "random:runs/mae"]), None, None)
     assert [(one.name, one.told(one.name)) for one in wanted] == [
         ("step 6", "clip: step 6"), ("step 6", "mae: step 6"), ("random init", "mae: random init"),
     ]  # fmt: skip
-    assert [one.told(one.name) for one in _wanted(["runs/*"], ["model"], "out")] == ["clip: step 6", "mae: step 6"]
+    assert [one.told(one.name) for one in _wanted(find(["runs/*"]), "out", None)] == ["clip: step 6", "mae: step 6"]
 
 
 def test_weights_that_were_measured_under_another_name_are_told_of(tmp_path, capsys):
