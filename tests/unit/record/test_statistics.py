@@ -1,6 +1,8 @@
 """Statistics against other programs' formulas, and against chance: intervals hold the truth as often as they say."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -265,3 +267,10 @@ def test_very_many_samples_are_not_drawn_again(monkeypatch):
     plain = paired(Outcomes(np.zeros(2000)), Outcomes(values))
     assert plain.method == "t over 2,000 samples"
     assert (plain.low, plain.high) == pytest.approx((drawn.low, drawn.high), abs=0.003)
+
+
+def test_what_takes_long_to_import_is_not():
+    """`sluice compare`, every report and every suite wait for this module."""
+    code = "import sys, pipeline.record.statistics; print({'scipy.stats', 'scipy.optimize'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
