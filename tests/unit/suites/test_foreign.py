@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.config.schema import Image
 from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.data.decode import Geometry, ImageDecoder
+from pipeline.nn.weights import as_timm
 from pipeline.suites import foreign
 from pipeline.suites.foreign import cropped, timm_model
 from pipeline.suites.identity import weights_hash
@@ -124,7 +125,7 @@ def test_weights_as_their_authors_published_them_are_translated_as_timm_does(tmp
     published |= {"mask_token": torch.zeros(1, 192), "register_tokens": state["reg_token"]}
     published["cls_token"] = state["cls_token"] - place
     published["pos_embed"] = torch.cat([place, state["pos_embed"]], dim=1)
-    found = foreign._as_timm(theirs, published)
+    found = as_timm(theirs, published)
     foreign.hold(theirs, found, tmp_path, "it")
     for name, value in state.items():
         torch.testing.assert_close(found[name], value)
