@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.record.quality import Quality
 from pipeline.record.results import read_results
-from tests import toys
+from tests import toy_evals
 from tests.integration.runs import TIMING, codes, die_at, metrics, notes, overrides, rank_body, run, steps_of
 from tests.ranks import start_ranks
 
@@ -125,12 +125,12 @@ def test_its_numbers_are_those_of_the_checkpoint(suite, glyphs, tmp_path):
 
 def test_one_that_fails_on_one_rank_is_told_and_training_goes_on(suite, glyphs, tmp_path):
     hurt, plain = tmp_path / "hurt", tmp_path / "plain"
-    toys.admit_evals()
+    toy_evals.admit()
     bad = suite.with_name("bad.toml")
     bad.write_text(suite.read_text() + '[[evals]]\nname = "misbehave"\nhow = "crashes"\nrank = 1\n')
     more = ENGINES["zero1"]
     settings = overrides(hurt, glyphs / "train", *more, *online(bad))
-    command = {"config": str(Path("configs/smoke/mae.toml").resolve()), "settings": settings, "hurt": toys.admit_evals}
+    command = {"config": str(Path("configs/smoke/mae.toml").resolve()), "settings": settings, "hurt": toy_evals.admit}
     assert codes(start_ranks(2, rank_body, **command)) == [0, 0]
     assert codes(run(2, "mae", overrides(plain, glyphs / "train", *more))) == [0, 0]
     assert metrics(hurt) == metrics(plain) and weights(hurt) == weights(plain)
