@@ -5,6 +5,7 @@ Fixtures are made once, in pytest's own process, and handed to every rank; they 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -50,6 +51,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv(VARIABLE, str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def admitted() -> Iterator[None]:
+    """Evaluations of the tests' own that a module's tests admit into this process go with it."""
+    yield
+    known = sys.modules.get("pipeline.evals")
+    if known is not None:
+        own = str(Path(__file__).parent / "toy_evals")
+        known.__path__[:] = [folder for folder in known.__path__ if folder != own]
 
 
 @pytest.fixture
