@@ -216,7 +216,8 @@ def test_a_model_that_is_told_texts_is_judged_by_all_that_need_no_classes(lone_g
         found |= run(evaluation, known, streams)
     assert found["prdc/coverage"].value > 0.8 and found["memorisation/copies"].n == 40
     ctx = context(known, streams, ())
-    seen = evaluations[0].judged(ctx, "judge.image")
+    with torch.no_grad():  # as suites call it
+        seen = evaluations[0].judged(ctx, "judge.image")
     assert torch.equal(seen.id, chosen(torch.arange(90), 90, 40).nonzero()[:, 0]) and seen.label is None
     with pytest.raises(ConfigError, match='needs a model that was trained with condition = "class"'):
         run(Agreement(AgreementConfig(**asked)), known, streams)
