@@ -5,15 +5,13 @@ was seen. A text with places for figures, ``tests/perf/records/texts/NAME.md``, 
 what stands between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->``, in a configuration between ``# figures:
 NAME`` and ``# end of figures``, is that text with its figures filled in. A test fails where it is not.
 
-  python -m tests.figures                 # fill in all texts
+  python -m tests.figures                 # fill in all texts, and all tables (tests/tables.py)
   python -m tests.figures run NAME        # run the record's command again, and take over what it prints
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -26,13 +24,13 @@ from typing import Any
 
 import tomli_w
 
-ROOT = Path(__file__).parents[1]
+from tests import tables
+from tests.records import ORIGIN, ROOT, RecordError, commit_now, hardware
+
 RECORDS = ROOT / "tests" / "perf" / "records" / "figures"
 TEXTS = ROOT / "tests" / "perf" / "records" / "texts"
-WRITTEN = ("*.md", "configs/**/*.toml", "*/README.md")
+WRITTEN = ("*.md", "configs/**/*.toml", "*/README.md", "configs/*/README.md")
 """Where texts with figures may stand, below the project's folder."""
-ORIGIN = {"command": str, "commit": str, "date": date, "hardware": str, "seeds": int}
-"""What every record says of where its figures come from."""
 PARTS = {"value", "spread", "low", "high", "unit", "digits", "pattern"}
 PLACE = re.compile(r"\{(\w+)\.(\w+)(?::(\w+))?\}")
 BLOCK = re.compile(
@@ -40,10 +38,6 @@ BLOCK = re.compile(
     r"(?P<close>^(?:<!-- end of figures -->|# end of figures)$)",
     re.MULTILINE | re.DOTALL,
 )
-
-
-class RecordError(ValueError):
-    """A record, or a text that asks for one, is not as it must be."""
 
 
 @dataclass(frozen=True)
@@ -177,22 +171,11 @@ def taken_over(figures: Mapping[str, Figure], output: str) -> dict[str, dict[str
     return found
 
 
-def hardware() -> str:
-    """This machine, in words."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    load = os.getloadavg()[0]
-    return f"{os.cpu_count()} cores of {model or platform.machine()}, load {load:.1f} at the start"
-
-
 def run_again(name: str) -> None:
     """Run a record's command and renew the record."""
     path = RECORDS / f"{name}.toml"
     origin, figures = read_record(path)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    origin |= {"commit": commit.stdout.strip(), "date": date.today(), "hardware": hardware()}
+    origin |= {"commit": commit_now(), "date": date.today(), "hardware": hardware()}
     command = origin["command"].replace("python ", f"{sys.executable} ", 1)
     ended = subprocess.run(["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     print(ended.stdout)
@@ -210,9 +193,9 @@ def main() -> int:
         for name in words[1:]:
             run_again(name)
         known = records()
-        for path in written():
+        for path in sorted({*written(), *tables.written()}):
             text = path.read_text(encoding="utf-8")
-            if (new := renewed(text, known)) != text:
+            if (new := tables.renewed(renewed(text, known))) != text:
                 path.write_text(new, encoding="utf-8")
                 print(f"{path.relative_to(ROOT)}: renewed")
     except (RecordError, FileNotFoundError, subprocess.CalledProcessError) as error:
