@@ -87,9 +87,14 @@ class Optimizer(Strict):
     """Of sgd and lars."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Of what ``decay`` names."""
+    weight_decay_end: Annotated[float, Field(ge=0)] | None = None
+    """What ``weight_decay`` has become at the end of the run, on half a cosine from its beginning (DINO: 0.04 to 0.4);
+    left out: it stays. Groups with a decay of their own keep it."""
     decay: Literal["matrices", "all"] = "matrices"
     """"matrices": not norms, biases and what the objective excludes; "all": everything that is trained, as code has it
     that hands all parameters to torch's SGD or AdamW (MoCo's)."""
+    lr_vectors: PositiveFloat = 1.0
+    """Of the learning rate, for parameters of at most one dimension, norms and biases (Barlow Twins: 0.024)."""
     layer_decay: Fraction = 1.0
     """Learning rate of each layer as a part of the next one's; 1: all the same."""
     clip: PositiveFloat | None = None

@@ -295,6 +295,8 @@ class DataFacts:
     domains: tuple[str, ...] = ()
     beside: Mapping[str, SetFacts] = field(default_factory=dict[str, SetFacts])
     """Of the data sets beside the first, by name."""
+    views: tuple[tuple[int, int], ...] = ()
+    """Height and width of each view of an image in a batch, "image", "image2", ...; empty where nobody says: one."""
 
     def plain(self) -> dict[str, Any]:
         """Plain JSON values, for a checkpoint."""

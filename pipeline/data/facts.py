@@ -28,6 +28,6 @@ def facts(data: Data, manifest: Manifest) -> DataFacts:
         for m, start in zip(manifests, starts, strict=False)
     ]
     first = known[0]
-    return DataFacts(
-        data.image.shape, first.classes, first.samples, first.domains, dict(zip(data.beside, known[1:], strict=True))
-    )
+    beside = dict(zip(data.beside, known[1:], strict=True))
+    views = tuple(view.shape for view in data.image.each)
+    return DataFacts(data.image.shape, first.classes, first.samples, first.domains, beside, views)

@@ -180,7 +180,7 @@ class SingleEngine(BaseEngine):
 
     @override
     def before_step(self, clock: Clock) -> None:
-        optimizers.begin_step(self.optimizer, clock.step)
+        optimizers.begin_step(self.optimizer, clock)
 
     @override
     def trained(self, *, writing: bool) -> Iterator[Fragment]:

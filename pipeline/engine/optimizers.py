@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.schema import Group
 from pipeline.config.schema import Optimizer as OptimizerConfig
-from pipeline.core.protocols import Objective
+from pipeline.core.protocols import Clock, Objective
 
 NEVER = (0, 0)
 
@@ -22,8 +23,11 @@ class Rule(NamedTuple):
 
     lr_scale: float
     weight_decay: float
+    """At the beginning of the run."""
     frozen: tuple[int, int] = NEVER
     """Steps, the second not included, in which the parameter is not trained."""
+    weight_decay_end: float | None = None
+    """At the end of it; None: the same."""
 
 
 def layer_index(name: str, layers: Sequence[Sequence[str]]) -> int:
@@ -109,8 +113,11 @@ def rules(
             decay = config.weight_decay if group.weight_decay is None else group.weight_decay
             decayed = config.decay == "all" or (parameter.ndim > 1 and name not in spared)
             scale = config.layer_decay ** (len(layers) - layer_index(name, layers)) if layers else 1.0
+            if parameter.ndim <= 1:
+                scale *= config.lr_vectors
             steps = (frozen or {}).get(group.prefix, NEVER)
-            found[name] = Rule(scale * group.lr, decay if decayed else 0.0, steps)
+            end = config.weight_decay_end if decayed and group.weight_decay is None else None
+            found[name] = Rule(scale * group.lr, decay if decayed else 0.0, steps, end)
     return found
 
 
@@ -125,7 +132,10 @@ def build(
     parameters = dict(objective.named_parameters())
     for name, rule in rules(objective, config, frozen).items():
         groups.setdefault(rule, []).append(parameters[name])
-    described: list[dict[str, Any]] = [{"params": members, **rule._asdict()} for rule, members in groups.items()]
+    described: list[dict[str, Any]] = [
+        {"params": members, **rule._asdict(), "weight_decay_start": rule.weight_decay}
+        for rule, members in groups.items()
+    ]
     if config.name == "sgd":
         optimizer = torch.optim.SGD(described, lr=config.lr, momentum=config.momentum)
     elif config.name == "lars":
@@ -161,11 +171,14 @@ def _hold_groups(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_pre_hook(pass_over)
 
 
-def begin_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Hold the groups that are frozen in the update after ``step`` others, before its first forward."""
+def begin_step(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    """Before the first forward of a step: hold the groups that are frozen in it, and set what changes along the run."""
     for group in optimizer.param_groups:
         first, end = group["frozen"]
-        group["held"] = first <= step < end
+        group["held"] = first <= clock.step < end
+        start, last = group["weight_decay_start"], group["weight_decay_end"]
+        if last is not None:
+            group["weight_decay"] = last + (start - last) * (1 + math.cos(math.pi * clock.progress)) / 2
 
 
 class LARS(torch.optim.Optimizer):

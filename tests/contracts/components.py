@@ -105,7 +105,8 @@ def smoke_config(name: str) -> RunConfig:
 
 def facts(config: RunConfig) -> DataFacts:
     """Of a data set that would fit the config."""
-    return DataFacts(config.data.image.shape, CLASSES, samples=SAMPLES)
+    views = tuple(view.shape for view in config.data.image.each)
+    return DataFacts(config.data.image.shape, CLASSES, samples=SAMPLES, views=views)
 
 
 def build_objective(name: str, **settings: Any) -> Objective:

@@ -32,6 +32,8 @@ CONFIG = OptimizerConfig.model_validate(
     {
         "lr": 1.0,
         "weight_decay": 0.5,
+        "weight_decay_end": 4.0,
+        "lr_vectors": 3.0,
         "eps": 1e-4,
         "clip": 0.05,
         "groups": [
@@ -48,7 +50,7 @@ FROZEN = {f"{BACKBONE}.blocks.0": (0, 2), f"{BACKBONE}.norm": (3, 5)}
 
 def rule_of(name: str, step: int) -> tuple[float, float, bool]:
     """Part of the rate, decay and whether trained, written down by hand for each parameter of the smoke model."""
-    scale, decay, trained = 1.0, 0.5, True
+    scale, decay, trained = 1.0, (0.5, 0.83422026, 1.70922026, 2.79077974, 3.66577974)[step], True
     if name.startswith("head."):
         scale, decay = 7.0, 0.0
     elif name.startswith(f"{BACKBONE}.patch_embed."):
@@ -76,7 +78,10 @@ def plain() -> dict[str, NDArray[np.float32]]:
         for name, parameter in moving.items():
             scale, decay, _ = rule_of(name, step)
             parameter.grad *= 0.05 / norm
-            mine = {"weight_decay": decay if parameter.ndim > 1 and name not in spared else 0.0, "lr": rate * scale}
+            mine = {
+                "weight_decay": decay if parameter.ndim > 1 and name not in spared else 0.0,
+                "lr": rate * scale * (3.0 if parameter.ndim == 1 else 1.0),
+            }
             made = optimizers.setdefault(name, torch.optim.AdamW([parameter], betas=(0.9, 0.95), eps=1e-4))
             made.param_groups[0].update(mine)
             made.step()

@@ -31,8 +31,20 @@ def test_it_knows_samples_classes_and_first_id_of_every_data_set(tmp_path):
         classes,
         samples=12,
         beside={"near": SetFacts(5, classes, first=12), "far": SetFacts(2, ("left", "right"), first=17)},
+        views=((8, 6),),
     )
     assert DataFacts.of(json.loads(json.dumps(known.plain()))) == known
+
+
+def test_it_knows_the_size_of_every_view(tmp_path):
+    write_data(tmp_path, [3], members, FIELDS)
+    crops = ({"count": 2}, {"count": 3, "size": (4, 6)})
+    for image, expected in (
+        (Image(size=8, views=2), ((8, 8), (8, 8))),
+        (Image.model_validate({"size": 8, "crops": crops}), ((8, 8), (8, 8), (4, 6), (4, 6), (4, 6))),
+    ):
+        known = facts(Data(train=str(tmp_path), image=image), load(tmp_path))
+        assert known.views == expected and DataFacts.of(json.loads(json.dumps(known.plain()))) == known
 
 
 def test_facts_in_checkpoints_of_earlier_versions_are_read():
