@@ -38,6 +38,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.train", "how"),  # that it is the same data, the stream knows
     ("data.keep", "how"),  # and which samples, too
     ("data.where", "how"),
+    ("data.held_out", "how"),
+    ("data.by_label", "how"),
     ("data.sidecar", "how"),
     ("data.lanes", "how"),  # left out, it means what the stream has chosen; that knows
     ("data.window", "never"),

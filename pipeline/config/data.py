@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config.parts import Choice
 from pipeline.config.strict import Component, Folder, Fraction, Positive, PositiveFloat, Strict, Text
 
 Name = Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")]
@@ -93,15 +94,12 @@ class Image(Strict):
         return self
 
 
-class Source(Strict):
-    """One of several data sets that are mixed. It is a path, wherever a path is wanted."""
+class Source(Choice):
+    """One of several data sets that are mixed, or a part of it. It is a path, wherever a path is wanted."""
 
     path: Text
     weight: PositiveFloat = 1.0
     """Its part of every global batch, in proportion to the others' weights."""
-    keep: Text | None = None
-    """As ``data.keep``, of this source."""
-    where: Text | None = None
 
     def __fspath__(self) -> str:
         """The path."""
@@ -147,8 +145,8 @@ class Sidecar(Strict):
     (and replaced like bad ones where a field of the batch needs them)."""
 
 
-class Beside(Strict):
-    """A data set whose samples stand in every batch beside those of ``data.train``, as many of them.
+class Beside(Choice):
+    """A data set, or a part of one, whose samples stand in every batch beside those of ``data.train``, as many of them.
 
     Its fields have its name before theirs: ``[data.beside.target]`` gives "target_image", "target_id" and
     "target_epoch". It has an order, epochs and a cursor of its own; all other settings of ``[data]`` hold for it too.
@@ -159,27 +157,25 @@ class Beside(Strict):
     fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
     image: Image | None = None
     """Left out: as ``data.image``."""
-    keep: Text | None = None
-    where: Text | None = None
     sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])
 
     @model_validator(mode="after")
     def _parts_of_one(self) -> Beside:
-        _check_parts(self.path, self.keep, self.where, self.sidecar)
+        _check_parts(self.path, list(self.rules), self.sidecar)
         return self
 
 
-def _check_parts(path: object, keep: str | None, where: str | None, sidecar: dict[str, Sidecar]) -> None:
+def _check_parts(path: object, rules: list[str], sidecar: dict[str, Sidecar]) -> None:
     """What is kept of several sources stands beside each path; sidecars know one data set."""
     if isinstance(path, str):
         return
-    if keep or where:
-        raise ValueError(f"{'keep' if keep else 'where'} is of one data set; write it beside each path")
+    if rules:
+        raise ValueError(f"{rules[0]} is of one data set; write it beside each path")
     if sidecar:
         raise ValueError("sidecar joins one data set by its keys, and there are several; name one")
 
 
-class EvalData(Strict):
+class EvalData(Choice):
     """A data set as an evaluation looks at it: a whole one, or a part of it."""
 
     path: Text
@@ -189,10 +185,6 @@ class EvalData(Strict):
     """Name of the data set of torchvision that lies in ``path``: "CIFAR10". Nothing is downloaded."""
     split: Text | None = None
     """Of a folder with one for each split, or of a data set of torchvision: "train", "val", "test"."""
-    keep: Text | None = None
-    """As ``data.keep`` of a run."""
-    where: Text | None = None
-    """As ``data.where`` of a run."""
     sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])
     """As ``data.sidecar`` of a run."""
 
@@ -204,24 +196,19 @@ class EvalData(Strict):
     def __str__(self) -> str:
         """For people."""
         parts = [self.torchvision, self.path, self.split, self.keep and f"keep {self.keep}", self.where]
-        return ", ".join(filter(None, parts))
+        return ", ".join(str(part) for part in (*parts, self.held_out, self.by_label) if part)
 
     def __hash__(self) -> int:
         """Of all settings."""
         return hash(self.model_dump_json())
 
 
-class Data(Strict):
-    """The training stream."""
+class Data(Choice):
+    """The training stream: a data set, or a part of it."""
 
     train: Text | Annotated[tuple[Source, ...], Field(min_length=1)]
     """Where the shards and their manifest.json are: a folder or URL, or some of its shards, "x/y-{000..099}.tar"; or
     several such, mixed: [{path = "a", weight = 3}, {path = "b"}]."""
-    keep: Text | None = None
-    """A file that lists the samples to train on, one a line: their keys, or their numbers in the data set."""
-    where: Text | None = None
-    """A condition on their metadata that samples must meet: 'score > 0.3 and lang in ("en", "de")'; a sidecar's number
-    stands in backticks: '`scores:score` > 0.3'."""
     sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])
     """Data sets that are joined by key."""
     fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
@@ -255,7 +242,7 @@ class Data(Strict):
     def chosen(self) -> bool:
         """Some of the samples alone, or something joined to them: more than the manifests tell."""
         sources = () if isinstance(self.train, str) else self.train
-        return bool(self.keep or self.where or self.sidecar) or any(s.keep or s.where for s in sources)
+        return bool(self.rules or self.sidecar) or any(source.rules for source in sources)
 
     @model_validator(mode="after")
     def _names_stay_apart(self) -> Data:
@@ -265,7 +252,7 @@ class Data(Strict):
 
     @model_validator(mode="after")
     def _parts_of_one(self) -> Data:
-        _check_parts(self.train, self.keep, self.where, self.sidecar)
+        _check_parts(self.train, list(self.rules), self.sidecar)
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from pydantic import (
 
 from pipeline.config.data import Beside, Cache, Captions, Crop, Data, EvalData, Image, Sidecar, Source
 from pipeline.config.durations import Duration
+from pipeline.config.parts import ByLabel, HeldOut
 from pipeline.config.strict import (
     Component,
     Folder,
@@ -35,9 +36,9 @@ from pipeline.config.suite import Average, EvalTask, SuiteConfig
 from pipeline.core import registry
 
 __all__ = [
-    "FOREIGN", "Average", "Beside", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig", "EngineConfig",
-    "EvalData", "EvalTask",
-    "Every", "Fraction", "Group", "Image", "Online", "Optimizer", "Phase", "Positive", "PositiveFloat", "Precision",
+    "FOREIGN", "Average", "Beside", "ByLabel", "Cache", "Captions", "Component", "Crop", "Data", "EmaConfig",
+    "EngineConfig", "EvalData", "EvalTask", "Every", "Fraction", "Group", "HeldOut", "Image", "Online", "Optimizer",
+    "Phase", "Positive", "PositiveFloat", "Precision",
     "Record", "Run", "RunConfig", "Sidecar", "Source", "Start", "Strict", "SuiteConfig", "Text", "Weights", "Width",
     "without_silence",
 ]  # fmt: skip

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.data import Beside, Data, Sidecar, Source
+from pipeline.config.parts import Choice
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.location import reason
 from pipeline.core.manifest import Manifest, join, load, load_index
 from pipeline.core.where import Where
+from pipeline.data.drawn import drawn, in_part
 from pipeline.data.order import Ints
-from pipeline.data.selected import look
+from pipeline.data.selected import labels, look
 from pipeline.data.selection import Selection, Side
 
 _THREADS = 8
@@ -46,24 +48,19 @@ def open_beside(name: str, beside: Beside) -> Manifest:
 
 def _opened(path: str | tuple[Source, ...], own: Data | Beside, where: str) -> Manifest:
     if isinstance(path, str):
-        return _select(load(path), own.keep, own.where, own.sidecar, where)
-    parts = [
-        _select(load(source), source.keep, source.where, {}, f"{where}.train[{i}]") for i, source in enumerate(path)
-    ]
-    return join(parts)
+        return _select(load(path), own, own.sidecar, where)
+    return join([_select(load(source), source, {}, f"{where}.train[{i}]") for i, source in enumerate(path)])
 
 
-def _select(
-    whole: Manifest, keep: str | None, condition: str | None, sidecars: Mapping[str, Sidecar], where: str
-) -> Manifest:
+def _select(whole: Manifest, rules: Choice, sidecars: Mapping[str, Sidecar], where: str) -> Manifest:
     """The samples that are kept, with their sidecars."""
-    if not (keep or condition or sidecars):
+    if not (rules.rules or sidecars):
         return whole
     kept = np.arange(whole.samples)
     chosen: dict[str, Any] = {}
-    keys = keys_of(whole) if keep or sidecars else np.empty(0, "S1")
-    if keep:
-        kept = _listed(keep, keys, whole, f"{where}.keep")
+    keys = keys_of(whole) if sidecars or rules.rules.keys() - {"where"} else np.empty(0, "S1")
+    if rules.keep:
+        kept = _listed(rules.keep, keys, whole, f"{where}.keep")
         chosen["keep"] = f"{len(kept)} of {whole.samples} samples"
     sides: dict[str, Side] = {}
     for name, sidecar in sidecars.items():
@@ -71,9 +68,17 @@ def _select(
         if sidecar.missing == "drop":
             kept = kept[sides[name].rows[kept] >= 0]
     selection = _selection(whole, kept, sides, chosen)
-    if condition:
-        kept = kept[_holds(selection, condition, f"{where}.where")]
-        selection = _selection(whole, kept, sides, chosen | {"where": condition})
+    if rules.where:
+        kept = kept[_holds(selection, rules.where, f"{where}.where")]
+        chosen["where"] = rules.where
+    if rules.held_out:
+        kept = kept[in_part(keys[kept], rules.held_out)]
+        chosen["held_out"] = str(rules.held_out)
+    if rules.by_label:
+        label = labels(_selection(whole, kept, sides, chosen))
+        kept = kept[drawn(keys[kept], label, whole.classes, rules.by_label, f"{where}.by_label")]
+        chosen["by_label"] = str(rules.by_label)
+    selection = _selection(whole, kept, sides, chosen)
     if not len(kept):
         raise DataError(f"{where}: of {whole.samples} samples of {whole.root} none is kept")
     return selection

@@ -152,8 +152,7 @@ def _asked(data: EvalData, image: Image, fields: Sequence[str], settings: Mappin
     """What a run would be told of the same data."""
     return Data(
         train=data.path,
-        keep=data.keep,
-        where=data.where,
+        **data.rules,
         sidecar=data.sidecar,
         fields=tuple(fields),
         field={name: own for name, own in settings.items() if name in fields},

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.data import Cache
+from pipeline.core.errors import DataError
 from pipeline.core.manifest import Manifest
 from pipeline.data.access import open_storage
 from pipeline.data.jsons import read_table, value_at
+from pipeline.data.labels import decode_label
 from pipeline.data.order import Ints
 from pipeline.data.reader import Members, Read, Reader, SampleError
 from pipeline.data.selection import Selection, Side
@@ -19,6 +22,7 @@ from pipeline.data.selection import Selection, Side
 _TOGETHER = 4096
 """Samples whose tables are asked for at a time."""
 _BUDGET = 64 * 10**6
+LABEL = "label"
 
 
 def open_reader(
@@ -166,21 +170,44 @@ def look(
         DataError: a member is damaged, or no table; it cannot be said whether the condition holds.
     """
     holds = np.zeros(selection.samples, np.bool_)
-    reader = SelectedReader(selection, (), sorted(set(columns.values())), None, _BUDGET)
-    for first in range(0, selection.samples, _TOGETHER):
-        ids = np.arange(first, min(first + _TOGETHER, selection.samples))
+    names = {column: column.rpartition(":")[2] for column in columns}
+    with closing(SelectedReader(selection, (), sorted(set(columns.values())), None, _BUDGET)) as reader:
+        for number, found in _all(reader, selection.samples):
+            try:
+                of = {member: read_table(data) for member, data in found.items()}
+            except ValueError as error:
+                raise reader.error(number, f"its metadata cannot be read: {error}") from error
+            kept = keeps({c: value_at(of.get(columns[c], {}), name, None) for c, name in names.items()})
+            if isinstance(kept, str):
+                raise reader.error(number, kept)
+            holds[number] = kept
+    return holds
+
+
+def labels(selection: Selection) -> Ints:
+    """int64[N], the class numbers of all samples.
+
+    Raises:
+        DataError: a sample has no label, or none of the data set's classes.
+    """
+    found = np.zeros(selection.samples, np.int64)
+    if LABEL not in selection.fields:
+        raise DataError(f"{selection.root} has no labels, only {', '.join(selection.fields) or 'nothing'}")
+    with closing(SelectedReader(selection, (LABEL,), (), None, _BUDGET)) as reader:
+        for number, members in _all(reader, selection.samples):
+            try:
+                found[number] = decode_label(members[LABEL], len(selection.classes))
+            except (KeyError, ValueError) as error:
+                raise reader.error(number, "it has no label" if isinstance(error, KeyError) else str(error)) from error
+    return found
+
+
+def _all(reader: SelectedReader, samples: int) -> Iterator[tuple[int, Members]]:
+    """Every sample's number and what there is of it, be it nothing."""
+    for first in range(0, samples, _TOGETHER):
+        ids = np.arange(first, min(first + _TOGETHER, samples))
         for read in reader.members(ids):
             for number, found in zip(ids[read.rows].tolist(), read.found, strict=True):
                 if isinstance(found, SampleError):
                     raise found
-                try:
-                    of = {member: read_table(data) for member, data in found.items()}
-                except ValueError as error:
-                    raise reader.error(number, f"its metadata cannot be read: {error}") from error
-                names = {column: column.rpartition(":")[2] for column in columns}
-                kept = keeps({c: value_at(of.get(columns[c], {}), name, None) for c, name in names.items()})
-                if isinstance(kept, str):
-                    raise reader.error(number, kept)
-                holds[number] = kept
-    reader.close()
-    return holds
+                yield number, found

@@ -62,8 +62,7 @@ def run_config(data: EvalData | str, training: Training, folder: Path) -> RunCon
         run=Run(folder=str(folder), length=training.length, global_batch=training.global_batch, seed=training.seed),
         data=Data(
             train=own.path,
-            keep=own.keep,
-            where=own.where,
+            **own.rules,
             sidecar=own.sidecar,
             fields=training.fields,
             image=training.image,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from codecs import BOM_UTF8
 from typing import Any
 
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
 from pipeline.core.manifest import Joined
 from pipeline.data.field import Arrays, Column, Field, FieldSource, Sample
+from pipeline.data.labels import decode_label
 
 
 class Config(Strict):
@@ -35,20 +35,3 @@ class Label(Field):
     def decode(self, sample: Sample, drawn: Any, arrays: Arrays, row: int) -> None:
         """See :meth:`Field.decode`."""
         arrays[self._name][row] = decode_label(sample.members["label"], self._classes)
-
-
-def decode_label(data: memoryview, classes: int) -> int:
-    """A class number written in decimal.
-
-    Raises:
-        ValueError: not a number, or not of one of ``classes`` (0: any that int64 holds).
-    """
-    text = bytes(data).removeprefix(BOM_UTF8).strip()
-    if not text.isdigit():
-        raise ValueError(f"label {text[:40]!r} is not a number")
-    label = int(text)
-    if classes and label >= classes:
-        raise ValueError(f"label {label} is not one of the {classes} classes")
-    if label >= 1 << 63:
-        raise ValueError(f"label {label} is too large")
-    return label

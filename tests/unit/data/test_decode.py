@@ -12,8 +12,8 @@ from torchvision import transforms
 
 from pipeline.config.schema import Image
 from pipeline.data.decode import Geometry, ImageDecoder, center, open_image, random_box
-from pipeline.data.fields.label import decode_label
 from pipeline.data.jpeg import Box
+from pipeline.data.labels import decode_label
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
