@@ -36,6 +36,9 @@ class StepOutput(NamedTuple):
     """Detached scalars (means over the micro-batch), with the same keys in the same order on every rank."""
     losses: Tensor | None = None
     """float32[B], detached: each sample's part, whose mean is ``loss``; None where that is no mean over samples."""
+    features: Tensor | None = None
+    """float[B,D], detached: what the encoder gave in this forward, one vector per sample, so that a run sees them
+    collapse ("features_std" and "features_rank" of its metrics); None where the method has no such vectors."""
 
 
 class Picture(NamedTuple):

@@ -67,13 +67,15 @@ def _in_two_passes(
     after = _generator_states(engine.place.device)
     output, gradients = _loss_of_all(objective, parts, ctx)
     sizes = [len(batch["id"]) for batch in batches]
-    losses = [None] * len(batches) if output.losses is None else output.losses.split(sizes)
+    losses, features = (
+        [None] * len(batches) if rows is None else rows.split(sizes) for rows in (output.losses, output.features)
+    )
     for index, batch in enumerate(batches):
         _set_generators(engine.place.device, dice[index])
         scalar = engine.call(batch, ctx, then=partial(_times, gradients[index]))
         # The engine divides by the number of micro-batches; the loss of all is a mean already.
         engine.backward(scalar * len(batches), last=index == len(batches) - 1)
-        yield output._replace(losses=losses[index]), batch
+        yield output._replace(losses=losses[index], features=features[index]), batch
     _set_generators(engine.place.device, after)
 
 
@@ -98,7 +100,7 @@ def _loss_of_all(
         )
         for index in range(len(parts))
     ]
-    return StepOutput(output.loss.detach(), output.metrics, output.losses), gradients
+    return output._replace(loss=output.loss.detach()), gradients
 
 
 def _times(gradients: Embeddings, embeddings: Embeddings) -> Tensor:

@@ -14,12 +14,18 @@ from torch import Tensor
 
 from pipeline.core.digest import batch_digest
 from pipeline.core.protocols import Batch, Clock, StepOutput
+from pipeline.dist.collectives import all_gather
 from pipeline.dist.group import sum_over_ranks
 from pipeline.engine.ledger import Ledger
 from pipeline.engine.pace import Pace
+from pipeline.nn.spread import spread_of
 from pipeline.record.beats import Pulse
 
 T = TypeVar("T")
+WATCHED = 256
+"""Samples over all ranks whose features are looked at: enough to see a collapse, and few enough to cost nothing."""
+FEWEST = 8
+"""Samples of which a spread says something."""
 
 
 class _Update(NamedTuple):
@@ -70,6 +76,8 @@ class Meter:
         """Seconds by what they were spent on, beside steps."""
         self._names: list[str] = []
         self._outputs: list[Tensor] = []
+        self._features: list[Tensor] = []
+        """Of the last step's first update, by micro-batch."""
         self._digest = torch.zeros((), dtype=torch.int64, device=device)
         self.restart()
 
@@ -109,6 +117,7 @@ class Meter:
         self.at("step", step)
         self.recent.append((step, [], []))
         self._updates.clear()
+        self._features.clear()
         self._digest.zero_()
 
     def add(self, output: StepOutput, batch: Batch) -> None:
@@ -119,6 +128,8 @@ class Meter:
             self._digest += batch_digest(batch)
             self.recent[-1][1].append(batch["id"])
             self.recent[-1][2].append(output.losses)
+            if output.features is not None:
+                self._features.append(output.features)
             if self.ledger is not None:
                 self.ledger.add(output, batch)
 
@@ -163,6 +174,7 @@ class Meter:
             "samples": clock.samples,
             "loss": sum(facts[f"{phase}/loss" if phase else "loss"] for phase in self._updates),
             **facts,
+            **self._spread(),
             "samples_per_second": self._samples / seconds,
             "data_wait": self._waited / seconds,
             "step_seconds": (seconds - sum(self._spent.values())) / self._steps,
@@ -172,6 +184,17 @@ class Meter:
         }
         self.restart()
         return line
+
+    def _spread(self) -> dict[str, float]:
+        """How much of their space the features of the last step fill; see :mod:`pipeline.nn.spread`."""
+        if not self._features:
+            return {}
+        own = torch.cat(self._features)[: -(-WATCHED // self.world_size)]
+        everyone = all_gather(own.float())
+        if len(everyone) < FEWEST:
+            return {}
+        std, rank = spread_of(everyone)
+        return {"features_std": std, "features_rank": rank}
 
     def samples(self, step: int) -> dict[int, float | None]:
         """Of a recent step this rank's samples: id to loss, None where it is not told."""

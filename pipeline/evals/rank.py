@@ -12,12 +12,12 @@ Shape letters: N samples, D width.
 import math
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import Strict
 from pipeline.core.evaluation import EvalContext, Evaluation, Number, Uses
+from pipeline.nn.spread import rankme, std_of_units
 
 ROWS = 1024
 """Rows of the matrix of all pairs that are held at once."""
@@ -52,8 +52,7 @@ class Rank(Evaluation):
         name, x = self.config.test, ctx.features("image", self.config.test, fields=()).x
         unit = functional.normalize(x)
         yield Number("rank/rankme", rankme(x), len(x), name)
-        spread = float(unit.double().std(dim=0, unbiased=False).mean()) * math.sqrt(x.shape[1])
-        yield Number("rank/spread", spread, len(x), name)
+        yield Number("rank/spread", std_of_units(unit), len(x), name)
         if len(x) > 1:
             yield Number("rank/uniformity", uniformity(unit), len(x), name, better="lower")
         if self.config.mirror:
@@ -75,13 +74,6 @@ class Mirrored(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B,C,H,W] to [B,D]."""
         return self.encoder(image.flip(-1))
-
-
-def rankme(x: Tensor) -> float:
-    """RankMe of features [N,D], in float64, with the paper's epsilon of 1e-7."""
-    values = torch.linalg.svdvals(x.double())
-    p = values / values.sum().clamp_min(1e-300) + 1e-7
-    return float((-(p * p.log()).sum()).exp())
 
 
 def uniformity(unit: Tensor) -> float:

@@ -200,7 +200,7 @@ class CLIP(PairwiseObjective):
             bias = embeddings.shared["bias"]
             losses = sigmoid_loss(image, text, scale, bias, share=self.config.share, reduction="none")
             metrics["bias"] = bias.detach().squeeze(0)
-        return StepOutput(losses.mean(), metrics, losses.detach())
+        return StepOutput(losses.mean(), metrics, losses.detach(), image.detach())
 
     def limits(self) -> Mapping[str, tuple[float, float]]:
         """The inverse temperature stays between 1 and 100, as in the paper."""

@@ -219,7 +219,7 @@ class Distill(PairwiseObjective):
         return x, x * normalize.std + normalize.mean, label
 
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
-        """ "each", float[B,L'], of losses that are means over samples; of others what they compare; hits."""
+        """ "each", float[B,L'], of losses that are means over samples; what others compare; hits; "features"."""
         if "label" in self.needs and not self._labels_checked:  # once: it waits for the device
             check_labels(batch["label"], self.names)
             self._labels_checked = True
@@ -237,6 +237,7 @@ class Distill(PairwiseObjective):
                 each.append(loss.losses(mine, its, label))
         if each:
             rows["each"] = torch.stack(each, dim=1)
+        rows["features"] = student.features.detach()
         return rows | self._hits(student, taught, batch)
 
     def _read(self, name: str, loss: Loss, student: Seen, taught: Mapping[str, Seen]) -> tuple[Tensor, Tensor | None]:
@@ -290,7 +291,7 @@ class Distill(PairwiseObjective):
         losses = (parts * (parts.new_tensor(weights) / self._usual(parts.detach()))).sum(dim=1)
         metrics = {f"loss_{name}": value.detach().mean() for name, value in found.items()}
         metrics |= {k.removeprefix("metric."): v.mean() for k, v in rows.items() if k.startswith("metric.")}
-        return StepOutput(losses.mean(), metrics, losses.detach())
+        return StepOutput(losses.mean(), metrics, losses.detach(), rows["features"])
 
     def _usual(self, parts: Tensor) -> Tensor:
         """The usual size of each loss, float[L], the same on all ranks; ones where losses are not balanced."""

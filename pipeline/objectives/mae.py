@@ -96,10 +96,13 @@ class MAE(Objective):
         """Mean squared error over the hidden patches, or all; "loss_visible" is the same over the visible ones."""
         keep, hidden = self.masks(batch, ctx)
         with dropping_for(batch, ctx):
-            predicted = self.reconstruct(self.view(batch, ctx), keep)
+            tokens = self.encode(self.view(batch, ctx), keep)
+            predicted = self.decoder(tokens, keep).float()
         error = (predicted - self.targets(batch)).square().mean(dim=-1)
         losses = (error if self.config.loss_on == "all" else error.gather(1, hidden)).mean(dim=1)
-        return StepOutput(losses.mean(), {"loss_visible": error.detach().gather(1, keep).mean()}, losses.detach())
+        seen = tokens.detach()[:, self.encoder.num_prefix_tokens :].mean(dim=1)
+        metrics = {"loss_visible": error.detach().gather(1, keep).mean()}
+        return StepOutput(losses.mean(), metrics, losses.detach(), seen)
 
     def masks(self, batch: Batch, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """Visible and hidden patches of each sample: int64[B,V], int64[B,N-V]."""
@@ -114,8 +117,11 @@ class MAE(Objective):
 
     def reconstruct(self, x: Tensor, keep: Tensor) -> Tensor:
         """What the encoder is given, and the patches that it sees, to a prediction for every patch: float32[B,N,T]."""
-        tokens = encode_visible(self.encoder, to_weights(x, self.encoder), keep)
-        return self.decoder(tokens, keep).float()
+        return self.decoder(self.encode(x, keep), keep).float()
+
+    def encode(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Tokens of the patches that are seen, float[B,P+V,D]."""
+        return encode_visible(self.encoder, to_weights(x, self.encoder), keep)
 
     def targets(self, batch: Batch) -> Tensor:
         """What is to be predicted, float32[B,N,T]."""

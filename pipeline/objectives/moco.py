@@ -197,7 +197,9 @@ class MoCo(PairwiseObjective):
             # 2 T: the paper's code makes the gradient's size independent of the temperature.
             losses = (parts[0] + parts[1]) * (2 * self.config.temperature)
             agreement = (rows["query"] * rows["key2"]).sum(dim=1)
-        return StepOutput(losses.mean(), {"agreement": agreement.detach().mean()}, losses.detach())
+        return StepOutput(
+            losses.mean(), {"agreement": agreement.detach().mean()}, losses.detach(), rows["query"].detach()
+        )
 
     def after_step(self, clock: Clock) -> None:
         """Put the step's keys into the queue, in the order of the global batch, in place of the oldest."""

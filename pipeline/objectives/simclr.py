@@ -78,11 +78,15 @@ class SimCLR(PairwiseObjective):
         )
 
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
-        """Unit vectors float32[B,E] of both views, in one forward: their batch statistics are common."""
+        """Unit vectors float32[B,E] of both views, in one forward: their batch statistics are common.
+
+        "features", float[B,D], are the encoder's of the first view, without gradient.
+        """
         with dropping_for(batch, ctx):
-            z = functional.normalize(self.head(self.encoder(self.views(batch, ctx))).float(), dim=1)
+            h = self.encoder(self.views(batch, ctx))
+            z = functional.normalize(self.head(h).float(), dim=1)
         first, second = z.chunk(2)
-        return {"first": first, "second": second}
+        return {"first": first, "second": second, "features": h.detach().chunk(2)[0]}
 
     def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
         """NT-Xent; "agreement" is the mean cosine of the two views of a sample."""
@@ -92,7 +96,7 @@ class SimCLR(PairwiseObjective):
         if self.config.loss == "sum":
             losses = 2 * losses
         agreement = (first * second).detach().sum(dim=1).mean()
-        return StepOutput(losses.mean(), {"agreement": agreement}, losses.detach())
+        return StepOutput(losses.mean(), {"agreement": agreement}, losses.detach(), embeddings.rows["features"])
 
     def encoders(self) -> dict[str, nn.Module]:
         """The encoder without the head."""

@@ -89,18 +89,20 @@ class Supervised(Objective):
         if self.config.mixing.active:
             x, partner, part = self.mixed(image, batch, ctx)
             with dropping_for(batch, ctx):
-                logits = self.head(self.norm(self.encoder.features(x))).float()
+                features = self.encoder.features(x)
+            logits = self.classify(features)
             own, other = (self._cross_entropy(logits, target) for target in (label, label[partner]))
             losses = part * own + (1 - part) * other
         else:
             with dropping_for(batch, ctx):
-                logits = self.logits(image)
+                features = self.encoder(image)
+            logits = self.classify(features)
             losses = self._cross_entropy(logits, label)
         best = logits.detach().topk(min(5, len(self.classes)), dim=1).indices == label[:, None]
         metrics = {"top1": best[:, :1].any(dim=1).float().mean()}
         if len(self.classes) >= 5:
             metrics["top5"] = best.any(dim=1).float().mean()
-        return StepOutput(losses.mean(), metrics, losses.detach())
+        return StepOutput(losses.mean(), metrics, losses.detach(), features.detach())
 
     def augmented(self, batch: Batch, ctx: StepContext) -> Tensor:
         """The images as they are trained on, before any are mixed: uint8[B,C,H,W]."""
@@ -128,7 +130,11 @@ class Supervised(Objective):
 
     def logits(self, image: Tensor) -> Tensor:
         """uint8[B,C,H,W] to float32[B,K]."""
-        return self.head(self.norm(self.encoder(image))).float()
+        return self.classify(self.encoder(image))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """float[B,D] to float32[B,K]."""
+        return self.head(self.norm(features)).float()
 
     def train(self, mode: bool = True) -> "Supervised":
         """A frozen backbone stays in eval mode: no drop path, no change of its statistics."""

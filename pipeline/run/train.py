@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ from pipeline.run.build import (
     text_reader,
     tokenizer_of,
 )
+from pipeline.run.collapse import CollapseWatch
 from pipeline.run.making import make_engine
 from pipeline.run.online import Judge
 from pipeline.run.preflight import preflight
@@ -82,6 +83,7 @@ class Job:
     surveys: list[Action]
     judge: Judge | None = None
     """Evaluates while it trains; None: nobody does."""
+    collapse: CollapseWatch = field(default_factory=CollapseWatch)
 
     @property
     def folder(self) -> Path:
@@ -102,6 +104,7 @@ class Job:
         line |= dict(zip(events, counts, strict=True))
         if self.recorder is not None:
             self.recorder.log(line.pop("step"), line)
+            self.collapse.look(clock.step, line, self.recorder.note)
         bad = self.stream.ledger()
         if bad:
             with closing(Lines(self.folder / f"ledger-{self.place.rank:05d}.jsonl")) as ledger:

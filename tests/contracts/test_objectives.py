@@ -26,6 +26,8 @@ from tests.contracts.components import (
 )
 
 NAMES = names()
+WITHOUT_FEATURES = {"ddpm"}
+"""Methods that are no encoders of images while they are trained."""
 
 
 def part(batch: Batch, rows: slice) -> Batch:
@@ -114,6 +116,16 @@ def test_the_loss_is_the_mean_of_its_samples_parts(name):
             rows = slice(2, 5)
             few = objective(part(batch, rows), ctx).losses
             torch.testing.assert_close(few, output.losses[rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_are_told_so_that_a_collapse_is_seen(name):
+    objective = build_objective(name).train()
+    features = objective(make_batch(objective, name), contexts(objective)[0]).features
+    if features is None:
+        assert name in WITHOUT_FEATURES or package_of(name) != OBJECTIVES, "StepOutput.features: what the encoder gave"
+        return
+    assert features.ndim == 2 and len(features) == 8 and not features.requires_grad
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,8 @@ import torch
 from pipeline.core.digest import batch_digest
 from pipeline.core.protocols import Clock, StepOutput
 from pipeline.engine.meter import Meter
+from pipeline.nn.spread import spread_of
+from tests.ranks import start_ranks
 
 CPU = torch.device("cpu")
 BATCHES = [{"id": torch.tensor([n]), "epoch": torch.tensor([0]), "image": torch.full((1, 2), n)} for n in (3, 8)]
@@ -71,3 +73,53 @@ def test_time_spent_on_no_step_is_told_and_is_not_the_steps(lone_group):
         line = meter.line(CLOCK)
         assert line["survey_seconds"] == seconds
         assert -1500 <= line["step_seconds"] < 100 and (line["step_seconds"] < 0) == (seconds > 0)
+
+
+def test_features_of_the_last_step_are_looked_at_over_all_micro_batches(lone_group):
+    features = torch.randn(12, 5, generator=torch.manual_seed(0))
+    meter = Meter(CPU, 1)
+    for rows in (torch.ones(12, 5), features):  # a step forgets the one before
+        meter.begin_step(1)
+        for part in rows.split(6):
+            meter.add(StepOutput(torch.tensor(1.0), {}, features=part), BATCHES[0])
+        meter.end_update("", 0.5, torch.tensor(1.0))
+        meter.end_step(12)
+    line = meter.line(CLOCK)
+    unit = torch.nn.functional.normalize(features.double())
+    assert line["features_std"] == pytest.approx(float(unit.std(0, unbiased=False).mean()) * 5**0.5)
+    share = torch.linalg.svdvals(features.double())
+    share = share / share.sum()
+    assert line["features_rank"] == pytest.approx(float((-(share * share.log()).sum()).exp()), rel=1e-5)
+
+
+def test_of_a_few_samples_nothing_is_said(lone_group):
+    meter = Meter(CPU, 1)
+    meter.begin_step(1)
+    meter.add(StepOutput(torch.tensor(1.0), {}, features=torch.eye(7)), BATCHES[0])
+    meter.end_update("", 0.5, torch.tensor(1.0))
+    meter.end_step(7)
+    assert "features_std" not in meter.line(CLOCK)
+
+
+def watched() -> dict[str, float]:
+    """Features of 600 samples, shared out over the ranks."""
+    from pipeline.dist.group import process_group
+
+    features = torch.randn(600, 5, generator=torch.manual_seed(0))
+    with process_group(1.0) as place:
+        meter = Meter(CPU, place.world_size)
+        meter.begin_step(1)
+        rows = features.chunk(place.world_size)[place.rank]
+        meter.add(StepOutput(torch.tensor(1.0), {}, features=rows), BATCHES[0])
+        meter.end_update("", 0.5, torch.tensor(1.0))
+        meter.end_step(600)
+        return meter.line(CLOCK)
+
+
+def test_features_of_all_ranks_are_looked_at_together_and_no_more_than_needed():
+    lines = [ended.value for ended in start_ranks(2, watched)]
+    assert lines[0]["features_std"] == lines[1]["features_std"]
+    features = torch.randn(600, 5, generator=torch.manual_seed(0))
+    expected = spread_of(torch.cat([features[:128], features[300:428]]))
+    assert lines[0]["features_std"] == pytest.approx(expected.std)
+    assert lines[0]["features_rank"] == pytest.approx(expected.rank)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.evals.rank import Config, Rank, rankme, uniformity
+from pipeline.evals.rank import Config, Rank, uniformity
+from pipeline.nn.spread import rankme
 from tests.contracts.components import ListStream, context, numbers
 from tests.unit.evals.test_knn import Identity
 

@@ -33,7 +33,7 @@ def test_loss_and_hits_from_the_logits_by_hand(smoothing):
     model = build(label_smoothing=smoothing)
     rows = [[2.0, 1.0, 0.0, -1.0, -2.0, -3.0], [0.0, 3.0, 1.0, -1.0, 0.5, 2.0], [0.1, 0.2, 0.3, 0.4, 0.5, 0.0]]
     label = [0, 3, 1]  # first, last of six, fourth
-    model.logits = lambda image: torch.tensor(rows)
+    model.classify = lambda features: torch.tensor(rows)
     out = model(batch(label), CTX)
     expected = 0.0
     for row, truth in zip(rows, label, strict=True):
@@ -111,7 +111,7 @@ def test_positions_and_class_token_are_not_decayed():
 
 def test_the_showcase_names_truth_and_mistakes():
     model = build()
-    model.logits = lambda image: torch.eye(6)[[0, 2]]
+    model.classify = lambda features: torch.eye(6)[[0, 2]]
     caption = model.showcase(batch([0, 1]), CTX)["predictions"].caption
     assert caption.endswith("c0, c1 (taken for c2)")
 
@@ -132,7 +132,7 @@ def test_the_loss_of_mixed_samples_is_that_of_soft_labels():
 def test_augmentation_changes_what_is_seen_and_belongs_to_the_sample():
     model, data = build(augment={"probability": 1.0}).train(), batch([0, 1, 2, 3])
     seen = []
-    model.logits = lambda image: (seen.append(image), torch.zeros(len(image), 6))[1]
+    model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(data, CTX)
     model({field: value[2:] for field, value in data.items()}, CTX)
     assert not torch.equal(seen[0], data["image"])
