@@ -112,25 +112,45 @@ def _explain(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDe
     path, annotation, in_union = _walk(model, values, details)
     kind = details["type"]
     context: dict[str, Any] = details.get("ctx", {})
+    if kind.startswith("union_tag"):
+        return _explain_tag(values, path, context["discriminator"].strip("'"), annotation)
     if kind == "missing":
         return path, f"missing; expected {_describe(annotation)}", False
     if kind == "extra_forbidden":
-        return path, f"unknown key ({suggest(str(path[-1]), _keys_beside(model, path))})", False
+        return path, f"unknown key ({suggest(str(path[-1]), _keys_beside(model, values, path))})", False
     if kind == "value_error":
         return path, str(context["error"]), False
     value: Any = reduce(lambda inside, key: inside[key], path, cast("Any", values))
-    if in_union and kind.endswith("_type"):
-        return path, f"expected {_describe(annotation)}, found {_show(value)}", True
-    form = _EXPECTED.get(kind)
-    if form is None:
-        return path, f"{details['msg'][0].lower()}{details['msg'][1:]}, found {_show(value)}", False
-    hint = ""
-    if kind == "literal_error" and isinstance(value, str):
-        close = difflib.get_close_matches(value, re.findall("'([^']*)'", context["expected"]), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+    follows = in_union and kind.endswith("_type")
+    text = f"expected {_describe(annotation)}, found {_show(value)}" if follows else _explain_value(value, details)
     # pydantic counts only those items that are sound.
     short = kind == "too_short" and len(value) >= context["min_length"]
-    return path, f"expected {form.format(**context)}, found {_show(value)}{hint}", short
+    return path, text, follows or short
+
+
+def _explain_value(value: Any, details: ErrorDetails) -> str:
+    """What is expected in place of a value, and what it is."""
+    form, context = _EXPECTED.get(details["type"]), details.get("ctx", {})
+    if form is None:
+        return f"{details['msg'][0].lower()}{details['msg'][1:]}, found {_show(value)}"
+    hint = ""
+    if details["type"] == "literal_error" and isinstance(value, str):
+        close = difflib.get_close_matches(value, re.findall("'([^']*)'", context["expected"]), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"expected {form.format(**context)}, found {_show(value)}{hint}"
+
+
+def _explain_tag(values: Mapping[str, Any], path: Path, key: str, annotation: Any) -> tuple[Path, str, bool]:
+    """What ``key`` must be, which says which of several tables this one is."""
+    table: Any = reduce(lambda inside, name: inside[name], path, cast("Any", values))
+    fields = (model.model_fields.get(key) for model in _models_in(annotation))
+    tags = [tag for field in fields if field is not None for tag in typing.get_args(field.annotation)]
+    expected = " or ".join(map(repr, tags))
+    if key not in table:
+        return (*path, key), f"missing; expected {expected}", False
+    close = difflib.get_close_matches(table[key], tags, n=1) if isinstance(table[key], str) else []
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return (*path, key), f"expected {expected}, found {_show(table[key])}{hint}", False
 
 
 def _walk(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetails) -> tuple[Path, Any, bool]:
@@ -144,6 +164,7 @@ def _walk(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetai
     last = len(details["loc"]) - 1
     for place, key in enumerate(details["loc"]):
         here = holds(value, key)
+        annotation = _meant(annotation, value)
         if here or (place == last and details["type"] == "missing"):
             path.append(key)
             annotation = _child(annotation, key)
@@ -160,12 +181,30 @@ def holds(value: Any, key: str | int) -> bool:
     return isinstance(value, list) and isinstance(key, int) and key < len(cast("list[Any]", value))
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The configuration class inside ``Image | None`` or ``tuple[Component, ...]``."""
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The configuration classes inside ``Image | None``, ``tuple[Component, ...]`` or a union of kinds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+
+
+def _meant(annotation: Any, value: Any) -> Any:
+    """Of a union of kinds, which a word in each table tells apart, the one that a table says it is."""
+    kind = typing.get_origin(annotation)
+    if kind is Annotated:
+        return _meant(typing.get_args(annotation)[0], value)
+    if kind not in (Union, types.UnionType) or not isinstance(value, dict):
         return annotation
-    found = (_model_in(part) for part in typing.get_args(annotation))
-    return next((model for model in found if model), None)
+    models, table = _models_in(annotation), cast("dict[str, Any]", value)
+    fitting = [model for model in models if _tagged(model, table)]
+    return fitting[0] if len(fitting) == 1 < len(models) else annotation
+
+
+def _tagged(model: type[BaseModel], table: Mapping[str, Any]) -> bool:
+    """Whether the words by which a kind is known stand in a table."""
+    fields = model.model_fields.items()
+    tags = {name: typing.get_args(f.annotation) for name, f in fields if typing.get_origin(f.annotation) is Literal}
+    return bool(tags) and all(table.get(name) in words for name, words in tags.items() if name in table)
 
 
 def _child(annotation: Any, key: str | int) -> Any:
@@ -181,13 +220,14 @@ def _child(annotation: Any, key: str | int) -> Any:
     return next((child for part in parts if (child := _child(part, key)) is not Any), Any)
 
 
-def _keys_beside(model: type[BaseModel], path: Path) -> list[str]:
+def _keys_beside(model: type[BaseModel], values: Mapping[str, Any], path: Path) -> list[str]:
     """The keys that are allowed where ``path`` has an unknown one."""
     annotation: Any = model
+    value: Any = values
     for key in path[:-1]:
-        annotation = _child(annotation, key)
-    inner = _model_in(annotation)
-    return list(inner.model_fields) if inner else []
+        annotation, value = _child(_meant(annotation, value), key), value[key]
+    inner = _models_in(_meant(annotation, value))
+    return list(inner[0].model_fields) if inner else []
 
 
 def _describe(annotation: Any) -> str:
@@ -204,7 +244,7 @@ def _describe(annotation: Any) -> str:
         text = "a list" if parts[-1] is Ellipsis else f"a list of {len(parts)}"
     elif annotation in _NAMES or kind in _NAMES:
         text = _NAMES[kind or annotation]
-    elif _model_in(annotation):
+    elif _models_in(annotation):
         text = "a table"
     return text
 

@@ -58,8 +58,30 @@ class Inner(Strict):
     steps: Annotated[int, Field(multiple_of=4)] = 4
 
 
+class Plain(Strict):
+    """One kind of loss."""
+
+    kind: Literal["plain"]
+    weight: float = 1.0
+
+
+class Soft(Strict):
+    """Another kind, under two names."""
+
+    kind: Literal["soft", "softer"]
+    temperature: float = 1.0
+    inner: Inner = Inner()
+
+
+Kinds = Annotated[Plain | Soft, Field(discriminator="kind")]
+
+
 class Outer(Strict):
     """The whole."""
+
+    losses: dict[str, Kinds] = Field(default_factory=dict)
+    listed: tuple[Kinds, ...] = ()
+    first: Kinds | None = None
 
     parts: Annotated[tuple[Inner, ...], Field(min_length=1)]
     named: dict[str, Inner] = Field(default_factory=dict)
@@ -83,6 +105,27 @@ class Outer(Strict):
         ({"parts": [{}], "one": 3}, ["one: expected a table or text, found 3"]),
         ({"parts": [{}], "one": {"sizes": 3}}, ["one.sizes: unknown key (did you mean 'size'?)"]),
         ({"parts": [3]}, ["parts[0]: expected a table, found 3"]),
+        *(
+            ({"parts": [{}], **beside(loss)}, [f"{where}.{said}"])
+            for where, beside in {
+                "losses.a": lambda loss: {"losses": {"b": {"kind": "plain"}, "a": loss}},
+                "listed[1]": lambda loss: {"listed": [{"kind": "plain"}, loss]},
+                "first": lambda loss: {"first": loss},
+            }.items()
+            for loss, said in (
+                ({"kind": "soft", "temprature": 2.0}, "temprature: unknown key (did you mean 'temperature'?)"),
+                ({"kind": "softer", "weight": 2.0}, "weight: unknown key (there are: kind, temperature, inner)"),
+                ({"kind": "plain", "inner": {}}, "inner: unknown key (there are: kind, weight)"),
+                ({"kind": "soft", "inner": {"sise": 1}}, "inner.sise: unknown key (did you mean 'size'?)"),
+                ({"kind": "soft", "temperature": "a"}, 'temperature: expected a number, found "a"'),
+                (
+                    {"kind": "sof"},
+                    "kind: expected 'plain' or 'soft' or 'softer', found \"sof\" (did you mean 'soft'?)",
+                ),
+                ({"kind": ["soft"]}, "kind: expected 'plain' or 'soft' or 'softer', found [\"soft\"]"),
+                ({"temperature": 1.0}, "kind: missing; expected 'plain' or 'soft' or 'softer'"),
+            )
+        ),
         ({"parts": [{}], "named": {"k": "y" * 90}}, [f'named.k: expected a table, found "{"y" * 56}...']),
     ],
 )

@@ -120,6 +120,37 @@ def test_the_power_law_is_that_of_domain_adaptation():
     assert other[-1] == pytest.approx(middle[-1] * 0.5 / 100)
 
 
+def test_steps_are_those_of_a_multi_step_scheduler():
+    """torch's, which counts epochs: 240 of them with milestones 150, 180 and 210 are CIFAR-100's."""
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, [625, 750, 875])
+    expected = []
+    for _ in range(1000):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert curve("step", milestones=[0.625, 0.75, 0.875]) == pytest.approx(expected, rel=1e-12)
+    warm = curve("step", milestones=[0.5], factor=0.5, warmup="100ba", cooldown="100ba")
+    assert warm[:100] == pytest.approx([0.1 * (step + 0.5) / 100 for step in range(100)])
+    assert warm[499:501] == pytest.approx([0.1, 0.05]) and warm[950] == pytest.approx(0.05 * 49.5 / 100)
+
+
+@pytest.mark.parametrize(
+    ("milestones", "said"),
+    [
+        ([0.6, 0.3], "each milestone comes after the one before"),
+        ([0.3, 0.3], "each milestone comes after the one before"),
+        ([30, 60], r"milestones\[0\]: expected a number < 1.0, found 30"),
+        ([], "milestones: expected a list of at least 1"),
+    ],
+)
+def test_milestones_are_rising_parts_of_the_run(milestones, said):
+    with pytest.raises(Mistakes, match=said):
+        curve("step", milestones=milestones)
+
+
 def test_nothing_is_warmed_up_that_nobody_asked_to():
     plan = resolve(config(), samples=1000, world_size=1)
     assert (plan.warmup_steps, plan.cooldown_steps) == (0, 0)
