@@ -387,6 +387,7 @@ class _Build:
             statistics=statistics.as_json(),
             made=made,
             tokenizer=base.tokenizer if base else {},
+            domain=self.options.domain,
         )
 
     def _manifests(self) -> dict[str, Manifest]:

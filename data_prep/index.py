@@ -65,6 +65,7 @@ def index(
     *,
     pattern: str = "",
     classes: Sequence[str] = (),
+    domain: str = "",
     image: str = "",
     skip_damaged: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -77,6 +78,7 @@ def index(
         pattern: Which tars, with braces: ``{000..099}.tar``; empty: all of the folder, by name, or if it has none, of
             its sub-folders.
         classes: Names of the labels; left out, labels that are numbers name themselves.
+        domain: What its samples are called where several domains meet; empty: what the manifest says already.
         image: Extension of the member that is the image ("input.jpg"); empty: those that images have.
         skip_damaged: Leave damaged tars out instead of stopping.
         progress: Called with the number of tars looked through, and of all.
@@ -108,7 +110,7 @@ def index(
             raise DataError("damaged tars:\n  " + "\n  ".join(damaged) + "\nmend them, or leave them out with --skip")
         fields = fields_apart(together, image)
         made = {"tars": len(shards), "left_out": damaged} | ({"passed_over": dict(passed)} if passed else {})
-        manifest = _manifest(store, shards, fields, statistics, classes, made, no_class)
+        manifest = _manifest(store, shards, fields, statistics, classes, domain, made, no_class)
         _check_sizes(store, manifest)
         store.write(SIZES, sizes_json(manifest).encode())
         store.write(FILE, manifest.as_json().encode())
@@ -255,15 +257,17 @@ def _manifest(
     fields: dict[str, tuple[str, ...]],
     statistics: Statistics,
     classes: Sequence[str],
+    domain: str,
     made: dict[str, Any],
     no_class: int,
 ) -> Manifest:
-    known: dict[str, Any] = {"classes": (), "tokenizer": {}, "made": {}}
+    known: dict[str, Any] = {"classes": (), "tokenizer": {}, "made": {}, "domain": ""}
     try:
         old = parse(store.read(FILE).decode(), store.where, FILE)
-        known = {"classes": old.classes, "tokenizer": old.tokenizer, "made": old.made}
+        known = {"classes": old.classes, "tokenizer": old.tokenizer, "made": old.made, "domain": old.domain}
     except (FileNotFoundError, DataError):
         pass
+    known["domain"] = domain or known["domain"]
     known["classes"] = tuple(classes) or _for_all(known["classes"], statistics.labels)
     no_class += sum(times for label, times in statistics.labels.items() if label >= len(known["classes"]))
     known["made"] = {**known["made"], "indexed": made | ({"no_class": no_class} if no_class else {})}

@@ -93,6 +93,7 @@ def _merge(
         statistics=statistics.as_json(),
         made={"merged": made},
         tokenizer=manifests[0].tokenizer,
+        domain=manifests[0].domain if len({m.domain for m in manifests}) == 1 else "",
     )
     if merged.tokenizer:
         name = merged.tokenizer["file"]

@@ -128,6 +128,8 @@ class Options:
     """How URLs are downloaded; without it they are rejected."""
     workers: int = 0
     """Processes that read and encode; 0: this one does. The result is the same."""
+    domain: str = ""
+    """What the manifests call the domain of all samples."""
 
     def __post_init__(self) -> None:
         _need(self.shard_samples > 0 and self.shard_bytes > 0, "shards hold at least one sample and one byte")
@@ -139,7 +141,8 @@ class Options:
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON values of all that decides the result."""
-        return {name: value for name, value in asdict(self).items() if name != "workers"}
+        facts = {name: value for name, value in asdict(self).items() if name != "workers"}
+        return facts if self.domain else {name: value for name, value in facts.items() if name != "domain"}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> Iterator[str]:

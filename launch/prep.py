@@ -50,6 +50,7 @@ def index(
     classes: Annotated[
         str, typer.Option(help="Names of the labels: a file with one per line, in order, or a data set that has them.")
     ] = "",
+    domain: Annotated[str, typer.Option(help="What its domain is called; left out: as before, or its folder.")] = "",
     image_field: Annotated[
         str, typer.Option(help="Member that is the image, input.jpg; left out: those like jpg or png.")
     ] = "",
@@ -65,7 +66,15 @@ def index(
     names = read_classes(classes) if classes else ()
     image = image_field.lower().lstrip(".")
     with Progress("indexing", None, "tars") as progress:
-        manifest = run(folder, pattern=tars, classes=names, image=image, skip_damaged=skip, progress=progress.of)
+        manifest = run(
+            folder,
+            pattern=tars,
+            classes=names,
+            domain=domain,
+            image=image,
+            skip_damaged=skip,
+            progress=progress.of,
+        )
     typer.echo(summary(manifest))
     indexed = manifest.made["indexed"]
     for line in indexed["left_out"]:

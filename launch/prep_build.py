@@ -47,6 +47,7 @@ def _shared(  # noqa: PLR0913 - the options of one command
     duplicates: Annotated[str, typer.Option(help="off, report or drop samples like an earlier one.")] = "off",
     distance: Annotated[int, typer.Option(help="Look-alikes too: bits of 64 that may differ; -1: equal ones.")] = -1,
     workers: Annotated[int, typer.Option(help="Processes that read and encode; 0: none but this one.")] = 0,
+    domain: Annotated[str, typer.Option(help="What the domain is called; left out: its folder, where it counts.")] = "",
     append: Annotated[bool, typer.Option("--append", help="Add to a complete data set, as new shards.")] = False,
 ) -> Options:
     """The options that all sources share. Its signature is the command line's."""
@@ -68,6 +69,7 @@ def _shared(  # noqa: PLR0913 - the options of one command
         filters=Filters(**_settings(Filters, filter, "--filter")),
         duplicates=Duplicates(**duplicate),
         workers=workers,
+        domain=domain,
     )
 
 
@@ -346,8 +348,24 @@ def scenes(
 
 
 @_source
-def digits(pixels: Pixels = 32) -> Source:
+def digits(
+    pixels: Pixels = 32,
+    held_out: Annotated[int, typer.Option(help="So many, chosen by their keys, make val; 0: as --split says.")] = 0,
+) -> Source:
     """Build scikit-learn's 1,797 handwritten digits."""
     from data_prep.sources.digits import DigitsSource
 
-    return DigitsSource(pixels)
+    return DigitsSource(pixels, held_out=held_out)
+
+
+@_source
+def typefaces(
+    digits: Annotated[int, typer.Option(help="Classes: the digits from zero on.")] = 10,
+    samples: Annotated[int, typer.Option(help="Images per digit and typeface.")] = 15,
+    pixels: Pixels = 32,
+    seed: int = 0,
+) -> Source:
+    """Build digits set in type, made into pixels as the handwritten ones were: another domain of the same classes."""
+    from data_prep.sources.typefaces import TypefacesSource
+
+    return TypefacesSource(digits, samples, pixels, seed)

@@ -11,9 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from data_prep.record import Inline, Record
 from pipeline.core.errors import ConfigError
 
+SAMPLES = 1797
+LEVELS = 16
+"""Each pixel is a count of 0 to 16: the ink in a block of 4 x 4 of a bitmap of 32 x 32."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -23,37 +29,57 @@ class DigitsSource:
 
     size: int = 32
     """Pixels of the side."""
-    limit: int = 1797
+    limit: int = SAMPLES
     """First so many of them."""
+    held_out: int = 0
+    """So many of them make the split "val" and all others "train": those whose keys have the least hash. 0: as the
+    build's splits say."""
 
     classes: tuple[str, ...] = field(default=WORDS, init=False)
 
     positional: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.total = min(self.limit, 1797)
+        self.total = min(self.limit, SAMPLES)
         if self.size < 8 or self.limit < 1:
             raise ConfigError(f"digits have at least 8 pixels and 1 sample, not {self.size} and {self.limit}")
+        if not 0 <= self.held_out < self.total:
+            raise ConfigError(
+                f"digits: held_out leaves samples in train, so it is 0 to {self.total - 1}, not {self.held_out}"
+            )
 
     def describe(self) -> dict[str, Any]:
         """See :class:`~data_prep.record.Source`."""
-        return {"kind": "digits", "size": self.size, "limit": self.limit}
+        held_out = {"held_out": self.held_out} if self.held_out else {}
+        return {"kind": "digits", "size": self.size, "limit": self.limit} | held_out
 
     def __iter__(self) -> Iterator[Record]:
-        import numpy as np
-        from PIL import Image
         from sklearn.datasets import load_digits
 
         digits: Any = load_digits()
-        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-        for i, (image, label) in enumerate(zip(pixels[: self.limit], digits.target, strict=False)):
-            target = io.BytesIO()
-            Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC).save(target, "PNG")
+        keys = [f"{i:04d}" for i in range(self.total)]
+        held_out = set(sorted(keys, key=draw_of)[: self.held_out])
+        for key, counts, label in zip(keys, digits.images, digits.target, strict=False):
             yield Record(
-                key=f"{i:04d}",
-                identity=f"{i:04d}",
-                image=Inline(target.getvalue()),
-                stamp=hashlib.sha256(image.tobytes()).hexdigest(),
+                key=key,
+                identity=key,
+                image=Inline(enlarged(counts, self.size)),
+                stamp=hashlib.sha256(np.round(counts * (255 / LEVELS)).astype(np.uint8).tobytes()).hexdigest(),
                 label=int(label),
                 caption=f"a handwritten digit {WORDS[label]}",
+                metadata={"digit": int(label), "draw": draw_of(key)},
+                split=("val" if key in held_out else "train") if self.held_out else None,
             )
+
+
+def enlarged(counts: np.ndarray, size: int) -> bytes:
+    """Counts of 0 to 16, [8,8], as a PNG of ``size`` pixels a side."""
+    pixels = np.round(counts * (255 / LEVELS)).astype(np.uint8)
+    target = io.BytesIO()
+    Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(target, "PNG")
+    return target.getvalue()
+
+
+def draw_of(key: str) -> float:
+    """A number in [0, 1) that belongs to a key, for parts of a data set: ``where = 'digit < 5 or draw < 0.2'``."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48

@@ -100,6 +100,9 @@ class Source(Choice):
     path: Text
     weight: PositiveFloat = 1.0
     """Its part of every global batch, in proportion to the others' weights."""
+    domain: Text | None = None
+    """Of its samples, where several domains meet, equal for sources of one; left out: as its manifest says, or its
+    folder."""
 
     def __fspath__(self) -> str:
         """The path."""

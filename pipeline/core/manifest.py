@@ -77,6 +77,8 @@ class Manifest:
     """How it was made: source, options, seed, version."""
     tokenizer: dict[str, Any] = field(default_factory=dict[str, Any])
     """{"file": name beside the manifest, "sha256": its hash}; empty when none was trained."""
+    domain: str = ""
+    """What its samples are called where several domains meet; empty: its folder's name."""
 
     @cached_property
     def samples(self) -> int:
@@ -96,7 +98,7 @@ class Manifest:
 
     def as_json(self) -> str:
         """The text of ``manifest.json``: the same manifest gives the same bytes."""
-        body = {k: v for k, v in asdict(self).items() if k != "root"}
+        body = {k: v for k, v in asdict(self).items() if k != "root" and (k != "domain" or v)}
         head = {"format": FORMAT, "version": VERSION, "samples": self.samples, "fingerprint": self.fingerprint}
         return json.dumps(head | body, indent=1) + "\n"
 
@@ -147,6 +149,7 @@ def parse(text: str, root: str, where: str) -> Manifest:
             statistics=body["statistics"],
             made=body["made"],
             tokenizer=body["tokenizer"],
+            domain=body.get("domain", ""),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where} is damaged ({error!r}); rebuild it with `sluice prep index`") from error
@@ -162,6 +165,8 @@ def _check(body: dict[str, Any]) -> None:
     words = [*body["classes"], *(e for extensions in body["fields"].values() for e in extensions)]
     if any(type(word) is not str for word in words):
         raise TypeError("classes and extensions are words")
+    if type(body.get("domain", "")) is not str:
+        raise TypeError("a domain is a word")
     seen: set[str] = set()
     for s in body["shards"]:
         name = s["name"]

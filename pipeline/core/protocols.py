@@ -281,9 +281,11 @@ class SetFacts:
     classes: tuple[str, ...] = ()
     """Names of the classes, in the order of their labels; empty when the data has no labels."""
     domains: tuple[str, ...] = ()
-    """Names of the domains that its samples come from, in the order of their numbers; empty when it names none."""
+    """Names of the domains that its samples come from, in the order of their numbers."""
     first: int = 0
     """Id of its first sample: ids in a batch run on through all data sets."""
+    sources: tuple[tuple[int, int], ...] = ()
+    """Of each source that it is mixed of, the id of the first sample and the number of the domain."""
 
 
 @dataclass(frozen=True)
@@ -293,13 +295,14 @@ class DataFacts:
     image_size: tuple[int, int]
     """Height and width of the images in a batch."""
     classes: tuple[str, ...]
-    """Of the first data set, as the next two; see :class:`SetFacts`."""
+    """Of the first data set, as the next two and ``sources``; see :class:`SetFacts`."""
     samples: int = 0
     domains: tuple[str, ...] = ()
     beside: Mapping[str, SetFacts] = field(default_factory=dict[str, SetFacts])
     """Of the data sets beside the first, by name."""
     views: tuple[tuple[int, int], ...] = ()
     """Height and width of each view of an image in a batch, "image", "image2", ...; empty where nobody says: one."""
+    sources: tuple[tuple[int, int], ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Plain JSON values, for a checkpoint."""

@@ -91,7 +91,7 @@ def _selection(whole: Manifest, kept: Ints, sides: Mapping[str, Side], chosen: M
     fields = whole.fields | {f"{n}:{f}": e for n, side in sides.items() for f, e in side.manifest.fields.items()}
     own = {name: Side(side.manifest, side.rows[kept]) for name, side in sides.items()}
     return Selection(
-        whole.root, shards, fields, whole.classes, whole.statistics, whole.made, whole.tokenizer,
+        whole.root, shards, fields, whole.classes, whole.statistics, whole.made, whole.tokenizer, whole.domain,
         whole=whole, kept=kept, sides=own, chosen=dict(chosen) | {"samples": len(kept)},
     )  # fmt: skip
 

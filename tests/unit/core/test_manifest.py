@@ -50,6 +50,9 @@ def test_round_trip(shards, classes, fields):
     back = parse(manifest.as_json(), "r", "here")
     assert back == manifest
     assert list(back.fields) == list(manifest.fields)
+    assert (
+        "domain" not in manifest.as_json() and parse(replace(manifest, domain="ink").as_json(), "r", "").domain == "ink"
+    )
     assert back.starts[-1] == back.samples == sum(s[0] for s in shards)
     assert json.loads(sizes_json(back)) == {s.name: s.samples for s in manifest.shards}
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pipeline.config.schema import Beside, Data, Image, Source
 from pipeline.core.manifest import load, save
 from pipeline.core.protocols import DataFacts, SetFacts
+from pipeline.data.dataset import open_data
 from pipeline.data.facts import facts
 from tests.unit.data.shards import FIELDS, members, write_data
 
@@ -25,13 +26,18 @@ def test_it_knows_samples_classes_and_first_id_of_every_data_set(tmp_path):
     beside = {"near": Beside(path=str(tmp_path / "b")), "far": Beside(path=str(tmp_path / "c"))}
     data = Data(train=first, image=Image(size=(8, 6)), beside=beside)
     known = facts(data, load(first))
-    classes = load(tmp_path / "a").classes
+    classes, inside = load(tmp_path / "a").classes, tmp_path.name
     assert classes and known == DataFacts(
         (8, 6),
         classes,
         samples=12,
-        beside={"near": SetFacts(5, classes, first=12), "far": SetFacts(2, ("left", "right"), first=17)},
         views=((8, 6),),
+        domains=(f"{inside}/a", f"{inside}/b"),
+        sources=((0, 0), (7, 1)),
+        beside={
+            "near": SetFacts(5, classes, (f"{inside}/b",), 12, ((12, 0),)),
+            "far": SetFacts(2, ("left", "right"), (f"{inside}/c",), 17, ((17, 0),)),
+        },
     )
     assert DataFacts.of(json.loads(json.dumps(known.plain()))) == known
 
@@ -45,6 +51,21 @@ def test_it_knows_the_size_of_every_view(tmp_path):
     ):
         known = facts(Data(train=str(tmp_path), image=image), load(tmp_path))
         assert known.views == expected and DataFacts.of(json.loads(json.dumps(known.plain()))) == known
+
+
+def test_domains_are_named_by_the_source_then_by_the_manifest_and_sources_may_share_one(tmp_path):
+    for name, shards in {"a": [3], "b": [5], "c": [2]}.items():
+        (tmp_path / name).mkdir()
+        write_data(tmp_path / name, shards, members, FIELDS)
+    save(replace(load(tmp_path / "b"), domain="ink"), tmp_path / "b")
+    paths = [(str(tmp_path / name), domain) for name, domain in [("a", "print"), ("b", None), ("c", "print")]]
+    train = tuple(Source(path=path, domain=domain) for path, domain in paths)
+    known = facts(Data(train=train), load(train))
+    assert known.domains == ("print", "ink") and known.sources == ((0, 0), (3, 1), (8, 0))
+    # Some of the samples alone are still of that domain.
+    some = Data(train=paths[1][0], keep=str(tmp_path / "some.txt"))
+    (tmp_path / "some.txt").write_text("0\n1\n")
+    assert facts(some, open_data(some)).domains == ("ink",)
 
 
 def test_facts_in_checkpoints_of_earlier_versions_are_read():

@@ -36,7 +36,7 @@ def asked(tmp_path, monkeypatch):
 def test_options_that_all_sources_share(asked):
     assert asked("build", "digits", "out")[1:] == (Options(), False)
     splits = ("--split", "a=0.1", "--split", "b=0.2", "--split", "c=0", "--seed", 7)
-    shards = ("--shard-samples", 5, "--shard-bytes", 999, "--workers", 3, "--append")
+    shards = ("--shard-samples", 5, "--shard-bytes", 999, "--workers", 3, "--append", "--domain", "ink")
     image = ("--format", "webp", "--quality", 33, "--resize", "long", "--size", 40, "--enlarge")
     kept = ("--filter", "min_side=3", "--filter", "max_aspect=2.5", "--filter", "caption=a=b")
     _, options, append = asked(
@@ -51,6 +51,7 @@ def test_options_that_all_sources_share(asked):
         filters=Filters(min_side=3, max_aspect=2.5, caption="a=b"),
         duplicates=Duplicates("report", 4),
         workers=3,
+        domain="ink",
     )
 
 
@@ -100,6 +101,9 @@ def test_options_of_other_sources(asked, tmp_path, monkeypatch):
     assert asked("build", "tars", "x.tar", "out")[0].classes == tuple("012345")
     assert asked("build", "tars", "x.tar", "out", "--label", "folder")[0].classes == ("dog",)
     assert asked("build", "digits", "out", "--pixels", 9)[0].size == 9
+    assert asked("build", "digits", "out", "--held-out", 7)[0].held_out == 7
+    source = asked("build", "typefaces", "out", "--digits", 8, "--samples", 2, "--pixels", 9, "--seed", 4)[0]
+    assert (source.digits, source.samples, source.size, source.seed) == (8, 2, 9, 4)
     source = asked(
         *("build", "glyphs", "out", "--characters", 3, "--samples", 2, "--pixels", 17, "--variation", 0.5, "--seed", 4)
     )[0]

@@ -106,9 +106,20 @@ def test_digits_are_those_of_scikit_learn():
         np.testing.assert_allclose(pixels / 255, digits.images[i] / 16, atol=0.5 / 255)
         assert record.label == digits.target[i]
     assert len({str(DigitsSource(size, limit).describe()) for size in (8, 9) for limit in (1, 2)}) == 4
-    for wrong in ({"size": 7}, {"limit": 0}):
+    for wrong in ({"size": 7}, {"limit": 0}, {"held_out": -1}, {"held_out": 40, "limit": 40}):
         with pytest.raises(ConfigError):
             DigitsSource(**wrong)
+
+
+def test_held_out_digits_are_as_many_as_asked_for_and_stay_held_out_when_more_are():
+    splits = {n: {r.key: r.split for r in DigitsSource(size=8, limit=100, held_out=n)} for n in (0, 30, 50)}
+    assert set(splits[0].values()) == {None}
+    held_out = {n: {key for key, split in splits[n].items() if split == "val"} for n in (30, 50)}
+    assert [len(keys) for keys in held_out.values()] == [30, 50] and held_out[30] < held_out[50]
+    assert set(splits[30].values()) == {"train", "val"}
+    labels = {r.key: r.label for r in DigitsSource(size=8, limit=100)}
+    assert len({labels[key] for key in held_out[30]}) > 5, "by a hash of the key, not by the class"
+    assert DigitsSource(held_out=30).describe() != DigitsSource().describe()
 
 
 def test_digits(tmp_path):
