@@ -2,7 +2,8 @@
 
 Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), https://arxiv.org/abs/2006.11239; learned
 variance, hybrid loss and importance-sampled levels of Nichol and Dhariwal 2021 (2102.09672); continuous levels of
-Karras et al. 2022 (2206.00364); a learned schedule of Kingma et al. 2021 (2107.00630).
+Karras et al. 2022 (2206.00364); a learned schedule of Kingma et al. 2021 (2107.00630); flow matching of Lipman et al. 2023
+(2210.02747) as Ma et al. 2024 (2401.08740) have it.
 Shape letters: B samples, C channels, H height, W width, L tokens.
 """
 
@@ -24,7 +25,7 @@ from pipeline.nn.diffusion.features import DenoiserFeatures
 from pipeline.nn.diffusion.importance import Importance
 from pipeline.nn.diffusion.levels import Level, add_noise, schedule
 from pipeline.nn.diffusion.model import Denoiser, Generator, SamplerConfig, to_model, to_pixels
-from pipeline.nn.diffusion.process import Discrete, Learned, LogNormal, Process, Scheduled
+from pipeline.nn.diffusion.process import Discrete, Learned, LogNormal, Process, Scheduled, Straight
 from pipeline.nn.diffusion.samplers import Variance
 from pipeline.nn.diffusion.targets import Target, Weight
 from pipeline.nn.dit import DiT, DiTConfig
@@ -45,8 +46,8 @@ class Config(Strict):
 
     network: UNetConfig | DiTConfig = UNetConfig()
     """"unet" or "dit"."""
-    schedule: Literal["linear", "cosine", "sigmoid", "lognormal", "learned"] = "linear"
-    """Of a discrete process; or a continuous one, "lognormal" EDM's, "learned" VDM's."""
+    schedule: Literal["linear", "cosine", "sigmoid", "lognormal", "flow", "learned"] = "linear"
+    """Of a discrete process; or a continuous one, "lognormal" EDM's, "flow" a straight line, "learned" VDM's."""
     steps: Annotated[int, Field(ge=2)] = 1000
     """Levels of a discrete process."""
     zero_terminal_snr: bool = False
@@ -79,7 +80,7 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
-        if self.schedule in ("lognormal", "learned"):
+        if self.schedule in ("lognormal", "flow", "learned"):
             self._fits_continuous()
         elif self.zero_terminal_snr and self.target == "noise":
             raise ValueError(
@@ -98,6 +99,11 @@ class Config(Strict):
         ):
             if wrong:
                 raise ValueError(f'{setting} needs a discrete schedule, not "{self.schedule}"; leave it out')
+        if self.schedule == "flow" and self.target == "noise":
+            raise ValueError(
+                'the straight line of schedule = "flow" ends in pure noise, from which no image can be read; '
+                'set target = "flow"'
+            )
         if (self.schedule == "learned") != (self.weight == "bound") or (
             self.schedule == "learned" and self.target != "noise"
         ):
@@ -319,6 +325,8 @@ def _fields(config: Config, facts: DataFacts) -> dict[str, str]:
 def _process(config: Config) -> Process:
     if config.schedule == "lognormal":
         return LogNormal(config.sigma_mean, config.sigma_std)
+    if config.schedule == "flow":
+        return Straight()
     if config.schedule == "learned":
         return Learned()
     return Discrete(schedule(config.schedule, config.steps, zero_terminal_snr=config.zero_terminal_snr))

@@ -62,6 +62,7 @@ DISTILLED: dict[str, dict[str, Any]] = {
 """Losses of a distillation that its smoke config has not got."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip with batch norm": ("clip", RESNET | {"keep_patches": 1.0}),
+    "ddpm by flow matching": ("ddpm", {"schedule": "flow", "target": "flow", "variance": "large"}),
     "distill sample by sample": ("distill", {"losses": DISTILLED["sample by sample"]}),
     "distill by relations, balanced": ("distill", {"losses": DISTILLED["by relations"], "balance": True}),
     "distill with batch norm": (

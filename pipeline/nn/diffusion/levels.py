@@ -150,6 +150,11 @@ def from_log_snr(log_snr: Tensor) -> Level:
     return Level(torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt(), -log_snr)
 
 
+def on_line(u: Tensor) -> Level:
+    """The point (1 - u) image + u noise of a straight line, scaled to a^2 + s^2 = 1: float64, any shape."""
+    return Level(*(v / torch.hypot(1 - u, u) for v in (1 - u, u)), u * TIME_SCALE)
+
+
 def karras_sigmas(steps: int, low: float, high: float) -> Tensor:
     """EDM's grid, eq. 5: float64[N], rising from ``low`` to ``high``; even in sigma^(1/7)."""
     part = torch.linspace(0, 1, steps, dtype=torch.float64)

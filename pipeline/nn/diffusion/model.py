@@ -23,7 +23,7 @@ from pipeline.core.random import SampleRandom
 from pipeline.nn.conditioning import Conditions, Prompt, Text, TextReader, Told, prompt_of
 from pipeline.nn.diffusion import likelihood, samplers
 from pipeline.nn.diffusion.levels import Level, Levels, Spacing, add_noise
-from pipeline.nn.diffusion.process import Discrete, Process
+from pipeline.nn.diffusion.process import Discrete, Process, Straight
 from pipeline.nn.diffusion.samplers import Denoised, Variance
 from pipeline.nn.diffusion.targets import Target, to_image, to_input
 
@@ -35,6 +35,7 @@ class SamplerConfig(Strict):
     """How samples are made."""
 
     name: Literal["ancestral", "ddim", "dpm_solver", "heun"] = "dpm_solver"
+    """On flow matching's straight line, DDIM's step is Euler's and Heun walks the line itself."""
     steps: Annotated[int, Field(ge=2)] = 50
     """Levels visited; evaluations of the network, but for Heun, which needs 2 steps - 1."""
     spacing: Spacing = "trailing"
@@ -250,7 +251,7 @@ class Generator(nn.Module):
         elif config.name == "dpm_solver":
             x = samplers.dpm_solver(noise(), levels, denoise)
         else:
-            x = samplers.heun(noise(), levels, denoise)
+            x = samplers.heun(noise(), levels, denoise, straight=isinstance(self.process, Straight))
         if not x.isfinite().all():
             bad = ids[~x.flatten(1).isfinite().all(dim=1)].tolist()
             raise NonFiniteError(f"sample {bad[0]} (one of {len(bad)}) is not finite; the network has diverged")

@@ -1,7 +1,8 @@
 """Which noise levels a denoiser is trained on, and which it is sampled and measured on.
 
 Discrete, uniform over the levels of a schedule: Ho et al. 2020. Continuous, log-normal in sigma: Karras et al. 2022
-(arXiv 2206.00364), table 1. Learned: Kingma et al. 2021, "Variational Diffusion Models" (2107.00630), appendix H.
+(arXiv 2206.00364), table 1; even along a straight line: Ma et al. 2024, "SiT" (2401.08740). Learned: Kingma et al. 2021,
+"Variational Diffusion Models" (2107.00630), appendix H.
 Shape letters: B samples, K features.
 """
 
@@ -25,6 +26,7 @@ from pipeline.nn.diffusion.levels import (
     from_log_snr,
     from_sigma,
     karras_sigmas,
+    on_line,
     spaced,
 )
 
@@ -105,6 +107,26 @@ class LogNormal(Process):
             raise ConfigError("a continuous process has no number of levels of its own; set steps, e.g. 1000")
         low, high = math.log(SIGMA_MIN), math.log(SIGMA_MAX)
         return Levels(*from_sigma(torch.linspace(low, high, steps, dtype=torch.float64).exp()))
+
+
+class Straight(Process):
+    """Flow matching's: even along the straight line from the image to noise."""
+
+    def draw(self, quantile: Tensor) -> Level:
+        """The quantile is the place on the line."""
+        return on_line(quantile.double())
+
+    def chain(self, steps: int, spacing: Spacing) -> Levels:
+        """Even along the line, from pure noise; DDIM's steps between its points are Euler's."""
+        if spacing != "trailing":
+            raise ConfigError(f'spacing = "{spacing}": a straight line is walked evenly from its end; use "trailing"')
+        return Levels(*on_line(torch.arange(1, steps + 1, dtype=torch.float64) / steps))
+
+    def likelihood_chain(self, steps: int | None) -> Levels:
+        """Even along the line."""
+        if steps is None:
+            raise ConfigError("a continuous process has no number of levels of its own; set steps, e.g. 1000")
+        return self.chain(steps, "trailing")
 
 
 class Monotone(nn.Module):

@@ -102,16 +102,25 @@ def dpm_solver(x: Tensor, levels: Levels, denoise: Denoise) -> Tensor:
     raise AssertionError("a chain has levels")
 
 
-def heun(x: Tensor, levels: Levels, denoise: Denoise) -> Tensor:
-    """EDM's deterministic sampler in y = x / a against sigma: 2N - 1 evaluations of the network."""
-    sigma = levels.s / levels.a
-    assert sigma.isfinite().all(), "the generator has seen to it that there is signal at every level"
-    y = x / levels.a[-1]
+def heun(x: Tensor, levels: Levels, denoise: Denoise, *, straight: bool = False) -> Tensor:
+    """The probability flow by Heun's method: 2N - 1 evaluations of the network, the last step Euler's.
+
+    Args:
+        x: noise of the last level, float64[B,C,H,W].
+        levels: N levels.
+        denoise: the network.
+        straight: walk (1 - t) image + t noise in t, as flow matching has it; else EDM's y = x / a in sigma, for which
+            there must be signal at every level.
+    """
+    scale = levels.a + levels.s if straight else levels.a
+    t = levels.s / scale
+    assert t.isfinite().all(), "the generator has seen to it that there is signal at every level"
+    y = x / scale[-1]
     for i in range(len(levels) - 1, -1, -1):
-        slope = (y - denoise(levels.a[i] * y, levels.at(torch.tensor(i))).image) / sigma[i]
+        slope = (y - denoise(scale[i] * y, levels.at(torch.tensor(i))).image) / t[i]
         if i == 0:
-            return y - sigma[0] * slope
-        ahead = y + (sigma[i - 1] - sigma[i]) * slope
-        corrected = denoise(levels.a[i - 1] * ahead, levels.at(torch.tensor(i - 1))).image
-        y = y + (sigma[i - 1] - sigma[i]) * (slope + (ahead - corrected) / sigma[i - 1]) / 2
+            return y - t[0] * slope
+        ahead = y + (t[i - 1] - t[i]) * slope
+        corrected = denoise(scale[i - 1] * ahead, levels.at(torch.tensor(i - 1))).image
+        y = y + (t[i - 1] - t[i]) * (slope + (ahead - corrected) / t[i - 1]) / 2
     raise AssertionError("a chain has levels")

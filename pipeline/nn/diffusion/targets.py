@@ -1,10 +1,12 @@
 """What a denoiser is trained to say, how to read the image from it, and how much each noise level counts.
 
 Noise: Ho et al. 2020. Velocity a * noise - s * image: Salimans and Ho 2022 (arXiv 2202.00512). EDM preconditioning:
-Karras et al. 2022 (2206.00364), section 5. Min-SNR: Hang et al. 2023 (2303.09556).
+Karras et al. 2022 (2206.00364), section 5. Flow noise - image, the speed along a straight line: Lipman et al. 2023
+(2210.02747) and Liu et al. 2023 (2209.03003). Min-SNR: Hang et al. 2023 (2303.09556).
 
 With x = a * image + s * noise, errors are related by |d noise|^2 = SNR |d image|^2, |d velocity|^2 = (SNR + 1)
-|d image|^2 and |d F|^2 = |d image|^2 / c_out^2, so that a weight stands for the same loss whatever the target.
+|d image|^2, |d flow|^2 = ((a + s) / s)^2 |d image|^2 and |d F|^2 = |d image|^2 / c_out^2, so that a weight stands for the
+same loss whatever the target.
 Shapes: images [B,C,H,W], levels [B].
 """
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from pipeline.nn.diffusion.levels import Level
 
-Target = Literal["noise", "image", "velocity", "edm"]
+Target = Literal["noise", "image", "velocity", "flow", "edm"]
 Weight = Literal["uniform", "min_snr", "edm"]
 
 SIGMA_DATA = 0.5
@@ -25,10 +27,15 @@ SIGMA_DATA = 0.5
 
 
 def to_input(target: Target, x: Tensor, level: Level) -> Tensor:
-    """What the network sees of the noised image: unit variance (for data of SIGMA_DATA where ``target`` is "edm")."""
-    if target != "edm":
+    """What the network sees of the noised image.
+
+    Unit variance (for data of SIGMA_DATA where ``target`` is "edm"); for "flow" the point on the straight line.
+    """
+    if target not in ("edm", "flow"):
         return x
     a, s, _ = level.like(x)
+    if target == "flow":
+        return x / (a + s).to(x.dtype)
     return x * (s**2 + (SIGMA_DATA * a) ** 2).rsqrt().to(x.dtype)
 
 
@@ -41,6 +48,8 @@ def to_image(target: Target, output: Tensor, x: Tensor, level: Level) -> Tensor:
         return (x - s.to(x.dtype) * output) / a.to(x.dtype)
     if target == "velocity":
         return a.to(x.dtype) * x - s.to(x.dtype) * output
+    if target == "flow":
+        return (x - s.to(x.dtype) * output) / (a + s).to(x.dtype)
     skip, out = _edm(a, s)
     return skip.to(x.dtype) * x + out.to(x.dtype) * output
 
@@ -54,6 +63,8 @@ def of_training(target: Target, image: Tensor, noise: Tensor, x: Tensor, level: 
         return noise
     if target == "velocity":
         return a.to(x.dtype) * noise - s.to(x.dtype) * image
+    if target == "flow":
+        return noise - image
     skip, out = _edm(a, s)
     return ((image - skip * x) / out).to(x.dtype)
 
@@ -86,4 +97,6 @@ def weight(name: Weight, target: Target, level: Level, gamma: float = 5.0) -> Te
         return of_image  # SNR + 1 = 1 / s^2
     if target == "image":
         return of_image / s2
+    if target == "flow":
+        return of_image / (level.a + level.s) ** 2
     return of_image * SIGMA_DATA**2 / (s2 + SIGMA_DATA**2 * a2)

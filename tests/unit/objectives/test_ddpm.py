@@ -62,6 +62,27 @@ def test_at_first_a_learned_variance_is_half_way():
     torch.testing.assert_close(found, (beta * beta * (1 - a[0]) / (1 - a[1])).sqrt(), rtol=1e-6, atol=0)
 
 
+def test_flow_matching_is_the_plain_transcription():
+    """Of SiT: x = (1 - u) image + u noise, the network is told u and answers noise - image."""
+    model, data, told = build(schedule="flow", target="flow", condition="class").eval(), batch(), []
+    model.denoiser.network.register_forward_pre_hook(lambda _, given: told.append(given))
+    loss = model(data, CTX).loss
+    ((seen, conditions),) = told
+    u = CTX.random(data, "ddpm.level").uniform(1)[:, 0].double().view(-1, 1, 1, 1)
+    noise = CTX.random(data, "ddpm.noise").normal(3, 16, 16).double()
+    image = data["image"].double() / 127.5 - 1
+    torch.testing.assert_close(seen.double(), (1 - u) * image + u * noise, rtol=0, atol=1e-5)
+    torch.testing.assert_close(conditions.time, 1000 * u.flatten())
+    answer = model.denoiser.network(seen, conditions)
+    torch.testing.assert_close(loss.double(), (answer - (noise - image)).square().mean(), rtol=1e-5, atol=0)
+    with torch.no_grad():
+        for name in ("ddim", "heun"):
+            made = model.generator().sample(torch.arange(2), data["label"][:2], 0, SamplerConfig(name=name, steps=3))
+            assert made.isfinite().all()
+        bits = model.generator().bits(data["image"], data["id"], data["label"], 0, 10)
+    assert bits.shape == (8, 11) and bits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("target", "weight"), [("noise", "uniform"), ("image", "min_snr"), ("velocity", "min_snr"), ("edm", "edm")]
 )

@@ -167,6 +167,8 @@ def test_options_that_do_not_go_together_are_named():
         ({"schedule": "lognormal", "weight": "bound"}, "goes with it alone"),
         ({**LEARNED, "target": "velocity"}, 'target = "noise"'),
         ({**LEARNED, "draw": "importance"}, 'draw = "importance" needs a discrete schedule, not "learned"'),
+        ({"schedule": "flow", "target": "noise"}, 'set target = "flow"'),
+        ({"schedule": "flow", "target": "flow", "draw": "importance"}, "needs a discrete schedule"),
         ({"schedule": "lognormal", "variance": "learned"}, 'variance = "learned" needs a discrete schedule'),
         ({"condition": "text", "network": {"name": "dit"}}, 'set network.name = "unet"'),
     ):

@@ -4,7 +4,7 @@ import torch
 from pipeline.nn.diffusion import levels as lv
 from pipeline.nn.diffusion import targets as tg
 
-TARGETS = ("noise", "image", "velocity", "edm")
+TARGETS = ("noise", "image", "velocity", "flow", "edm")
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -51,7 +51,7 @@ def test_min_snr_meets_five_where_the_paper_has_it():
 
 def test_weights_are_finite_without_signal():
     level = lv.schedule("linear", 100, zero_terminal_snr=True).at(torch.arange(100))
-    for target in ("image", "velocity", "edm"):
+    for target in ("image", "velocity", "flow", "edm"):
         for name in ("uniform", "min_snr", "edm"):
             assert tg.weight(name, target, level).isfinite().all()
     image, noise = torch.rand(1, 3, 2, 2), torch.randn(1, 3, 2, 2)
@@ -59,6 +59,7 @@ def test_weights_are_finite_without_signal():
     x = lv.add_noise(image, noise, last)
     assert torch.equal(x, noise)
     assert tg.to_image("velocity", -image, x, last).allclose(image)
+    assert tg.to_image("flow", noise - image, x, last).allclose(image)
 
 
 def test_edm_is_the_papers_preconditioning():
