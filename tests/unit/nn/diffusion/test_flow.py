@@ -1,5 +1,7 @@
 """Flow matching: the straight line from images to noise, against closed forms and a plain loop (float64)."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -56,7 +58,7 @@ def test_the_error_of_the_flow_counts_evenly_and_other_weights_mean_the_same_los
 @pytest.mark.parametrize("steps", [4, 25])
 def test_ddim_is_eulers_method_on_the_line(steps):
     y, grid = X.clone(), np.linspace(1, 0, steps + 1)
-    for u, after in zip(grid[:-1], grid[1:], strict=True):
+    for u, after in pairwise(grid):
         y = y + (after - u) * expected_flow(y, u)
     levels = Straight().chain(steps, "trailing")
     torch.testing.assert_close(samplers.ddim(X, levels, denoiser(), lambda: None), y, rtol=1e-12, atol=1e-12)
@@ -65,7 +67,7 @@ def test_ddim_is_eulers_method_on_the_line(steps):
 @pytest.mark.parametrize("steps", [4, 25])
 def test_heun_is_heuns_method_on_the_line(steps):
     y, grid = X.clone(), np.linspace(1, 0, steps + 1)
-    for u, after in zip(grid[:-1], grid[1:], strict=True):
+    for u, after in pairwise(grid):
         slope = expected_flow(y, u)
         ahead = y + (after - u) * slope
         y = ahead if after == 0 else y + (after - u) * (slope + expected_flow(ahead, after)) / 2
