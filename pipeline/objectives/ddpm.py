@@ -2,8 +2,8 @@
 
 Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), https://arxiv.org/abs/2006.11239; learned
 variance, hybrid loss and importance-sampled levels of Nichol and Dhariwal 2021 (2102.09672); continuous levels of
-Karras et al. 2022 (2206.00364); a learned schedule of Kingma et al. 2021 (2107.00630); flow matching of Lipman et al. 2023
-(2210.02747) as Ma et al. 2024 (2401.08740) have it.
+Karras et al. 2022 (2206.00364); a learned schedule of Kingma et al. 2021 (2107.00630); flow matching of Lipman et al.
+2023 (2210.02747) as Ma et al. 2024 (2401.08740) have it.
 Shape letters: B samples, C channels, H height, W width, L tokens.
 """
 
