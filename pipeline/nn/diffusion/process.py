@@ -1,8 +1,8 @@
 """Which noise levels a denoiser is trained on, and which it is sampled and measured on.
 
 Discrete, uniform over the levels of a schedule: Ho et al. 2020. Continuous, log-normal in sigma: Karras et al. 2022
-(arXiv 2206.00364), table 1; even along a straight line: Ma et al. 2024, "SiT" (2401.08740). Learned: Kingma et al. 2021,
-"Variational Diffusion Models" (2107.00630), appendix H.
+(arXiv 2206.00364), table 1; even along a straight line: Ma et al. 2024, "SiT" (2401.08740). Learned: Kingma et al.
+2021, "Variational Diffusion Models" (2107.00630), appendix H.
 Shape letters: B samples, K features.
 """
 

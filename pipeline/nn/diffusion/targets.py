@@ -5,8 +5,8 @@ Karras et al. 2022 (2206.00364), section 5. Flow noise - image, the speed along 
 (2210.02747) and Liu et al. 2023 (2209.03003). Min-SNR: Hang et al. 2023 (2303.09556).
 
 With x = a * image + s * noise, errors are related by |d noise|^2 = SNR |d image|^2, |d velocity|^2 = (SNR + 1)
-|d image|^2, |d flow|^2 = ((a + s) / s)^2 |d image|^2 and |d F|^2 = |d image|^2 / c_out^2, so that a weight stands for the
-same loss whatever the target.
+|d image|^2, |d flow|^2 = ((a + s) / s)^2 |d image|^2 and |d F|^2 = |d image|^2 / c_out^2, so that a weight stands for
+the same loss whatever the target.
 Shapes: images [B,C,H,W], levels [B].
 """
 
