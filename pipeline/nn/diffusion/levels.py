@@ -152,7 +152,8 @@ def from_log_snr(log_snr: Tensor) -> Level:
 
 def on_line(u: Tensor) -> Level:
     """The point (1 - u) image + u noise of a straight line, scaled to a^2 + s^2 = 1: float64, any shape."""
-    return Level(*(v / torch.hypot(1 - u, u) for v in (1 - u, u)), u * TIME_SCALE)
+    length = torch.hypot(1 - u, u)
+    return Level((1 - u) / length, u / length, u * TIME_SCALE)
 
 
 def karras_sigmas(steps: int, low: float, high: float) -> Tensor:
