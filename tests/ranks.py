@@ -5,13 +5,17 @@ They start in milliseconds and in a clean state, with the environment that a lau
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
+import random
 import socket
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any, NamedTuple
@@ -26,8 +30,13 @@ PRELOADED = [
     "matplotlib.figure",
     "pipeline.run.train",
     "pipeline.suites.evaluate",
+    "pytest",
+    "hypothesis.strategies",
+    "tests.contracts.components",
+    "tests.integration.runs",
+    "tests.components",
 ]
-"""What takes long to import, and is the same in every test."""
+"""What takes long to import, and is the same in every test: the module of a body imports little else."""
 RANK_TIMEOUT = 240.0
 """Seconds after which a rank that has not answered is killed."""
 
@@ -43,11 +52,19 @@ class Ended(NamedTuple):
     """The traceback, or that it died or did not answer."""
 
 
+_PORTS = count(random.SystemRandom().randrange(20000))
+
+
 def free_port() -> int:
-    """A port that is free at this moment on loopback."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that is free on loopback, and is given to nobody else before it is used.
+
+    Ports that the system gives away by itself would not do: any process may be given one in the meantime.
+    """
+    while True:
+        port = 11000 + next(_PORTS) % 20000
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -66,6 +83,7 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 def _rank_main(connection: Connection, environment: dict[str, str], body: Callable[..., Any], kwargs: Any) -> None:
     os.environ.update(environment)
+    gc.freeze()  # what the server has imported stays: no collection of this process looks at it
     import torch
 
     torch.set_num_threads(1)
