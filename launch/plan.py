@@ -97,7 +97,7 @@ def size(number: float) -> str:
 def _reading(config: RunConfig, plan: Plan, manifest: Manifest, nodes: int, images_per_second: float) -> dict[str, str]:
     if not isinstance(config.data.train, str):
         return {"reading": "a mixture of data sets; `sluice plan` each of them for its shards"}
-    lanes = config.data.lanes or default_lanes(plan.global_batch, len(manifest.shards))
+    lanes = config.data.lanes or default_lanes(plan.global_batch, len(manifest.shards), manifest.samples)
     starts = np.array(manifest.starts, np.int64)
     order = Order(starts, config.run.seed, plan.global_batch, lanes, config.data.window, config.data.tail)
     found = forecast(manifest, order, nodes=nodes, world=plan.world_size, micro_batch=plan.micro_batch)
@@ -151,7 +151,7 @@ def plan_data(
         raise ConfigError(f"a global batch of {global_batch} is not a multiple of {world} ranks x {micro or 1} samples")
     if global_batch > manifest.samples:
         raise ConfigError(f"a global batch of {global_batch} is more than the {manifest.samples} samples of {data}")
-    chosen = lanes or default_lanes(global_batch, len(manifest.shards))
+    chosen = lanes or default_lanes(global_batch, len(manifest.shards), manifest.samples)
     if global_batch % chosen:
         raise ConfigError(f"{chosen} lanes do not divide a global batch of {global_batch}")
     order = Order(np.array(manifest.starts, np.int64), 0, global_batch, chosen, window, "drop")

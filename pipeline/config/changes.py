@@ -51,6 +51,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.max_bad", "how"),
     ("data.captions.tokenizer", "how"),  # that it is the same one, the stream knows
     ("data.beside.*.path", "how"),
+    ("data.beside.*.ratio", "never"),
     ("objective.name", "never"),
     ("objective.weights", "how"),  # where it began; the checkpoint holds what has become of that
     ("objective.checkpointing", "how"),

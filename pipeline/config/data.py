@@ -149,7 +149,7 @@ class Sidecar(Strict):
 
 
 class Beside(Choice):
-    """A data set, or a part of one, whose samples stand in every batch beside those of ``data.train``, as many of them.
+    """A data set, or a part of one, whose samples stand in every batch beside those of ``data.train``.
 
     Its fields have its name before theirs: ``[data.beside.target]`` gives "target_image", "target_id" and
     "target_epoch". It has an order, epochs and a cursor of its own; all other settings of ``[data]`` hold for it too.
@@ -158,6 +158,8 @@ class Beside(Choice):
     path: Text | Annotated[tuple[Source, ...], Field(min_length=1)]
     """As ``data.train``."""
     fields: Annotated[tuple[Text, ...], Field(min_length=1)] = ("image",)
+    ratio: Annotated[int, Field(ge=1, le=64)] = 1
+    """Its samples for each of ``data.train``'s."""
     image: Image | None = None
     """Left out: as ``data.image``."""
     sidecar: dict[Name, Sidecar] = Field(default_factory=dict[Name, Sidecar])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from pipeline.core.batch import several
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch
 
@@ -31,6 +32,8 @@ def check_batch(needs: Mapping[str, str], batch: Batch, objective: str) -> None:
             problems.append(f"{field!r} is not in the batch; add it to data.fields (it has {', '.join(sorted(batch))})")
             continue
         value, (dtype, shape) = batch[field], match.groups()
+        if several(batch, field):  # for each sample of the first data set
+            value = value[:, 0]
         letters = shape.split(",")
         fits = len(letters) == value.ndim and all(
             size == (int(letter) if letter.isdigit() else sizes.setdefault(letter, size))

@@ -31,4 +31,4 @@ def data_digest(ids: Tensor) -> Tensor:
 def batch_digest(batch: Batch) -> Tensor:
     """The digest of all samples of a batch: those of ``"id"``, and of ``"NAME_id"`` for data sets beside it."""
     ids = [value for name, value in batch.items() if name == "id" or name.endswith("_id")]
-    return data_digest(torch.cat(ids))
+    return data_digest(torch.cat([value.flatten() for value in ids]))

@@ -64,9 +64,12 @@ def shuffle(x: Ints, n: Ints, key: Words) -> Ints:
     return result
 
 
-def default_lanes(global_batch: int, shards: int) -> int:
-    """The most lanes that still hold a whole shard each: the largest divisor of the global batch up to ``shards``."""
-    return max(d for d in range(1, min(global_batch, max(shards, 1)) + 1) if global_batch % d == 0)
+def default_lanes(global_batch: int, shards: int, samples: int) -> int:
+    """The most lanes that still hold a whole shard each: the largest divisor of the global batch up to ``shards``, and
+    where shards are empty or chosen from up to ``samples``, since no lane may be empty.
+    """
+    most = min(global_batch, max(shards, 1), samples)
+    return max(d for d in range(1, most + 1) if global_batch % d == 0)
 
 
 class Draw(NamedTuple):
@@ -95,8 +98,8 @@ class Order:
     Args:
         starts: int64[S+1], id of each shard's first sample, and the total.
         seed: seed of the run.
-        global_batch: samples per step, over all ranks; at most the total.
-        lanes: divides ``global_batch``.
+        global_batch: samples per step, over all ranks; in mode "drop" at most the total.
+        lanes: divides ``global_batch``; at most the total.
         window: shards of a lane that are shuffled together.
         tail: "drop" leaves out the last (total mod global_batch) samples of an epoch, others each epoch; "endless"
             lets each lane roll over into the next epoch.
@@ -112,7 +115,8 @@ class Order:
 
     def __post_init__(self) -> None:
         assert self.global_batch % self.lanes == 0, (self.global_batch, self.lanes)
-        assert 1 <= self.global_batch <= self.samples, (self.global_batch, self.samples)
+        assert 1 <= self.lanes <= self.samples, (self.lanes, self.samples)
+        assert self.tail == "endless" or self.global_batch <= self.samples, (self.global_batch, self.samples)
 
     @property
     def samples(self) -> int:

@@ -54,6 +54,8 @@ class _Set(NamedTuple):
     manifest: Manifest
     decoder: ImageDecoder | None
     """Of its images."""
+    ratio: int
+    """Its samples for each of the first data set's."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,15 +73,16 @@ class TrainStream:
         self, sets: Sequence[_Set], reading: TrainReading, *, workers: int, max_bad: float, receive: Receive | None
     ) -> None:
         assemblers = {s.prefix: s.assembler for s in sets}
+        ratios = {s.prefix: s.ratio for s in sets}
         self._reading = reading
-        self._filler: Filler = Together(assemblers) if len(sets) > 1 else sets[0].assembler
+        self._filler: Filler = Together(assemblers, ratios) if len(sets) > 1 else sets[0].assembler
         self._receive = receive
         self._workers = Workers(self._filler, workers, receive or copied) if workers else None
         self._identity = {name: value for s in sets for name, value in s.identity.items()}
         self._max_bad = max_bad
         # A fraction of a few samples says nothing, so at least a fair number is presumed to have been seen.
         self._fair = min(sum(s.reading.order.samples for s in sets), FAIR_SAMPLE)
-        self._sets = len(sets)
+        self._each = sum(ratios.values())
         self._seen = 0
         self._bad = 0
         self._ledger: list[Bad] = []
@@ -137,7 +140,7 @@ class TrainStream:
     def _count(self, made: Made) -> None:
         """Keep the ledger, and stop when too many samples are bad."""
         bad = made.filled.bad
-        self._seen += self._sets * made.filled.samples
+        self._seen += self._each * made.filled.samples
         self._bad += len(bad)
         self._ledger += bad
         self._events.update(made.filled.events)
@@ -184,14 +187,20 @@ def open_stream(
         )
     if data.decode == "device" and device.type != "cuda":
         raise ConfigError('data.decode = "device" needs a GPU, and this rank has none; set data.decode = "loader"')
+    if data.decode == "device" and (more := [name for name, b in data.beside.items() if b.ratio > 1]):
+        raise ConfigError(
+            f'data.beside.{more[0]}.ratio: with data.decode = "device" data sets have as many images each; leave it '
+            'out, or set data.decode = "loader"'
+        )
     own = data.model_copy(update={"read_mb": max(1, data.read_mb // (1 + len(data.beside)))})
-    wanted = [("", own, manifest, seed)]
+    wanted = [("", own, manifest, seed, 1)]
     for name, beside in data.beside.items():
         settings = {"train": beside.path, "fields": beside.fields, "image": beside.image or data.image}
         # With the same seed, data sets of the same sizes would meet in the same pairs in every epoch.
-        wanted.append((f"{name}_", own.model_copy(update=settings), open_beside(name, beside), _seed_of(seed, name)))
+        part, chance = open_beside(name, beside), _seed_of(seed, name)
+        wanted.append((f"{name}_", own.model_copy(update=settings), part, chance, beside.ratio))
     sets = [
-        _open_set(*each, TrainReading(_order(each[1], each[2], each[3], global_batch), micro_batch, rank, world))
+        _open_set(*each, TrainReading(_order(*each[1:4], global_batch * each[4]), micro_batch * each[4], rank, world))
         for each in wanted
     ]
     return TrainStream(
@@ -199,13 +208,13 @@ def open_stream(
     )
 
 
-def _open_set(prefix: str, data: Data, manifest: Manifest, seed: int, reading: TrainReading) -> _Set:
+def _open_set(prefix: str, data: Data, manifest: Manifest, seed: int, ratio: int, reading: TrainReading) -> _Set:
     """One data set, after a look at the sizes of its shards."""
     for part in read_sets(manifest):
         for shard in part.shards[reading.rank :: reading.world]:
             check_shard(part, shard)
     decoder = ImageDecoder(data.image, seed) if "image" in data.fields else None
-    return _Set(prefix, Assembler(manifest, data, seed, reading), reading, manifest, decoder)
+    return _Set(prefix, Assembler(manifest, data, seed, reading), reading, manifest, decoder, ratio)
 
 
 def _receive(data: Data, sets: Sequence[_Set], device: torch.device) -> Receive | None:
@@ -229,11 +238,14 @@ def _order(data: Data, manifest: Manifest, seed: int, global_batch: int) -> Orde
     orders: list[Order] = []
     parts = sources(manifest)
     for part, share in zip(parts, shares(global_batch, [s.weight for s in mixed] or [1.0]), strict=True):
-        if share > part.samples:
+        if share > part.samples and data.tail == "drop":
             raise ConfigError(
-                f"run.global_batch = {global_batch} takes {share} samples of {part.root}, which has {part.samples}"
+                f"run.global_batch = {global_batch} takes {share} samples of {part.root}, which has {part.samples}; "
+                'take a smaller batch, or data.tail = "endless", which repeats them'
             )
-        lanes = data.lanes or default_lanes(share, len(part.shards))
+        lanes = data.lanes or default_lanes(share, len(part.shards), part.samples)
+        if lanes > part.samples:
+            raise ConfigError(f"data.lanes = {lanes} is more than the {part.samples} samples of {part.root}")
         if share % lanes:
             raise ConfigError(f"data.lanes = {lanes} does not divide the {share} samples of a batch from {part.root}")
         orders.append(Order(np.array(part.starts, np.int64), seed, share, lanes, data.window, data.tail))

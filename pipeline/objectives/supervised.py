@@ -15,9 +15,10 @@ from torch.nn import functional
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.batch_norm import GlobalBatchNorm
+from pipeline.nn.classifier import ClassifierConfig, bottleneck, classifying_head
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
-from pipeline.nn.encoder import EncoderConfig, ImageClassifier
+from pipeline.nn.encoder import ImageClassifier
 from pipeline.nn.images import tile
 from pipeline.nn.labels import check_labels
 from pipeline.nn.mixing import Mixing, mix
@@ -28,7 +29,7 @@ SHOWN = 8
 """Samples in the showcase."""
 
 
-class Config(EncoderConfig):
+class Config(ClassifierConfig):
     """Settings of supervised training; drop path and the like go into ``encoder_args``."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -37,8 +38,6 @@ class Config(EncoderConfig):
     """RandAugment, for images of three channels; left out: none."""
     mixing: Mixing = Mixing()
     """Mixup, CutMix and random erasing."""
-    head_std: Annotated[float, Field(gt=0)] = 0.01
-    """Of the classifier's initial weights, a truncated normal distribution."""
     freeze: bool = False
     """Train the classifier alone, behind a batch norm without scale and shift: a linear probe."""
 
@@ -46,6 +45,8 @@ class Config(EncoderConfig):
     def _fit(self) -> "Config":
         if self.freeze and self.weights is None:
             raise ValueError("'freeze' without 'weights' would train a classifier on random features; set weights")
+        if self.freeze and self.bottleneck is not None:
+            raise ValueError("'freeze' trains the classifier alone, and 'bottleneck' is a layer before it; remove one")
         if self.augment is not None and len(self.mean) != 3:
             raise ValueError(f"'augment' is for images of three channels, not {len(self.mean)}")
         return self
@@ -71,9 +72,10 @@ class Supervised(Objective):
         if config.freeze:
             self.encoder.requires_grad_(False)
             self.norm = GlobalBatchNorm(nn.BatchNorm1d(self.encoder.dim, affine=False, eps=1e-6))
-        self.head = nn.Linear(self.encoder.dim, len(facts.classes))
-        nn.init.trunc_normal_(self.head.weight, std=config.head_std)
-        nn.init.zeros_(self.head.bias)
+        elif config.bottleneck:
+            self.norm = bottleneck(self.encoder.dim, config.bottleneck)
+        width = config.bottleneck or self.encoder.dim
+        self.head = classifying_head(width, len(facts.classes), config.head_std, config.weight_norm)
         self._labels_checked = False
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:

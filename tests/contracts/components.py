@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import RunConfig
 from pipeline.core import registry
 from pipeline.core.evaluation import Evaluation, Number
-from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, StepContext
+from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, SetFacts, StepContext
 from pipeline.dist.group import Place
 from pipeline.suites.context import Context
 from tests import toys
@@ -61,6 +61,8 @@ DISTILLED: dict[str, dict[str, Any]] = {
 }
 """Losses of a distillation that its smoke config has not got."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapt_neighbours with batch norm": ("adapt_neighbours", RESNET | {"bottleneck": 8}),
+    "adapt_shot with batch norm": ("adapt_shot", RESNET | {"bottleneck": 8}),
     "clip with batch norm": ("clip", RESNET | {"keep_patches": 1.0}),
     "ddpm by flow matching": ("ddpm", {"schedule": "flow", "target": "flow", "variance": "large"}),
     "distill sample by sample": ("distill", {"losses": DISTILLED["sample by sample"]}),
@@ -77,6 +79,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "moco 2 with batch norm": ("moco", RESNET | {"small_stem": True, "norm_batch": 2}),
     "moco 3 with batch norm": ("moco", RESNET | {"small_stem": True, "version": 3}),
+    "fixmatch with batch norm": ("fixmatch", RESNET),
+    "mean_teacher with batch norm": ("mean_teacher", RESNET),
+    "pseudo_label with batch norm": ("pseudo_label", RESNET | {"bottleneck": 8}),
     "supervised with batch norm": ("supervised", RESNET),
 }
 """Objectives in other settings than those of their smoke configs: objective and settings."""
@@ -105,9 +110,10 @@ def smoke_config(name: str) -> RunConfig:
 
 
 def facts(config: RunConfig) -> DataFacts:
-    """Of a data set that would fit the config."""
+    """Of data sets that would fit the config; each has as many samples."""
+    beside = {name: SetFacts(SAMPLES, CLASSES, (), SAMPLES * (1 + i)) for i, name in enumerate(config.data.beside)}
     views = tuple(view.shape for view in config.data.image.each)
-    return DataFacts(config.data.image.shape, CLASSES, samples=SAMPLES, views=views)
+    return DataFacts(config.data.image.shape, CLASSES, samples=SAMPLES, beside=beside, views=views)
 
 
 def build_objective(name: str, **settings: Any) -> Objective:
@@ -140,12 +146,20 @@ def build_evaluation(name: str, **settings: Any) -> Evaluation:
 def make_batch(objective: Objective, name: str, samples: int = 8) -> Batch:
     """A random batch that has what the objective needs."""
     generator = torch.Generator().manual_seed(1)
-    height, width = smoke_config(VARIANTS.get(name, (name, {}))[0]).data.image.shape
+    config = smoke_config(VARIANTS.get(name, (name, {}))[0])
+    height, width = config.data.image.shape
     batch = {"id": torch.arange(100, 100 + samples), "epoch": torch.full((samples,), 2)}
+    ratios = {f"{beside}_": how.ratio for beside, how in config.data.beside.items() if how.ratio > 1}
+    for number, (beside, how) in enumerate(config.data.beside.items()):
+        first = SAMPLES * (1 + number) + 200
+        ids = torch.arange(first, first + samples * how.ratio)
+        batch[f"{beside}_id"] = ids.view(samples, -1) if how.ratio > 1 else ids
+        batch[f"{beside}_epoch"] = torch.full_like(batch[f"{beside}_id"], 1)
     for field, spec in objective.needs.items():
         dtype, letters = spec.removesuffix("]").split("[")
         sizes = {"B": samples, "H": height, "W": width}
         shape = [sizes[s] if s in sizes else int(s) for s in letters.split(",")]
+        shape[1:1] = [ratio for prefix, ratio in ratios.items() if field.startswith(prefix)]
         high = 256 if dtype == "uint8" else len(CLASSES)
         low = int(field.endswith("_length"))  # no text is without a token
         batch[field] = torch.randint(low, high, shape, generator=generator, dtype=getattr(torch, dtype))

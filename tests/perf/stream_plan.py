@@ -29,7 +29,7 @@ def planning(rounds: int) -> None:
     sizes = np.random.default_rng(0).integers(800, 1201, 1_000_000)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     batch = WORLD * MICRO
-    lanes = default_lanes(batch, len(sizes))
+    lanes = default_lanes(batch, len(sizes), int(starts[-1]))
     before, seconds, look_ups = peak_mb(), [], []
     for trial in range(rounds):
         order = Order(starts, trial, batch, lanes, 4, "drop")
@@ -50,7 +50,7 @@ def epoch() -> None:
     sizes = np.random.default_rng(1).integers(800, 1201, 100_000)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     batch = WORLD * MICRO
-    order = Order(starts, 0, batch, default_lanes(batch, len(sizes)), 4, "drop")
+    order = Order(starts, 0, batch, default_lanes(batch, len(sizes), int(starts[-1])), 4, "drop")
     steps = int(order.steps_per_epoch)
     most = [covered(*order.windows(step), NODES) for step in range(steps)]
     share = batch // order.lanes
@@ -69,7 +69,7 @@ def mixing() -> None:
     shards = tuple(Shard(f"{i}.tar", 1000, 10**8, "0" * 64) for i in range(1000))
     manifest = Manifest("", shards, {})
     batch = 64 * 64
-    lanes = default_lanes(batch, 1000)
+    lanes = default_lanes(batch, 1000, manifest.samples)
     print("\ndifferent shards in a device batch of 64 (1,000 shards, 64 ranks):")
     for title, count in (("default lanes", lanes), ("lanes = global batch", batch)):
         order = Order(np.array(manifest.starts), 0, batch, count, 4, "drop")

@@ -25,7 +25,7 @@ BATCH = 64
 def ways(manifest: Manifest, without: Manifest) -> dict:
     """How to read all samples: each way returns their number; ``without``: what webdataset checks, which is nothing."""
     urls = [f"{manifest.root}/{s.name}" for s in manifest.shards]
-    order = Order(np.array(manifest.starts), 0, BATCH, default_lanes(BATCH, len(urls)), 4, "drop")
+    order = Order(np.array(manifest.starts), 0, BATCH, default_lanes(BATCH, len(urls), manifest.samples), 4, "drop")
 
     def stock() -> int:
         return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))

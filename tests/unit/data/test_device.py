@@ -58,7 +58,10 @@ def test_crops_of_a_data_set_beside_belong_to_its_own_ids(data):
     plan = assembler(data).reading
     settings = {"train": data.root, "fields": ("image",), "image": VIEWS}
     both = [
-        Together({prefix: Assembler(data, Data(decode=decode, **settings), 1, plan) for prefix in ("", "target_")})
+        Together(
+            {prefix: Assembler(data, Data(decode=decode, **settings), 1, plan) for prefix in ("", "target_")},
+            {"": 1, "target_": 1},
+        )
         for decode in ("device", "loader")
     ]
     sources = {"": Encoded(ImageDecoder(VIEWS, 1), 0), "target_": Encoded(ImageDecoder(VIEWS, 1), data.samples)}

@@ -222,7 +222,23 @@ def test_shuffle_leaves_no_trace_of_neighbours(n):
     ("batch", "shards", "lanes"), [(4096, 1000, 512), (256, 8, 8), (48, 7, 6), (7, 3, 1), (64, 10**6, 64), (8, 0, 1)]
 )
 def test_default_lanes(batch, shards, lanes):
-    assert default_lanes(batch, shards) == lanes
+    assert default_lanes(batch, shards, 10**9) == lanes
+
+
+def test_no_lane_is_empty_where_few_samples_are_chosen_from_many_shards():
+    assert default_lanes(64, 12, 10) == 8
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_a_batch_larger_than_the_data_set_takes_samples_again_each_time_in_another_epoch(lanes):
+    sizes = [2, 0, 3]
+    subject = order(sizes, lanes=lanes, tail="endless")
+    for step, expected in enumerate(plain_steps(sizes, 1, 8, lanes, 2, "endless", 10)):
+        place = subject.batch(step, 0, 8)
+        assert list(zip(place.epoch.tolist(), place.id.tolist(), strict=True)) == expected
+        assert len(set(expected)) == 8
+    with pytest.raises(AssertionError):
+        order(sizes, lanes=lanes, tail="drop")
 
 
 def test_a_billion_samples_need_no_long_array():

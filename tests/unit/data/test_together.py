@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from pipeline.config.schema import Beside, Data, Image
+from pipeline.core.batch import batch_of
 from pipeline.core.contract import check_batch
 from pipeline.core.digest import batch_digest, data_digest
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.core.manifest import load
 from pipeline.data.order import Order
-from pipeline.data.stream import open_stream
+from pipeline.data.stream import _seed_of, open_stream
 from tests.unit.data.shards import members, picture, write_data
 from tests.unit.data.test_stream import assert_same, spoil
 
@@ -32,10 +33,10 @@ def folders(tmp_path_factory):
     return str(source), str(target)
 
 
-def open_pair(folders, *, rank=0, world=1, micro=2, batch=8, image=None, seed=1, **settings):
+def open_pair(folders, *, rank=0, world=1, micro=2, batch=8, image=None, seed=1, ratio=1, **settings):
     source, target = folders
     settings = {"image": IMAGE, "workers": 0, "tail": "endless", "lanes": 4, "max_bad": 1} | settings
-    beside = {"target": Beside(path=target, image=image)}
+    beside = {"target": Beside(path=target, image=image, ratio=ratio)}
     data = Data(train=source, fields=("image", "label"), beside=beside, **settings)
     return open_stream(data, load(source), seed=seed, global_batch=batch, micro_batch=micro, rank=rank, world=world)
 
@@ -119,6 +120,54 @@ def test_pairs_are_not_the_same_in_every_epoch(tmp_path):
     assert sum(i == j for i, j in pairs) < 12 and len(set(pairs)) > 36
 
 
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (1, 1)])
+def test_three_of_the_target_for_each_of_the_source(folders, world, workers):
+    """They are those that a batch three times as large would have, shared out as the source's samples are."""
+    many = steps_of(folders, 0, 5, ratio=3, world=world, workers=workers)
+    alone = steps_of(folders, 0, 5)
+    order = Order(np.array(load(folders[1]).starts), _seed_of(1, "target"), 24, 4, 4, "endless")
+    for step, batch in enumerate(many):
+        assert torch.equal(batch["id"], alone[step]["id"]) and torch.equal(batch["image"], alone[step]["image"])
+        assert batch["target_id"].shape == (8, 3) and batch["target_image"].shape == (8, 3, 3, 8, 8)
+        target = batch_of(batch, "target")
+        drawn = order.batch(step, 0, 24)
+        expected = [48 + i for i in drawn.id.tolist()]
+        replaced = [a != b for a, b in zip(target["id"].tolist(), expected, strict=True)]
+        assert all(i == 52 for i, other in zip(expected, replaced, strict=True) if other)
+        assert target["epoch"].tolist() == drawn.epoch.tolist() and target["image"].shape == (24, 3, 8, 8)
+    needs = {"image": "uint8[B,3,8,8]", "target_image": "uint8[B,3,8,8]", "target_id": "int64[B]"}
+    check_batch(needs, many[0], "fixmatch")
+    expected = data_digest(many[0]["id"]) + data_digest(many[0]["target_id"].flatten())
+    assert torch.equal(batch_digest(many[0]), expected)
+
+
+def test_more_of_the_target_resume_and_count(folders):
+    whole = steps_of(folders, 0, 6, ratio=2, micro=1)
+    assert_same(whole, steps_of(folders, 0, 2, ratio=2, micro=1) + steps_of(folders, 2, 4, ratio=2, micro=1, world=4))
+    with pytest.raises(CheckpointError, match=r"target_global_batch: checkpoint 16, now 24"):
+        open_pair(folders, ratio=3).check(open_pair(folders, ratio=2).state(3))
+    # A 48th of the one and a 22nd of the other, of which there are twice as many: 3.7 %. Of the first's number counted
+    # twice it would be 5.6 %.
+    stream = open_pair(folders, ratio=2, max_bad=0.05)
+    list(itertools.islice(stream.batches(0), 60))
+    stream.close()
+
+
+def test_a_batch_larger_than_the_labelled_part(folders):
+    """48 labelled samples, 128 in a batch: each comes about as often as the other, with crops of its own each time."""
+    batch = steps_of(folders, 0, 3, batch=128, micro=64)[0]
+    count = torch.bincount(batch["id"], minlength=48)
+    good = [i for i in range(48) if i != 30]
+    assert count[30] == 0 and count[good].min() >= 2 and count.sum() == 128
+    twice = (batch["id"] == int(batch["id"][0])).nonzero().flatten()[:2]
+    assert not torch.equal(*batch["image"][twice])
+
+
+def test_decoding_on_the_device_needs_as_many_of_each(folders):
+    with pytest.raises(ConfigError, match=r"needs a GPU"):
+        open_pair(folders, ratio=2, decode="device")
+
+
 def test_digest_covers_both(folders):
     batch = steps_of(folders, 0, 1)[0]
     expected = data_digest(batch["id"]) + data_digest(batch["target_id"])
@@ -167,7 +216,9 @@ def test_state_covers_both(folders, tmp_path):
 def test_refusals(folders, tmp_path):
     with pytest.raises(DataError, match=r"no manifest at .*nowhere"):
         open_pair((folders[0], str(tmp_path / "nowhere")))
-    with pytest.raises(ConfigError, match=r"global_batch = 32 takes 32 samples of .*, which has 22"):
-        open_pair(folders, batch=32)
+    with pytest.raises(ConfigError, match=r"global_batch = 32 takes 32 samples of .*, which has 22.*endless"):
+        open_pair(folders, batch=32, tail="drop")
+    with pytest.raises(ConfigError, match=r"data.lanes = 32 is more than the 22 samples of"):
+        open_pair(folders, batch=32, lanes=32)
     with pytest.raises(ValueError, match="beside"):
         Data(train="x", beside={"My target": Beside(path="y")})

@@ -1,0 +1,1 @@
+"""What domain adaptation and learning from few labels compute."""
