@@ -7,7 +7,7 @@ Shape letters: B labelled samples, r unlabelled ones for each, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -89,12 +89,15 @@ class FewLabels(Classifier):
             self._labels_checked = True
         return known, batch_of(batch, UNLABELLED)
 
-    def together(self, groups: Iterable[tuple[Batch, Tensor]], ctx: StepContext) -> list[Tensor]:
-        """Logits of images uint8[n,C,H,W] of several groups of samples, through one forward: batch norm is common."""
-        found = list(groups)
-        samples = {name: torch.cat([batch[name] for batch, _ in found]) for name in ("id", "epoch")}
-        logits = self.seen(torch.cat([image for _, image in found]), samples, ctx)[1]
-        return list(logits.split([len(image) for _, image in found]))
+    def together(self, groups: Sequence[tuple[Batch, Tensor]], ctx: StepContext) -> tuple[list[Tensor], Tensor]:
+        """Images uint8[n,C,H,W] of several groups of samples through one forward, so that batch norm is common.
+
+        Returns:
+            Logits of each group; what the classifier reads of the first one, without gradient.
+        """
+        samples = {name: torch.cat([batch[name] for batch, _ in groups]) for name in ("id", "epoch")}
+        features, logits = self.seen(torch.cat([image for _, image in groups]), samples, ctx)
+        return list(logits.split([len(image) for _, image in groups])), features[: len(groups[0][1])].detach()
 
     def supervised(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each labelled sample [B], and the part that is answered rightly."""

@@ -108,7 +108,7 @@ class AdaptNeighbours(Classifier, PairwiseObjective):
             "agreement": attracted.detach().mean() / self.config.neighbours,
             "dispersion": alike.detach().mean() / max(1, total - 1),
         }
-        return StepOutput(losses.mean(), metrics, losses.detach())
+        return StepOutput(losses.mean(), metrics, losses.detach(), rows["feature"])
 
     @torch.no_grad()
     def neighbours_of(self, rows: dict[str, Tensor]) -> Tensor:

@@ -82,8 +82,9 @@ class AdaptShot(Classifier, PairwiseObjective):
         self.pseudo[gather_ragged(rows["id"])] = gather_ragged(label)
 
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
-        """Answers and pseudo-labels."""
-        return {"logits": self.seen(batch["image"], batch, ctx)[1], "pseudo": self.pseudo[batch["id"]]}
+        """Features without gradient, answers and pseudo-labels."""
+        features, logits = self.seen(batch["image"], batch, ctx)
+        return {"logits": logits, "pseudo": self.pseudo[batch["id"]], "features": features.detach()}
 
     def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
         """Entropy of each answer, less that of the mean answer, and the cross-entropy with pseudo-labels.
@@ -100,7 +101,8 @@ class AdaptShot(Classifier, PairwiseObjective):
             losses = losses + self.config.pseudo_labels * taught
             agreement = (logits.argmax(dim=1) == pseudo).float().mean()
             metrics |= {"cross_entropy": taught.mean(), "pseudo_agreement": agreement}
-        return StepOutput(losses.mean(), {name: v.detach() for name, v in metrics.items()}, losses.detach())
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return StepOutput(losses.mean(), metrics, losses.detach(), embeddings.rows["features"])
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """A row of images of the target, and what they are taken for."""

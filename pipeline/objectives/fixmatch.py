@@ -59,7 +59,7 @@ class FixMatch(FewLabels):
         """ "confident" is the part of the unlabelled images that teach."""
         known, other = self.both(batch)
         groups = [(known, known["image"]), (other, other["image"]), (other, self.strong(other, ctx))]
-        labelled, weak, strong = self.together(groups, ctx)
+        (labelled, weak, strong), features = self.together(groups, ctx)
         taught, top1 = self.supervised(labelled, known["label"])
         best, counts = confident(weak, self.config.threshold)
         own = functional.cross_entropy(strong, best, reduction="none") * counts
@@ -70,7 +70,7 @@ class FixMatch(FewLabels):
             "loss_unlabelled": own.detach().mean(),
             "confident": counts.mean(),
         }
-        return StepOutput(losses.mean(), metrics, losses.detach())
+        return StepOutput(losses.mean(), metrics, losses.detach(), features)
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """Labelled images, and the weak and the strong views of unlabelled ones."""

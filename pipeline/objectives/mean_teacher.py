@@ -48,7 +48,7 @@ class MeanTeacher(FewLabels):
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """ "agreement" is how often student and teacher name the same class of an unlabelled image."""
         known, other = self.both(batch)
-        labelled, student = self.together([(known, known["image"]), (other, other["image"])], ctx)
+        (labelled, student), features = self.together([(known, known["image"]), (other, other["image"])], ctx)
         taught, top1 = self.supervised(labelled, known["label"])
         teacher = self.taught(known, other, ctx)
         apart = (student.softmax(dim=1) - teacher.softmax(dim=1)).square().mean(dim=1)
@@ -61,7 +61,7 @@ class MeanTeacher(FewLabels):
             "agreement": (student.detach().argmax(dim=1) == teacher.argmax(dim=1)).float().mean(),
             "weight": torch.full_like(top1, weight),
         }
-        return StepOutput(losses.mean(), metrics, losses.detach())
+        return StepOutput(losses.mean(), metrics, losses.detach(), features)
 
     @torch.no_grad()
     def taught(self, known: Batch, other: Batch, ctx: StepContext) -> Tensor:

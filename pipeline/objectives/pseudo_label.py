@@ -58,7 +58,7 @@ class PseudoLabel(FewLabels):
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """ "confident" is the part of the unlabelled images that teach, "alpha" their weight."""
         known, other = self.both(batch)
-        labelled, unlabelled = self.together([(known, known["image"]), (other, other["image"])], ctx)
+        (labelled, unlabelled), features = self.together([(known, known["image"]), (other, other["image"])], ctx)
         taught, top1 = self.supervised(labelled, known["label"])
         best, counts = confident(unlabelled, self.config.threshold)
         own = functional.cross_entropy(unlabelled, best, reduction="none") * counts
@@ -71,4 +71,4 @@ class PseudoLabel(FewLabels):
             "confident": counts.mean(),
             "alpha": torch.full_like(top1, alpha),
         }
-        return StepOutput(losses.mean(), metrics, losses.detach())
+        return StepOutput(losses.mean(), metrics, losses.detach(), features)

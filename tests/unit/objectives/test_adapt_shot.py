@@ -81,7 +81,7 @@ def test_loss_by_hand(spread, weight):
     model = build(diversity=spread, pseudo_labels=weight)
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)) * 2
     pseudo = torch.tensor([0, 4, 2, -1, 1, 1])
-    out = model.loss(Embeddings({"logits": logits, "pseudo": pseudo}, {}), CTX)
+    out = model.loss(Embeddings({"logits": logits, "pseudo": pseudo, "features": logits}, {}), CTX)
     p, log = softmax(logits.numpy(), axis=1), log_softmax(logits.numpy(), axis=1)
     mean = p.mean(axis=0)
     expected = -(p * log).sum(axis=1).mean()
