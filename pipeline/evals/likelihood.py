@@ -35,12 +35,16 @@ class Config(Strict):
     samples: Annotated[int, Field(ge=1)] | None = None
     """Images to measure, drawn from the whole stream; left out: all."""
     steps: Annotated[int, Field(ge=2)] | None = None
-    """Noise levels; of a process that has no number of its own."""
+    """Of a diffusion process that has no number of its own, its noise levels; of a variational autoencoder the draws of
+    its importance-weighted bound, in place of the bound itself."""
     seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Likelihood(Evaluation):
-    """Reports "likelihood/bits_per_dim" and its parts, of diffusion models "_decoder", "_levels" and "_prior".
+    """Reports "likelihood/bits_per_dim" and its parts, whose names say of what kind it is.
+
+    Bounds are those of diffusion models ("_decoder", "_levels", "_prior") and of variational autoencoders ("_distortion",
+    "_rate"); "_importance_weighted" is their tighter one (Burda et al. 2016, arXiv 1509.00519).
 
     "likelihood/histogram" is what a model needs that knows nothing but how often each value occurs at each pixel of the
     training images (counts plus one).

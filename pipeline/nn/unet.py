@@ -46,11 +46,17 @@ class UNetConfig(Strict):
 
 
 class Norm(nn.GroupNorm):
-    """Group norm in fp32 whatever the input: CPU autocast would compute it in bf16. At most 32 groups."""
+    """Group norm in fp32 whatever the input: CPU autocast would compute it in bf16.
 
-    def __init__(self, channels: int) -> None:
-        groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
-        super().__init__(groups, channels)
+    Args:
+        channels: C.
+        groups: that the channels are divided into; left out: at most 32, of at least four channels.
+        eps: added to the variance.
+    """
+
+    def __init__(self, channels: int, groups: int | None = None, eps: float = 1e-5) -> None:
+        fitting = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
+        super().__init__(groups or fitting, channels, eps)
 
     def forward(self, input: Tensor) -> Tensor:
         """Same shape and type."""

@@ -1,0 +1,1 @@
+"""What models of images are made of: autoencoders, codes, and how likely pixels are."""
