@@ -43,8 +43,8 @@ class Config(Strict):
 class Likelihood(Evaluation):
     """Reports "likelihood/bits_per_dim" and its parts, whose names say of what kind it is.
 
-    Bounds are those of diffusion models ("_decoder", "_levels", "_prior") and of variational autoencoders ("_distortion",
-    "_rate"); "_importance_weighted" is their tighter one (Burda et al. 2016, arXiv 1509.00519).
+    Bounds are those of diffusion models ("_decoder", "_levels", "_prior") and of variational autoencoders
+    ("_distortion", "_rate"); "_importance_weighted" is their tighter one (Burda et al. 2016, arXiv 1509.00519).
 
     "likelihood/histogram" is what a model needs that knows nothing but how often each value occurs at each pixel of the
     training images (counts plus one).

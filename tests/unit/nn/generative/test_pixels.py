@@ -37,7 +37,7 @@ def test_values_come_back_from_anywhere_in_their_bin():
     image = VALUES.view(1, 1, 16, 16)
     for u in (0.0, 0.5, 1 - 2.0**-16):
         x = pixels.dequantise(image, torch.full(image.shape, u))
-        assert -1 <= float(x.min()) and float(x.max()) < 1
+        assert float(x.min()) >= -1 and float(x.max()) < 1
         assert torch.equal(pixels.quantise(x), image)
     assert pixels.quantise(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
