@@ -155,7 +155,8 @@ class ImageEncoder(nn.Module):
     Args:
         normalize: from uint8 to what the backbone is trained on.
         backbone: a timm model without classifier.
-        pool: "cls" takes the class token and "mean" the mean over patch tokens, both of token outputs [B,T,D];
+        pool: "cls" takes the class token and "mean" the mean over patch tokens, both of token outputs [B,T,D], or over
+            the places of a map;
             "native" takes what the backbone pools itself.
     """
 
@@ -190,6 +191,8 @@ class ImageEncoder(nn.Module):
         x = self.backbone(to_weights(x, self.backbone))
         if self.pool == "native":
             return x
+        if x.ndim == 4:  # a map without tokens
+            return x.mean(dim=(1, 2) if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC" else (2, 3))
         return x[:, 0] if self.pool == "cls" else x[:, self.backbone.num_prefix_tokens :].mean(dim=1)
 
 

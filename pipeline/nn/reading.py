@@ -145,7 +145,7 @@ def outputs_of(backbone: Backbone, names: Collection[str]) -> Iterator[dict[str,
 
     def catching(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found[name] = _as_map(backbone, name, output)
+            found[name] = as_map(backbone, output, name)
 
         return catch
 
@@ -157,8 +157,12 @@ def outputs_of(backbone: Backbone, names: Collection[str]) -> Iterator[dict[str,
             hook.remove()
 
 
-def _as_map(backbone: Backbone, name: str, x: Any) -> Tensor:
-    """[B,D,H,W] of tokens [B,T,D], or of a map."""
+def as_map(backbone: Backbone, x: Any, name: str = "the whole") -> Tensor:
+    """[B,D,H,W] of tokens [B,T,D], or of a map; ``name`` is of the module that gave them.
+
+    Raises:
+        ConfigError: they are no map.
+    """
     if isinstance(x, Tensor) and x.ndim == 4:
         return x.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else x
     grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)

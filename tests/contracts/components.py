@@ -60,11 +60,15 @@ DISTILLED: dict[str, dict[str, Any]] = {
     },
 }
 """Losses of a distillation that its smoke config has not got."""
+SMALL_RESNET = RESNET | {"small_stem": True}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapt_neighbours with batch norm": ("adapt_neighbours", RESNET | {"bottleneck": 8}),
     "adapt_shot with batch norm": ("adapt_shot", RESNET | {"bottleneck": 8}),
     "clip with batch norm": ("clip", RESNET | {"keep_patches": 1.0}),
     "ddpm by flow matching": ("ddpm", {"schedule": "flow", "target": "flow", "variance": "large"}),
+    "autoencoder, sparse and contractive": ("autoencoder", {"sparsity": "kl", "contraction": 0.1}),
+    "autoencoder with batch norm": ("autoencoder", RESNET | {"sparsity": "kl", "contraction": 0.1}),
+    "colorization with batch norm": ("colorization", RESNET | {"split_brain": True}),
     "distill sample by sample": ("distill", {"losses": DISTILLED["sample by sample"]}),
     "distill by relations, balanced": ("distill", {"losses": DISTILLED["by relations"], "balance": True}),
     "distill with batch norm": (
@@ -77,11 +81,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "exemplar with batch norm": ("exemplar", RESNET),
+    "jigsaw with batch norm": ("jigsaw", SMALL_RESNET | {"head_norm": True}),
     "moco 2 with batch norm": ("moco", RESNET | {"small_stem": True, "norm_batch": 2}),
     "moco 3 with batch norm": ("moco", RESNET | {"small_stem": True, "version": 3}),
     "fixmatch with batch norm": ("fixmatch", RESNET),
     "mean_teacher with batch norm": ("mean_teacher", RESNET),
     "pseudo_label with batch norm": ("pseudo_label", RESNET | {"bottleneck": 8}),
+    "relative_patch with batch norm": ("relative_patch", SMALL_RESNET | {"head_norm": True}),
+    "rotation with batch norm": ("rotation", RESNET),
     "supervised with batch norm": ("supervised", RESNET),
 }
 """Objectives in other settings than those of their smoke configs: objective and settings."""
