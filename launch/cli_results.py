@@ -1,4 +1,4 @@
-"""Verbs of ``sluice`` about results: ``report`` and ``compare``."""
+"""Verbs of ``sluice`` about results: ``report``, ``compare`` and ``choose``."""
 
 from __future__ import annotations
 
@@ -69,7 +69,19 @@ def compare(
     become([*arguments, "--", *subjects])
 
 
+def choose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run whose checkpoints were evaluated.")],
+    metric: Annotated[str, typer.Argument(metavar="METRIC", help="What is reported: accuracy/top1.")] = "accuracy/top1",
+    out: Annotated[Path | None, typer.Option(help="File to write; left out: standard output.")] = None,
+) -> None:
+    """Take a checkpoint by rules that never see the target's labels: last, source, IWV, entropy, SND, BNM."""
+    from launch.local import become
+
+    become(["choose", *(["--out", str(out)] if out else []), "--", str(run), metric])
+
+
 def add(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command("report")(report)
     app.command("compare")(compare)
+    app.command("choose")(choose)

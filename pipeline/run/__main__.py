@@ -85,6 +85,12 @@ def _report(args: argparse.Namespace) -> int:
     return report(args.runs, args.format, args.out)
 
 
+def _choose(args: argparse.Namespace) -> int:
+    from pipeline.run.reporting import chosen
+
+    return chosen(args.run, args.metric, args.out)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "export": _export,
@@ -92,6 +98,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "replay": _replay,
     "rewind": _rewind,
     "plan": _plan,
+    "choose": _choose,
     "compare": _compare,
     "report": _report,
 }
@@ -133,16 +140,18 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--set", action="append", default=[], dest="overrides")
     look.add_argument("--samples", type=int, required=True)
     look.add_argument("--out", required=True)
-    replay = commands.add_parser("replay")
-    replay.add_argument("--run", required=True)
-    replay.add_argument("--step", type=int, required=True)
-    rewind = commands.add_parser("rewind")
-    rewind.add_argument("--run", required=True)
-    rewind.add_argument("--step", type=int, required=True)
+    for name in ("replay", "rewind"):
+        past = commands.add_parser(name)
+        past.add_argument("--run", required=True)
+        past.add_argument("--step", type=int, required=True)
     compare = commands.add_parser("compare")
     compare.add_argument("subjects", nargs="+")
     compare.add_argument("--format", default="text")
     compare.add_argument("--out")
+    choose = commands.add_parser("choose")
+    choose.add_argument("run")
+    choose.add_argument("metric")
+    choose.add_argument("--out")
     report = commands.add_parser("report")
     report.add_argument("--run", required=True, action="append", dest="runs")
     report.add_argument("--format")

@@ -10,6 +10,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.files import replace_file
 from pipeline.record import clip_benchmark, datacomp
 from pipeline.record.board import board
+from pipeline.record.choosing import choices_text, choose
 from pipeline.record.console import say
 from pipeline.record.listing import results_csv, results_json, results_markdown
 from pipeline.record.records import slug
@@ -30,6 +31,12 @@ def compare(words: Sequence[str], kind: str, out: str | None) -> int:
     from pipeline.record.comparing import compare, subjects_of
 
     _give(FORMATS[kind](compare(subjects_of(words))), out)
+    return FINISHED
+
+
+def chosen(run: str, metric: str, out: str | None) -> int:
+    """Show which checkpoint of a run each rule takes, and the metric there; see :mod:`pipeline.record.choosing`."""
+    _give(choices_text(choose(_measured(run_of(run)).rows, metric)) + "\n", out)
     return FINISHED
 
 

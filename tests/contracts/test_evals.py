@@ -37,6 +37,7 @@ SETTINGS = {
     "linear_probe": {"steps": 200},
     "embedding_map": {"samples": 40, "perplexity": 5.0},
     "robustness": {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5)},
+    "semi_supervised": {"neighbours": 45},  # equal samples are one another's neighbours, 40 of a class
 }
 """Where an evaluation's defaults ask for more than the tiny streams hold, or for much of the same."""
 

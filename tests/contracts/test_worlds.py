@@ -28,7 +28,7 @@ SHARDS = {"train": [31, 0, 47, 2, 33], "val": [20, 1, 0, 23], "other": [17, 14]}
 ELSEWHERE = {
     "the contracts of evaluations, which know texts": {"retrieval", "zero_shot"},
     "their own tests, since what a model is trained to differs in the last bits": {
-        "attentive_probe", "classification_accuracy", "finetune", "segmentation",
+        "attentive_probe", "classification_accuracy", "finetune", "segmentation", "test_time",
     },
     "test_generated.py": {
         "agreement", "denoiser_probe", "frechet", "inception_score", "kernel_distance", "likelihood", "memorisation",
@@ -38,7 +38,12 @@ ELSEWHERE = {
 """Where the others are held to the same."""
 NAMES = sorted(set(registry.names("pipeline.evals")) - set().union(*ELSEWHERE.values()))
 """All that a new evaluation is among, until it says why it cannot be."""
-SETTINGS = {"knn": {"k": (5, 20)}, "ood": {"k": 5}, "robustness": {"corruptions": ("fog", "contrast")}}
+SETTINGS = {
+    "knn": {"k": (5, 20)},
+    "selection": {"source": "val", "target": "other"},
+    "ood": {"k": 5},
+    "robustness": {"corruptions": ("fog", "contrast")},
+}
 """Where defaults ask for more than there is, or take long."""
 
 

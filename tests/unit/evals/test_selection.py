@@ -1,0 +1,73 @@
+"""Scores that choose without labels: against transcriptions, and blind to the target's labels."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from scipy.stats import entropy
+from torch import nn
+
+from pipeline.core.errors import DataError
+from pipeline.evals.selection import Config, Selection, density_ratio
+from tests.contracts.components import ListStream, context, numbers
+from tests.unit.evals.test_knn import Identity
+
+
+def made(n, seed, shift=0.0, flip=0):
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(0, 4, (n,), generator=generator)
+    logits = torch.randn(n, 4, generator=generator) + shift * torch.tensor([1.0, 0.5, 0.0, 0.0])
+    logits[torch.arange(n), label] += 1.5
+    stream = ListStream(logits, (label + flip) % 4)
+    stream.classes = tuple("abcd")
+    return stream
+
+
+def streams(flip=0):
+    return {"train": made(80, 0), "source": made(60, 1), "target": made(70, 2, 0.8, flip)}
+
+
+def measured(given, **settings):
+    encoders: dict[str, nn.Module] = {"logits": Identity(), "image": Identity()}
+    return numbers(Selection(Config(**settings)), context(encoders, given))
+
+
+def test_scores_are_those_of_a_plain_computation(lone_group):
+    given = streams()
+    found = {name: number.value for name, number in measured(given).items()}
+    source, target = given["source"].image.double().numpy(), given["target"].image.double().numpy()
+    right = source.argmax(axis=1) == given["source"].label.numpy()
+    assert found["selection/source_accuracy"] == pytest.approx(right.mean())
+    p = softmax(target, axis=1)
+    assert found["selection/entropy"] == pytest.approx(entropy(p, axis=1).mean(), rel=1e-6)
+    assert found["selection/bnm"] == pytest.approx(np.linalg.norm(p, "nuc") / np.sqrt(70 * 4), rel=1e-6)
+    unit = p / np.linalg.norm(p, axis=1, keepdims=True)
+    rows = [np.delete(unit @ unit[i], i) / 0.05 for i in range(70)]
+    assert found["selection/snd"] == pytest.approx(np.mean([entropy(softmax(row)) for row in rows]), rel=1e-6)
+    weight = density_ratio(given["train"].image, given["source"].image, given["target"].image).numpy()
+    assert found["selection/importance_weighted"] == pytest.approx(np.average(right, weights=weight), rel=1e-9)
+    assert found["selection/effective_samples"] == pytest.approx(weight.sum() ** 2 / (weight**2).sum() / 60)
+
+
+def test_the_ratio_of_two_gaussians_is_known():
+    """Of N(0, 1) and N(1, 1): exp(x - 1/2), which a logistic regression can say exactly."""
+    generator = torch.Generator().manual_seed(0)
+    source, target = torch.randn(20_000, 1, generator=generator), 1 + torch.randn(20_000, 1, generator=generator)
+    x = torch.linspace(-1, 2, 7)[:, None]
+    weight = density_ratio(source, torch.cat([x, source]), target)[:7]
+    assert torch.allclose(weight / weight[3], (x - x[3]).exp()[:, 0].double(), rtol=0.08)
+
+
+@pytest.mark.parametrize("flip", [1, 2])
+def test_labels_of_the_target_change_no_score(lone_group, flip):
+    first, other = measured(streams()), measured(streams(flip))
+    assert {name: number.value for name, number in first.items()} == {n: number.value for n, number in other.items()}
+    uses = Selection(Config()).uses()
+    assert [name for name, fields in uses.streams.items() if "label" in fields] == ["source"]
+
+
+def test_one_sample_has_no_neighbour(lone_group):
+    given = streams()
+    given["target"] = made(1, 3)
+    with pytest.raises(DataError, match="'target' has 1 samples"):
+        measured(given)
