@@ -37,6 +37,17 @@ def projection(
     return nn.Sequential(*layers)
 
 
+def hidden_layers(widths: Sequence[int], *, norm: bool) -> list[nn.Module]:
+    """Linear layers each with a ReLU, and with ``norm`` batch norm over all ranks before it (and then no biases)."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers.append(nn.Linear(before, after, bias=not norm))
+        if norm:
+            layers.append(GlobalBatchNorm(nn.BatchNorm1d(after)))
+        layers.append(nn.ReLU())
+    return layers
+
+
 def small_stem(backbone: nn.Module, channels: int) -> None:
     """Give a timm ResNet the stem for images of 32 pixels: 3x3 without stride, no pooling (SimCLR, appendix B.9).
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
-from pipeline.nn.batch_norm import GlobalBatchNorm
 from pipeline.nn.encoder import EncoderConfig
 from pipeline.nn.permutations import distant_permutations
 from pipeline.nn.pictures import Line, beneath, verdict
-from pipeline.nn.projection import projection
+from pipeline.nn.projection import hidden_layers
 from pipeline.nn.tile_encoder import construct_tile_encoder, encode_tiles, normalised_tiles
 from pipeline.nn.tiles import SIDE, TILES, Tiling
 
@@ -35,10 +34,10 @@ class Config(EncoderConfig):
     permutations: Annotated[int, Field(ge=2, le=math.factorial(TILES))] = 1000
     """K."""
     tiles: Tiling = Tiling(size=64, jitter=21, grey=0.3, shift=2, standardise=True)
-    tile_dim: Annotated[int, Field(ge=1)] = 512
+    tile_dim: Annotated[int, Field(ge=1)] = 1000
     """Numbers that the head is given of each tile."""
-    hidden: Annotated[int, Field(ge=1)] = 4096
-    """Width inside the head, behind all tiles."""
+    hidden: Annotated[int, Field(ge=1)] | None = None
+    """Width of a layer behind all tiles (4096 in the paper's AlexNet); left out: none, as ResNets had it later."""
     head_norm: bool = True
     """Batch norm over all ranks inside the head."""
 
@@ -55,11 +54,10 @@ class Jigsaw(Objective):
         self.encoder = construct_tile_encoder(
             config, facts.image_size, "jigsaw", config.tiles, small_stem=config.small_stem
         )
-        norm = [GlobalBatchNorm(nn.BatchNorm1d(config.tile_dim))] if config.head_norm else []
-        linear = nn.Linear(self.encoder.dim, config.tile_dim, bias=not config.head_norm)
-        self.each = nn.Sequential(linear, *norm, nn.ReLU())
-        widths = [TILES * config.tile_dim, config.hidden, config.permutations]
-        self.head = projection(widths, norm=config.head_norm)
+        norm, width = config.head_norm, TILES * config.tile_dim
+        self.each = nn.Sequential(*hidden_layers([self.encoder.dim, config.tile_dim], norm=norm))
+        hidden = [] if config.hidden is None else hidden_layers([width, config.hidden], norm=norm)
+        self.head = nn.Sequential(*hidden, nn.Linear(config.hidden or width, config.permutations))
         # Not persistent: it follows from their number.
         self.register_buffer("permutations", distant_permutations(config.permutations, TILES), persistent=False)
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.encoder import EncoderConfig
 from pipeline.nn.pictures import Line, beneath, verdict
-from pipeline.nn.projection import projection
+from pipeline.nn.projection import hidden_layers
 from pipeline.nn.tile_encoder import construct_tile_encoder, encode_tiles, normalised_tiles
 from pipeline.nn.tiles import TILES, Tiling
 
@@ -50,7 +50,8 @@ class RelativePatch(Objective):
         self.encoder = construct_tile_encoder(
             config, facts.image_size, "relative_patch", config.tiles, small_stem=config.small_stem
         )
-        self.head = projection([2 * self.encoder.dim, config.hidden, len(AROUND)], norm=config.head_norm)
+        hidden = hidden_layers([2 * self.encoder.dim, config.hidden], norm=config.head_norm)
+        self.head = nn.Sequential(*hidden, nn.Linear(config.hidden, len(AROUND)))
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Cross-entropy over the places of the eight neighbours; "top1" is how many are told rightly (chance: 1/8)."""

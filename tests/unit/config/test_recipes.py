@@ -16,8 +16,10 @@ from pipeline.core import registry
 from pipeline.core.components import OBJECTIVES
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+STEADY = {"weight_decay_end": None, "lr_vectors": 1.0}
 ADAMW = {"name": "adamw", "lr_scaling": "none", "eps": 1e-8, "layer_decay": 1.0, "clip": None, "decay": "matrices"}
-LARS = {
+ADAMW |= STEADY
+LARS = STEADY | {
     "name": "lars",
     "decay": "matrices",
     "momentum": 0.9,
@@ -26,6 +28,8 @@ LARS = {
     "layer_decay": 1.0,
     "clip": None,
 }
+SGD = {"name": "sgd", "lr_scaling": "none", "momentum": 0.9, "layer_decay": 1.0, "clip": None, "decay": "matrices"}
+SGD |= STEADY
 
 # He et al. 2022, appendix A.1, tables 8 to 10, and the authors' PRETRAIN.md and FINETUNE.md (facebookresearch/mae).
 MAE = {
@@ -87,6 +91,8 @@ CLIP = {
 }
 B32 = {"objective.encoder": "vit_base_patch32_clip_224"}
 DIFFUSION = {"betas": [0.9, 0.999], "weight_decay": 0.0}
+STEP = {"name": "step", "factor": 0.1, "cooldown": "0%"}
+MMSELFSUP = STEP | {"warmup": "5ep", "milestones": pytest.approx([30 / 70, 50 / 70], abs=1e-6)}
 CONSTANT = {"name": "constant", "warmup": "0%", "cooldown": "0%"}
 PUBLISHED: dict[str, dict[str, Any]] = {
     **{
@@ -116,8 +122,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "pretrain/moco_v2_rn50": {
         "run.length": "200ep",
         "run.global_batch": 256,
-        "optimizer": {"name": "sgd", "lr": 0.03, "lr_scaling": "none", "momentum": 0.9, "weight_decay": 1e-4}
-        | {"layer_decay": 1.0, "clip": None, "decay": "all"},
+        "optimizer": SGD | {"lr": 0.03, "weight_decay": 1e-4, "decay": "all"},
         "schedule": {"name": "cosine", "warmup": "0ep", "final": 0.0},
         "data.image.scale": [0.2, 1.0],
         "objective.temperature": 0.2,
@@ -140,6 +145,58 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "objective.temperature": 0.2,
         "objective.momentum": 0.99,
         "objective.freeze_patches": True,
+    },
+    # Gidaris et al. 2018 and Doersch et al. 2015 as open-mmlab/mmselfsup reproduced them with a ResNet-50.
+    "pretrain/rotation_rn50": {
+        "run.length": "70ep",
+        "run.global_batch": 128,
+        "optimizer": SGD | {"lr": 0.2, "weight_decay": 1e-4},
+        "schedule": MMSELFSUP,
+        "data.image.scale": [0.08, 1.0],
+    },
+    "pretrain/relative_patch_rn50": {
+        "run.length": "70ep",
+        "run.global_batch": 512,
+        "optimizer": SGD | {"lr": 0.2, "weight_decay": 1e-4},
+        "schedule": MMSELFSUP,
+        "data.image.size": 255,
+        "objective.tiles.size": 64,
+        "objective.tiles.jitter": 21,
+        "objective.tiles.grey": 0.66,
+        "objective.hidden": 4096,
+        "objective.head_norm": True,
+    },
+    # gidariss/FeatureLearningRotNet, config/CIFAR10_RotNet_NIN4blocks.py.
+    "pretrain/rotation_rn18_cifar10": {
+        "run.length": "200ep",
+        "run.global_batch": 128,
+        "optimizer": SGD | {"lr": 0.1, "weight_decay": 5e-4, "decay": "all"},
+        "schedule": STEP | {"warmup": "0ep", "milestones": [60 / 200, 120 / 200, 160 / 200], "factor": 0.2},
+    },
+    # facebookresearch/vissl, configs/config/pretrain/jigsaw/jigsaw_8gpu_resnet.yaml.
+    "pretrain/jigsaw_rn50": {
+        "run.length": "105ep",
+        "run.global_batch": 256,
+        "optimizer": SGD | {"lr": 0.1, "lr_scaling": "linear", "lr_batch": 256, "weight_decay": 1e-4},
+        "schedule": STEP
+        | {"warmup": "5ep", "milestones": pytest.approx([n / 105 for n in (30, 60, 90, 100)], abs=1e-6)},
+        "data.image.size": 255,
+        "objective.permutations": 2000,
+        "objective.tile_dim": 1000,
+        "objective.hidden": None,
+        "objective.tiles.size": 64,
+        "objective.tiles.jitter": 21,
+        "objective.tiles.grey": 0.66,
+    },
+    # richzhang/colorization, train/solver.prototxt and models/colorization_train_val_v2.prototxt.
+    "pretrain/colorization_rn50": {
+        "run.length": "500000ba",
+        "run.global_batch": 40,
+        "optimizer": ADAMW | {"lr": 3e-5, "betas": [0.9, 0.99], "weight_decay": 1e-3},
+        "schedule": STEP | {"warmup": "0ba", "milestones": [225 / 500, 450 / 500]},
+        "data.image.size": 176,
+        "objective.uniform_part": 0.5,
+        "objective.temperature": 0.38,
     },
     "pretrain/clip_b32_datacomp_small": CLIP | B32 | {"run.length": "12.8Msa", "run.global_batch": 4096},
     "pretrain/clip_b32_datacomp_medium": CLIP | B32 | {"run.length": "128Msa", "run.global_batch": 4096},
