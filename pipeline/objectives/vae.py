@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from pipeline.config.mistakes import validate
 from pipeline.config.schema import Strict
-from pipeline.core.errors import NonFiniteError
 from pipeline.core.protocols import (
     Batch,
     DataFacts,
@@ -36,6 +35,7 @@ from pipeline.dist.collectives import all_reduce, rank_and_world
 from pipeline.nn.generative import pixels
 from pipeline.nn.generative.autoencoder import Autoencoder, AutoencoderConfig, diffusers_settings, to_diffusers
 from pipeline.nn.generative.gaussian import Posterior, importance_weighted
+from pipeline.nn.generative.observed import Kind, Observed
 from pipeline.nn.images import tile
 
 SHOWN = 8
@@ -49,7 +49,7 @@ class Config(Strict):
 
     network: AutoencoderConfig = AutoencoderConfig()
     channels: Annotated[int, Field(ge=1)] = 3
-    decoder: Literal["normal", "logistic"] = "logistic"
+    decoder: Kind = "logistic"
     """How a value lies around what is decoded: a density of dequantised values, or probabilities of the 256."""
     beta: Annotated[float, Field(ge=0)] = 1.0
     """Weight of what the code tells; 1: the bound."""
@@ -75,35 +75,21 @@ class VAE(PairwiseObjective):
         self.code_shape = (config.network.latent, *config.network.grid(facts.image_size))
         self.dims = math.prod(self.image_shape)
         self.model = Autoencoder(config.network, config.channels, 2 * config.network.latent)
-        self.log_scale = nn.Parameter(torch.full((config.channels,), -2.0))
+        self.pixels = Observed(config.decoder, self.image_shape)
 
     def posterior(self, image: Tensor) -> Posterior:
         """Of uint8[B,C,H,W]."""
         return Posterior.of(self.model.encode(image.float() / 127.5 - 1))
 
-    def log_likelihood(self, image: Tensor, z: Tensor, random: SampleRandom) -> Tensor:
-        """log p(image | z) in nats, [B]; where that is a density, of images that ``random`` dequantises."""
-        mean, log_scale = self.model.decode(z), self.log_scale.float().view(-1, 1, 1)
-        if self.config.decoder == "normal":
-            uniform = random.uniform(*self.image_shape)
-            each = pixels.normal(pixels.dequantise(image, uniform), mean, log_scale)
-        else:
-            each = pixels.logistic(image.float() / 127.5 - 1, mean, log_scale)
-        return each.flatten(1).sum(dim=1)
-
-    def in_bits(self, log_likelihood: Tensor) -> Tensor:
-        """Bits per dimension, [B], for :meth:`log_likelihood`."""
-        if self.config.decoder == "normal":
-            return pixels.bits_of_density(log_likelihood, self.dims)
-        return pixels.bits(log_likelihood, self.dims)
-
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """ "distortion", bits per dimension, float32[B]; "kl", nats of each channel of the code, float32[B,Z]."""
         own = self.posterior(batch["image"])
         z = own.draw(ctx.random(batch, "vae.code").normal(*self.code_shape))
-        distortion = self.in_bits(self.log_likelihood(batch["image"], z, ctx.random(batch, "vae.dequantise")))
+        likelihood = self.pixels.log_likelihood(
+            batch["image"], self.model.decode(z), ctx.random(batch, "vae.dequantise")
+        )
         return {
-            "distortion": distortion,
+            "distortion": self.pixels.bits(likelihood),
             "kl": own.kl().sum(dim=(2, 3)),
             "code": own.mean.detach().flatten(1),
         }
@@ -149,19 +135,13 @@ class VAE(PairwiseObjective):
         z = self.posterior(image).mean
         ids = torch.arange(2 * SHOWN, device=image.device)
         part = torch.linspace(0, 1, SHOWN, device=z.device).view(-1, 1, 1, 1)
-        decoded, between = (self.pixels(self.model.decode(code)) for code in (z, torch.lerp(z[:1], z[-1:], part)))
+        decoded, between = (self.pixels.image(self.model.decode(code)) for code in (z, torch.lerp(z[:1], z[-1:], part)))
         samples = Generator(self).make(ids, {}, ctx.seed, Drawing())
         return {
             "decoded": Picture(tile([image, decoded]), "Images, and what is decoded of their codes"),
             "samples": Picture(tile(list(samples.split(SHOWN))), "Decoded noise"),
             "between": Picture(tile([between]), "From the code of the first image to that of the last"),
         }
-
-    def pixels(self, mean: Tensor) -> Tensor:
-        """What is decoded, [B,C,H,W], without the spread of pixels: uint8[B,C,H,W]."""
-        if self.config.decoder == "normal":
-            return pixels.quantise(mean)
-        return ((mean + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Means(nn.Module):
@@ -197,11 +177,7 @@ class Generator(nn.Module):
             NonFiniteError: a sample is not finite.
         """
         noise = SampleRandom(seed, "vae.sample", torch.zeros_like(ids), ids).normal(*self.model.code_shape)
-        mean = self.model.model.decode(settings.temperature * noise)
-        if not mean.isfinite().all():
-            bad = ids[~mean.flatten(1).isfinite().all(dim=1)].tolist()
-            raise NonFiniteError(f"sample {bad[0]} (one of {len(bad)}) is not finite; the decoder has diverged")
-        return self.model.pixels(mean)
+        return self.model.pixels.image(self.model.model.decode(settings.temperature * noise), ids)
 
     def check_likelihood(self, steps: int | None) -> None:
         """Any number of draws."""
@@ -214,11 +190,12 @@ class Generator(nn.Module):
 
         def draw() -> tuple[Tensor, Tensor]:
             z = own.draw(code.normal(*self.model.code_shape))
-            return self.model.log_likelihood(image, z, dequantise).double(), z.double()
+            told = self.model.pixels.log_likelihood(image, self.model.model.decode(z), dequantise)
+            return told.double(), z.double()
 
         if steps is None:
             rate = own.kl().double().flatten(1).sum(dim=1)
-            return {"distortion": self.model.in_bits(draw()[0]), "rate": pixels.bits(-rate, self.model.dims)}
+            return {"distortion": self.model.pixels.bits(draw()[0]), "rate": pixels.bits(-rate, self.model.dims)}
         wide = Posterior(own.mean.double(), own.log_std.double())
         weights = [told + wide.log_ratio(z) for told, z in (draw() for _ in range(steps))]
-        return {"importance_weighted": self.model.in_bits(importance_weighted(torch.stack(weights)))}
+        return {"importance_weighted": self.model.pixels.bits(importance_weighted(torch.stack(weights)))}

@@ -50,13 +50,12 @@ def linear(monkeypatch):
     """A model whose decoder is linear; its encoder says the exact posterior, if the code's numbers were independent."""
     model = build((2, 2), decoder="normal", network=NETWORK | {"multipliers": (1, 2), "latent": 2})
     known = Linear(0.2)
-    model.log_scale.data.fill_(math.log(0.2))
-    model.log_scale.data = model.log_scale.data.double()
+    model.pixels.log_scale.data.fill_(math.log(0.2))
     monkeypatch.setattr(model.model, "decode", known.decode)
     return model, known
 
 
-def dequantised(data, purpose_of_training=True):
+def dequantised(data):
     uniform = CTX.random(data, "vae.dequantise").uniform(3, 2, 2)
     return (data["image"].double() + uniform) / 128 - 1
 
@@ -122,7 +121,8 @@ def test_many_draws_tend_to_the_marginal_likelihood(linear, monkeypatch):
     z = torch.linalg.cholesky(known.cov) @ torch.randn(2, 1, dtype=torch.float64) + centre[:1].T
     law = torch.distributions.MultivariateNormal(centre[0], known.cov)
     joint = torch.distributions.Normal(0, 1).log_prob(z).sum() - law.log_prob(z[:, 0])
-    told = model.log_likelihood(image[:1], z.view(1, 2, 1, 1), Halves(0, "", ids[:1], ids[:1])).double()
+    decoded = model.model.decode(z.view(1, 2, 1, 1))
+    told = model.pixels.log_likelihood(image[:1], decoded, Halves(0, "", ids[:1], ids[:1])).double()
     assert float(importance_weighted((told.detach() + joint)[None])) == pytest.approx(
         float(known.log_marginal(x[:1])), rel=1e-6
     )

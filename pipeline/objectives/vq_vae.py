@@ -1,0 +1,179 @@
+"""The vector-quantised autoencoder: images as maps of numbers of codes, of which few are enough.
+
+Van den Oord et al., "Neural Discrete Representation Learning" (NeurIPS 2017), https://arxiv.org/abs/1711.00937; the
+quantisers are in :mod:`pipeline.nn.generative.codebook`, each with its source. Everything is in bits per dimension of
+the image: the distortion is the decoder's likelihood, so that with the rate of codes that are all as likely it is a
+bound, which a prior over the codes makes smaller.
+Shape letters: B samples, C channels, H height, W width, D = CHW, Z channels of the code, h and w its height and width,
+K codes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.config.schema import Strict
+from pipeline.core.protocols import Batch, Clock, DataFacts, Export, Objective, Picture, StepContext, StepOutput
+from pipeline.dist.gather import gather_ragged
+from pipeline.nn.generative.autoencoder import Autoencoder, AutoencoderConfig, diffusers_settings, to_diffusers
+from pipeline.nn.generative.codebook import Codebook, Quantised, Scalars, perplexity
+from pipeline.nn.generative.observed import Kind, Observed
+from pipeline.nn.images import tile
+
+SHOWN = 8
+"""Samples in a row of the showcase."""
+DEAD = 0.01
+"""A code that stands for fewer places of a step, on average, is dead."""
+
+
+class Config(Strict):
+    """Settings; the defaults are the paper's, with codes as moving averages."""
+
+    network: AutoencoderConfig = AutoencoderConfig()
+    channels: Annotated[int, Field(ge=1)] = 3
+    decoder: Kind = "logistic"
+    quantiser: Literal["average", "gradient", "scalar"] = "average"
+    """Codes are moving averages of what they stand for, or parameters; or each channel is rounded (FSQ)."""
+    codes: Annotated[int, Field(ge=2)] = 512
+    """K."""
+    commitment: Annotated[float, Field(ge=0)] = 0.25
+    """Weight of the encoder's distance to its codes."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Of moving averages: codes, and how often each is used."""
+    cosine: bool = False
+    """Codes and what they stand for have length one."""
+    revive: Annotated[float, Field(ge=0)] = 0.0
+    """Codes that stand for fewer places of a step, on average, start anew from what the encoder gives; 0: none does."""
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = ()
+    """Of each channel, for "scalar", in place of codes: as many as network.latent; (8, 5, 5, 5) are 1,000 codes."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        scalar = self.quantiser == "scalar"
+        if scalar != bool(self.levels):
+            raise ValueError('"levels" are for quantiser = "scalar", which needs them; set both or neither')
+        if scalar and len(self.levels) != self.network.latent:
+            raise ValueError(f"{len(self.levels)} levels for network.latent = {self.network.latent}; give one for each")
+        if scalar and self.cosine:
+            raise ValueError('"cosine" is of codes that are learned; leave it out where quantiser = "scalar"')
+        if self.revive and self.quantiser != "average":
+            raise ValueError('"revive" is of codes that are moving averages: set quantiser = "average", or revive = 0')
+        return self
+
+
+class VQVAE(Objective):
+    """Encoder, quantiser, decoder, and the spread of pixels around what is decoded."""
+
+    def __init__(self, config: Config, facts: DataFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.needs = {"image": f"uint8[B,{config.channels},H,W]"}
+        self.image_shape = (config.channels, *facts.image_size)
+        self.code_shape = (config.network.latent, *config.network.grid(facts.image_size))
+        self.model = Autoencoder(config.network, config.channels, config.network.latent)
+        self.quantiser: Codebook | Scalars
+        if config.quantiser == "scalar":
+            self.quantiser = Scalars(config.levels)
+        else:
+            self.quantiser = Codebook(
+                config.codes,
+                config.network.latent,
+                commitment=config.commitment,
+                decay=config.decay if config.quantiser == "average" else None,
+                cosine=config.cosine,
+                revive=config.revive,
+            )
+        self.pixels = Observed(config.decoder, self.image_shape)
+        self._candidates: list[tuple[Tensor, Tensor]] = []
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Quantised]:
+        """What the encoder says of uint8[B,C,H,W], [B,Z,h,w], and its codes."""
+        x = self.model.encode(image.float() / 127.5 - 1)
+        return x, self.quantiser(x)
+
+    def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
+        """Distortion and what codes cost; "perplexity" and "dead" are of the codes of the last updates."""
+        x, own = self.encode(batch["image"])
+        likelihood = self.pixels.log_likelihood(
+            batch["image"], self.model.decode(own.z), ctx.random(batch, "vq_vae.dequantise")
+        )
+        distortion = self.pixels.bits(likelihood)
+        losses = distortion + own.losses
+        if ctx.training and self.training:
+            self.quantiser.note(x, own.index)
+            self._propose(x.detach(), batch, ctx)
+        rate = math.prod(self.code_shape[1:]) * math.log2(self.quantiser.codes) / self.pixels.dims
+        metrics = {
+            "distortion": distortion.detach().mean(),
+            "bits_per_dim": distortion.detach().mean() + rate,
+            "perplexity": perplexity(self.quantiser.counts),
+            "dead": (self.quantiser.counts < DEAD).float().mean(),
+        }
+        return StepOutput(losses.mean(), metrics, losses.detach(), own.z.detach().flatten(1))
+
+    def _propose(self, x: Tensor, batch: Batch, ctx: StepContext) -> None:
+        """One place of each sample, that dead codes may be started anew from."""
+        if not self.config.revive:
+            return
+        rows = x.flatten(2)
+        place = ctx.random(batch, "vq_vae.place").integers(0, rows.shape[2], 1)
+        lot = ctx.random(batch, "vq_vae.lot").integers(0, 2**31, 1)[:, 0]
+        found = rows.gather(2, place[:, None].expand(-1, rows.shape[1], -1))[:, :, 0]
+        self._candidates.append((torch.stack([lot, batch["id"]], dim=1), found))
+
+    def after_step(self, clock: Clock) -> None:
+        """Codes and counts move by what all ranks have seen in this update."""
+        candidates = torch.empty(0, self.code_shape[0])
+        if self._candidates:
+            keys, rows = (gather_ragged(torch.cat(parts)) for parts in zip(*self._candidates, strict=True))
+            drawn = sorted(range(len(keys)), key=keys.tolist().__getitem__)  # by lot, the same on all ranks
+            candidates, self._candidates = rows[drawn], []
+        self.quantiser.learn(candidates, self.config.decay)
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The codes of an image, side by side."""
+        return {"image": Codes(self)}
+
+    def exports(self) -> dict[str, Export]:
+        """The autoencoder for diffusers, which knows learned codes by their distance."""
+        weights = "diffusers/vqvae/diffusion_pytorch_model.safetensors"
+        if not isinstance(self.quantiser, Codebook) or self.config.cosine:
+            return {weights: Export(None, 'not written: diffusers has neither "scalar" nor "cosine"')}
+        settings = diffusers_settings(self.config.network, self.config.channels, self.image_shape[1:]) | {
+            "_class_name": "VQModel",
+            "num_vq_embeddings": self.quantiser.codes,
+            "vq_embed_dim": self.config.network.latent,
+        }
+        codes = {"quantize.embedding.weight": self.quantiser.table().detach()}
+        return {
+            weights: Export(to_diffusers(self.model) | codes, "diffusers.VQModel.from_pretrained('FOLDER/vqvae')"),
+            "diffusers/vqvae/config.json": Export(json.dumps(settings), "its configuration"),
+        }
+
+    def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
+        """Images, the numbers of their codes as greys, and what is decoded of them."""
+        image = batch["image"][:SHOWN]
+        _, own = self.encode(image)
+        grey = (own.index.float() / max(1, self.quantiser.codes - 1) * 255).round().to(torch.uint8)
+        codes = functional.interpolate(grey[:, None], image.shape[-2:]).expand_as(image)
+        rows = [image, codes, self.pixels.image(self.model.decode(own.z))]
+        return {"decoded": Picture(tile(rows), "Images, the numbers of their codes, and what is decoded of them")}
+
+
+class Codes(nn.Module):
+    """Images to their codes, float32[B,Zhw]. Shares the model."""
+
+    def __init__(self, model: VQVAE) -> None:
+        super().__init__()
+        self.model, self.dim = model, math.prod(model.code_shape)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8[B,C,H,W] to [B,Zhw]."""
+        return self.model.encode(image)[1].z.flatten(1)
