@@ -48,7 +48,12 @@ class Codebook(nn.Module):
         revive: codes that stand for fewer places than this, of those of a step, on average, are started anew.
     """
 
+    weight: Tensor
+    """[K,Z]."""
+    sums: Tensor
+    """[K,Z], of what codes stand for; where they are moving averages."""
     counts: Tensor
+    """[K], places of a step that each code stands for, on average."""
 
     def __init__(
         self, codes: int, width: int, *, commitment: float, decay: float | None, cosine: bool, revive: float
