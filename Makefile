@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# Files side by side in two processes, each on one thread.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations 25
+# Files side by side in two processes, each on one thread; the programs that they start are compiled once, not each time.
+TEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations 25
 
 .PHONY: help venv demo test test-all test-gpu lint bench figures faults parity clean
 .DELETE_ON_ERROR:

@@ -17,11 +17,13 @@ from zlib_ng.zlib_ng import crc32
 from data_prep.headers import Run, plain_run
 from data_prep.shards import shard_index
 from data_prep.ustar import NAME_LENGTH, Member
-from data_prep.walk import Damage, Entry, HashedFile, group, next_file
+from data_prep.walk import Damage, Entry, Files, HashedFile, group, next_file
 from pipeline.core.manifest import ShardIndex
 
 EXTENSIONS, EMPTY = 100, 20
 """Most extensions in a shard whose table has more than so many places for each member."""
+FAR = 16 * 2**20
+"""Bytes back to what a link leads to, at most: a sample is read from its first member to its last, and all between."""
 _LONGEST = 16
 """Bytes of an extension that are compared in columns."""
 
@@ -141,16 +143,22 @@ def _not_text(names: Sequence[str]) -> str:
 
 
 def _walk(data: HashedFile, members: _Members, passed: Counter[str]) -> None:
-    at = 0
+    at, files = 0, Files(data)
     while True:
         window = data.window(at)
         run = plain_run(np.frombuffer(window, np.uint8), at, len(data))
         if run is not None:
             members.add(run, window, at)
             at = run.until
-        elif (step := next_file(data, at, passed=passed)) is not None:
-            entry, at = step
-            members.add_one(entry)
+        elif (step := next_file(data, at, passed=passed, files=files)) is not None:
+            entry, after = step
+            if at - entry.offset > FAR:
+                passed[f"links to files more than {FAR // 2**20} MiB before them"] += 1
+            elif entry.offset < at:  # what it leads to is read anew, for its CRC-32
+                members.add_one(entry._replace(crc32=crc32(data.read(entry.offset, entry.size))))
+            else:
+                members.add_one(entry)
+            at = after
         else:
             return
 

@@ -88,7 +88,7 @@ def run_problems(config: RunConfig, title: str, procs: int, *, show: bool = Fals
         problems.append(str(error))
     if config.online is not None:
         try:
-            components.check_suite(load_suite(config.online.suite), config.online.suite)
+            components.check_online(load_suite(config.online.suite), config.online.suite)
         except Mistakes as mistakes:
             problems += mistakes.problems
         except ConfigError as error:

@@ -5,6 +5,7 @@ Fixtures are made once, in pytest's own process, and handed to every rank; they 
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Generator, Iterator
 from itertools import zip_longest
@@ -19,6 +20,8 @@ from xdist.scheduler import LoadFileScheduling
 from pipeline.core.cache import VARIABLE
 from tests.faults import matrix
 from tests.ranks import start_ranks
+
+gc.disable()  # until all tests are imported
 
 # Speed is never asserted by a clock in a test, and a busy machine would break hypothesis' deadline.
 settings.register_profile("sluice", deadline=None)
@@ -90,6 +93,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return min((FIRST.index(part) for part in item.path.parts if part in FIRST), default=len(FIRST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is no garbage: collections need not look through it again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 class SideBySide(LoadFileScheduling):

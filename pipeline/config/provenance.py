@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -148,10 +149,12 @@ def code_state(source: Path) -> tuple[str | None, bytes]:
 
 def versions() -> dict[str, str | None]:
     """Versions of this project and of the packages that decide its numbers; None for one that is not installed."""
-    found: dict[str, str | None] = {"sluice": pipeline.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"sluice": pipeline.__version__} | {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -69,6 +69,25 @@ def check_suite(config: SuiteConfig, title: str) -> list[BaseModel]:
     return settings
 
 
+def check_online(config: SuiteConfig, title: str) -> list[BaseModel]:
+    """As :func:`check_suite`, for a suite that is run within a training.
+
+    Raises:
+        Mistakes: also of evaluations that train, which the libraries of a run allow once in a process.
+    """
+    settings = check_suite(config, title)
+    interface = importlib.import_module("pipeline.core.evaluation").Evaluation
+    problems = [
+        f"{path_text(('evals', place))}{component.name} trains a model of its own, which cannot be done within a run; "
+        "leave it out of online.suite, and measure checkpoints: `sluice eval --watch RUN SUITE`"
+        for place, component in enumerate(config.evals)
+        if registry.component(EVALS, component.name, cast("type[Any]", interface)).trains
+    ]
+    if problems:
+        raise Mistakes(title, problems)
+    return settings
+
+
 def _stream_problems(config: SuiteConfig, component: EvalTask, settings: BaseModel) -> Iterator[str]:
     """What an evaluation looks at and the suite has not got."""
     interface = importlib.import_module("pipeline.core.evaluation").Evaluation  # torch is here with the component

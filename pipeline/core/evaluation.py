@@ -36,7 +36,8 @@ class Number(NamedTuple):
     stderr: float | None = None
     """Standard error of ``value``; None where none is known."""
     better: Literal["higher", "lower"] | None = "higher"
-    """Which way is good, for marking the best model; None where neither is."""
+    """Which way is good, for marking the best model; None where neither is. One that has no ``stderr`` and no
+    ``samples`` either tells how it was measured, and is not compared."""
     samples: np.ndarray | None = None
     """What each sample adds, bool or float32[n] in the order of the stream, with ``value`` as its mean: models are then
     compared sample by sample. None where a number is no mean over samples."""
@@ -222,6 +223,8 @@ class Evaluation(ABC):
 
     version: ClassVar[int] = 1
     """Part of the identity of its numbers: one more whenever the protocol changes what they are."""
+    trains: ClassVar[bool] = False
+    """It trains through the loop (:meth:`EvalContext.train`), so that it cannot be run within a training."""
 
     @abstractmethod
     def uses(self) -> Uses:

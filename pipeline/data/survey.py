@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from typing import Any
 
 from pipeline.config.schema import Data, Image
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.manifest import Manifest, load
 from pipeline.core.protocols import Batch
-from pipeline.data.assemble import Assembler
+from pipeline.data.assemble import Assembler, Bad
 from pipeline.data.reading import SurveyReading
 from pipeline.data.stream import FAIR_SAMPLE, assemble_here
 from pipeline.data.workers import Workers
@@ -31,6 +32,7 @@ class SurveyStream:
         self._assembler = Assembler(manifest, data, seed, reading)
         self._data, self._first = data, first
         self._fair = min(manifest.samples, FAIR_SAMPLE)
+        self._ledger: list[Bad] = []
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches; the last one may be smaller. Loader processes live as long as the walk.
@@ -43,6 +45,7 @@ class SurveyStream:
         with closing(workers) if workers else nullcontext():
             for made in workers.batches(0) if workers else assemble_here(self._assembler, 0):
                 seen, bad = seen + made.filled.samples, bad + len(made.filled.bad)
+                self._ledger += made.filled.bad
                 if made.filled.bad and bad > self._data.max_bad * max(seen, self._fair):
                     last = made.filled.bad[-1]
                     raise DataError(
@@ -50,6 +53,14 @@ class SurveyStream:
                         f"{self._data.max_bad} allows; the last one: {last.shard}, sample {last.key!r}: {last.reason}"
                     )
                 yield made.batch | {"id": made.batch["id"] + self._first}
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """This rank's samples that were replaced since the last call: epoch, id, shard, key, reason, substitute."""
+        lines = [bad.as_dict() for bad in self._ledger]
+        self._ledger.clear()
+        return [
+            {**line, "id": line["id"] + self._first, "substitute": line["substitute"] + self._first} for line in lines
+        ]
 
     def close(self) -> None:
         """Release files."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Samples(Protocol):
         """At least one batch; the last one may be smaller."""
         ...
 
+    def ledger(self) -> list[dict[str, Any]]:
+        """This rank's samples that could not be used and were replaced since the last call; plain JSON values."""
+        ...
+
 
 class Surveyor:
     """Makes the surveys of a run.
@@ -50,6 +54,12 @@ class Surveyor:
 
     def __init__(self, engine: BaseEngine, meter: Meter, watch: Watch, seed: int) -> None:
         self.engine, self.meter, self.watch, self.seed = engine, meter, watch, seed
+        self._ledger: list[dict[str, Any]] = []
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """This rank's samples that were replaced in surveys since the last call, with the step and the survey."""
+        lines, self._ledger = self._ledger, []
+        return lines
 
     def action(self, name: str, every: Fraction, samples: Samples) -> Action:
         """A survey, for the loop's list."""
@@ -69,6 +79,7 @@ class Surveyor:
         objective.eval()
         with torch.no_grad(), self.engine.whole_parameters():
             rows = self._rows(name, samples, ctx)
+            self._ledger += [{**line, "step": clock.step, "survey": name} for line in samples.ledger()]
             self.meter.at(f"survey {name}")
             if rows is not None:
                 objective.surveyed(name, rows, ctx)

@@ -64,7 +64,8 @@ def by_class(
     """ "mean_per_class_recall", and with at most fifty classes the table "confusion".
 
     The first is the mean over the classes that have samples of how often the first guess is right; its standard error
-    is that for the given numbers of samples. The table has a row for each class, with how many of its samples were
+    is that for the given numbers of samples. A sample that is right adds n / (K n_c) to it, n_c of n samples being of
+    its class and K classes having some. The table has a row for each class, with how many of its samples were
     taken for which one.
     """
     counts = confusion(guess[:, 0], label, len(classes))
@@ -72,7 +73,9 @@ def by_class(
     there = samples > 0
     recall = counts.diagonal()[there] / samples[there]
     error = math.sqrt(float((recall * (1 - recall) / samples[there]).sum())) / len(recall)
-    yield Number(f"{name}/mean_per_class_recall{suffix}", float(recall.mean()), len(label), split, error)
+    weight = len(label) / (len(recall) * np.maximum(samples, 1))
+    adds = ((guess[:, 0] == label).numpy() * weight[label.numpy()]).astype(np.float32)
+    yield Number(f"{name}/mean_per_class_recall{suffix}", float(recall.mean()), len(label), split, error, samples=adds)
     yield from confusion_table(name, counts, classes, split, suffix)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -39,6 +40,18 @@ def keep_head(folder: Path, head: KeptHead) -> Path:
     return folder / FILE
 
 
+def _file(path: str | os.PathLike[str]) -> Path:
+    return Path(path) / FILE if Path(path).is_dir() else Path(path)
+
+
+def content_of(path: str) -> str:
+    """Hash of a head's file, by which it is known wherever it lies; the path itself where none can be read."""
+    try:
+        return hashlib.sha256(_file(path).read_bytes()).hexdigest()[:32]
+    except OSError:  # `kept_head` says so
+        return path
+
+
 def kept_head(path: str | os.PathLike[str], encoder: nn.Module) -> KeptHead:
     """Read a head.
 
@@ -50,7 +63,7 @@ def kept_head(path: str | os.PathLike[str], encoder: nn.Module) -> KeptHead:
         CheckpointError: no such file, damaged, or no head.
         ConfigError: it was trained on other weights.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    file = _file(path)
     tensors, metadata = read(file)
     if KEY not in metadata or tensors.keys() != {"weight", "bias"}:
         raise CheckpointError(f"{file} holds no head of a linear probe")

@@ -85,6 +85,8 @@ class AttentiveProbing(Evaluation):
     part.
     """
 
+    trains = True
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -56,6 +56,7 @@ class ClassificationAccuracy(OfSamples):
     much better that is in top-1.
     """
 
+    trains = True
     config: Config  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def uses(self) -> Uses:

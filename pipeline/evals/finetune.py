@@ -66,6 +66,8 @@ class FineTune(Evaluation):
     confusions, at the end of the training; of "lp_ft" also "finetune/top1_start", that of the linear probe.
     """
 
+    trains = True
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 from torch import Tensor, nn
 
 from pipeline.config.schema import Strict
@@ -22,7 +22,7 @@ from pipeline.dist.group import by_first
 from pipeline.evals._classes import in_classes_of
 from pipeline.evals._classified import classified, guesses
 from pipeline.evals._heads import Course, Head, Heads
-from pipeline.evals._kept_head import KeptHead, keep_head, kept_head
+from pipeline.evals._kept_head import KeptHead, content_of, keep_head, kept_head
 from pipeline.evals._probe import Rates, check_samples, held_out
 from pipeline.nn.reading import offered
 from pipeline.nn.weights import weights_hash
@@ -56,8 +56,12 @@ class Config(Strict):
     batch: Annotated[int, Field(ge=1)] = 1024
     """Samples per step, whatever the number of ranks; no more than there are."""
     head: str | None = None
-    """File or folder of a head that was kept: it is measured, and none is trained."""
+    """File or folder of a head that was kept: it is measured, and none is trained. What is in it identifies numbers."""
     seed: int = 0
+
+    @field_serializer("head")
+    def _by_content(self, head: str | None) -> str | None:
+        return head and content_of(head)
 
     @model_validator(mode="after")
     def _no_blocks_in_vain(self) -> "Config":

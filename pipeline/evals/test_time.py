@@ -54,6 +54,7 @@ class TestTime(Evaluation):
 
     __test__ = False
     """Its name is not that of a test."""
+    trains = True
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -34,8 +34,10 @@ class Spread(NamedTuple):
 
 
 def spread_of(x: Tensor) -> Spread:
-    """Of features [N,D]; in float64 on the CPU, since it is a small matrix."""
+    """Of features [N,D]; in float64 on the CPU, since it is a small matrix. NaN where one of them is not finite."""
     x = x.detach().cpu().double()
+    if not x.isfinite().all():
+        return Spread(math.nan, math.nan)
     return Spread(std_of_units(functional.normalize(x)), rankme(x))
 
 

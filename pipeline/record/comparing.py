@@ -90,6 +90,17 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
             one, two = (score([rows[task][seed] for seed in seeds]) for rows in (a, b))
             row = one.rows[0]
             data = row.data_name or row.split
+            if row.is_fact:
+                if one.value != two.value:
+                    unlike.append(
+                        Unlike(
+                            titles[task],
+                            data,
+                            other.name,
+                            f"it tells how it was measured: {one.value:g} and {two.value:g}",
+                        )
+                    )
+                continue
             compared.append(Compared(titles[task], data, first.name, other.name, one, two, judge(one, two), math.nan))
         left = [[_any(rows[task]) for task in rows if task not in alike] for rows in (a, b)]
         unlike += _unlike(first.name, other.name, *left)

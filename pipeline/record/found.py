@@ -136,6 +136,11 @@ class Row(Found):
     outcomes: Kept | None = None
     """Of each sample; None: not kept, or the number is no mean over samples."""
 
+    @property
+    def is_fact(self) -> bool:
+        """It tells how it was measured, such as a setting that was found, and not how good a model is."""
+        return self.better is None and self.stderr is None and self.outcomes is None
+
     def replaces(self, other: Row) -> bool:
         """Whether ``other`` is an older form of this number: one of the first version, known by names alone."""
         names = [(r.model, r.evaluation, r.metric, r.split) for r in (self, other)]

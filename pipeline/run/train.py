@@ -80,6 +80,7 @@ class Job:
     """The file of what reads texts; None: there are none."""
     recorder: Recorder | None
     """On rank 0."""
+    surveyor: Surveyor
     surveys: list[Action]
     judge: Judge | None = None
     """Evaluates while it trains; None: nobody does."""
@@ -105,7 +106,7 @@ class Job:
         if self.recorder is not None:
             self.recorder.log(line.pop("step"), line)
             self.collapse.look(clock.step, line, self.recorder.note)
-        bad = self.stream.ledger()
+        bad = [*self.stream.ledger(), *self.surveyor.ledger()]
         if bad:
             with closing(Lines(self.folder / f"ledger-{self.place.rank:05d}.jsonl")) as ledger:
                 for sample in bad:
@@ -224,7 +225,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         watch = Watch(place.device, stop, saver, _paces(config, start, nodes, recorder))
         surveyor = Surveyor(engine, meter, watch, config.run.seed)
         surveys = build_surveys(config, manifest, plan, engine, surveyor, stack)
-        parts = (engine, stream, saver, meter, sample, tokenizer, recorder, surveys)
+        parts = (engine, stream, saver, meter, sample, tokenizer, recorder, surveyor, surveys)
         job = Job(config, place, plan, manifest, known, origins, *parts)
         if config.online is not None:
             job.judge = Judge(job, watch, clock.step)

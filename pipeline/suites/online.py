@@ -20,6 +20,7 @@ import torch
 
 from pipeline.config import load
 from pipeline.config.schema import RunConfig, Weights
+from pipeline.core.components import check_online
 from pipeline.core.protocols import DataFacts
 from pipeline.dist.group import Place, by_first
 from pipeline.dist.meeting import MeetingApart
@@ -58,6 +59,7 @@ class Online:
     def __init__(self, config: RunConfig, facts: DataFacts, tokenizer: bytes | None, place: Place) -> None:
         assert config.online is not None
         plan = load.load_suite(config.online.suite)
+        check_online(plan, config.online.suite)
         self._asked = Asked(Path(config.online.suite).stem, plan, tasks_of(plan, config.online.suite))
         self._config, self._facts, self._tokenizer, self._place = config, facts, tokenizer, place
         self._folder = Path(config.run.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,10 @@ from pipeline.nn.weights import weights_hash
 from tests.contracts.components import ListStream, build_evaluation, context, numbers, plain
 
 CLASSES = 6
-TRAINED = {"attentive_probe", "finetune"}
-"""Those that train through the loop, on data sets in files: their own tests hold them to the same."""
 NAMES = [
     name
     for name in registry.names("pipeline.evals")
-    if name not in TRAINED
+    if not build_evaluation(name).trains  # through the loop, on data sets in files: their own tests hold them to it
     and set(build_evaluation(name).uses().encoders) <= {"image", "logits", "text"}
     and set(build_evaluation(name).uses().streams) <= {"train", "val"}
     and not any("mask" in fields for fields in build_evaluation(name).uses().streams.values())
@@ -114,6 +113,7 @@ def test_it_is_an_evaluation_with_a_strict_config(name):
     assert issubclass(module.Config, Strict) and module.__doc__
     evaluation = build_evaluation(name)
     assert isinstance(evaluation, Evaluation) and evaluation.uses().encoders
+    assert evaluation.trains == ("ctx.train(" in inspect.getsource(module))
     assert all(key.startswith(f"{name}/") and chance != perfect for key, (chance, perfect) in scores(name).items())
 
 

@@ -44,6 +44,9 @@ class Memory:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.parts)
 
+    def ledger(self) -> list[dict[str, Any]]:
+        return []
+
 
 def buffers(objective: Objective) -> dict[str, NDArray[np.float64]]:
     return {name: value.detach().double().numpy().copy() for name, value in objective.named_buffers()}

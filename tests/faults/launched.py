@@ -19,10 +19,10 @@ from tests.integration.runs import SMOKE, overrides
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 200.0
-STEPS = 150
+STEPS, MIDDLE = 60, 15
 ZERO = ("engine.name=deepspeed", "engine.zero=1", "engine.precision=fp32")
-LONG = [*ZERO, f"run.length={STEPS}ba", "every.checkpoint=25ba", "run.keep=9"]
-"""Long enough to be met in the middle."""
+LONG = [*ZERO, f"run.length={STEPS}ba", "every.checkpoint=10ba", "run.keep=9"]
+"""Long enough to be met in the middle, after a checkpoint."""
 
 
 class Launched:

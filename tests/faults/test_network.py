@@ -98,6 +98,7 @@ def test_over_ssh_from_one_host_and_stopped_from_there(hosts, glyphs, tmp_path):
     assert "=== rank 1" in (folder / "logs" / "rank-00001.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_rank_killed_on_one_host_ends_both_started_by_hand(hosts, glyphs, tmp_path):
     folder = tmp_path / "run"

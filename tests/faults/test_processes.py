@@ -11,7 +11,7 @@ import pytest
 
 from launch.supervise import session_members
 from pipeline.record.state import read_state
-from tests.faults.launched import gone, launched, wait_until
+from tests.faults.launched import MIDDLE, gone, launched, wait_until
 from tests.integration.runs import metrics, notes
 
 HANG = "engine.hang_minutes=0.1"
@@ -39,7 +39,7 @@ def test_a_killed_rank(glyphs, long_whole, tmp_path, fault_row, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     before = shared_memory()
     with launched(tmp_path, glyphs / "train") as run:
-        beats = run.wait_for_step(60)
+        beats = run.wait_for_step(MIDDLE)
         os.kill(beats[1].pid, signal.SIGKILL)
         began = time.monotonic()
         code, said = run.wait()
@@ -56,7 +56,7 @@ def test_a_killed_rank(glyphs, long_whole, tmp_path, fault_row, monkeypatch):
 def test_a_stopped_rank(glyphs, long_whole, tmp_path, fault_row):
     fault_row.case = "2 local ranks, ZeRO 1; a step may take 6 s"
     with launched(tmp_path, glyphs / "train", HANG) as run:
-        beats = run.wait_for_step(60)
+        beats = run.wait_for_step(MIDDLE)
         os.kill(beats[1].pid, signal.SIGSTOP)
         began = time.monotonic()
         code, said = run.wait()
@@ -74,7 +74,7 @@ def test_a_stopped_rank(glyphs, long_whole, tmp_path, fault_row):
 def test_a_hang_while_another_rank_dies(glyphs, long_whole, tmp_path, fault_row):
     fault_row.case = "2 local ranks, ZeRO 1"
     with launched(tmp_path, glyphs / "train") as run:
-        beats = run.wait_for_step(60)
+        beats = run.wait_for_step(MIDDLE)
         os.kill(beats[1].pid, signal.SIGSTOP)
         os.kill(beats[0].pid, signal.SIGKILL)
         began = time.monotonic()
@@ -89,7 +89,7 @@ def test_a_hang_while_another_rank_dies(glyphs, long_whole, tmp_path, fault_row)
 def test_the_time_out_reaches_the_gradients(engine, glyphs, long_whole, tmp_path, fault_row):
     fault_row.case = f"2 local ranks, {engine}, engine.timeout_minutes = 0.1"
     with launched(tmp_path, glyphs / "train", "engine.timeout_minutes=0.1", f"engine.{engine}") as run:
-        beats = run.wait_for_step(60)
+        beats = run.wait_for_step(MIDDLE)
         os.kill(beats[1].pid, signal.SIGSTOP)
         began = time.monotonic()
         assert run.wait()[0] == 1
@@ -98,11 +98,12 @@ def test_the_time_out_reaches_the_gradients(engine, glyphs, long_whole, tmp_path
     fault_row.outcome = "the other rank's all-reduce gives up; all processes end"
 
 
+@pytest.mark.slow
 @pytest.mark.fault(14, "a second job on the same run folder")
 def test_a_second_job(glyphs, long_whole, tmp_path, fault_row):
     fault_row.case = "2 local ranks each"
     with launched(tmp_path, glyphs / "train") as first:
-        beats = first.wait_for_step(20)
+        beats = first.wait_for_step(1)
         began = time.monotonic()
         with launched(tmp_path, glyphs / "train") as second:
             code, said = second.wait()
@@ -122,7 +123,7 @@ def test_every_process_is_signalled(number, glyphs, long_whole, tmp_path, fault_
     fault_row.case = f"{number.name}, 2 local ranks with 2 loader workers each"
     more = ("data.workers=2",)
     with launched(tmp_path, glyphs / "train", *more) as run:
-        beats = run.wait_for_step(60)
+        beats = run.wait_for_step(MIDDLE)
         ranks = [b.pid for b in beats]
         members = session_members(os.getsid(ranks[0]))
         signalled = [m for m in members if _below(m.pid, ranks)]

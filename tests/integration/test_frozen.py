@@ -59,7 +59,10 @@ def refused(folder: Path, settings: list[str]) -> str:
     return text
 
 
-@pytest.mark.parametrize(("engine", "later_engine", "later_world"), [("zero1", "zero3", 1), ("zero3", "accelerate", 4)])
+@pytest.mark.parametrize(
+    ("engine", "later_engine", "later_world"),
+    [pytest.param("zero1", "zero3", 1, marks=pytest.mark.slow), ("zero3", "accelerate", 4)],
+)
 def test_it_is_rebuilt_from_its_file_and_in_no_checkpoint(engine, later_engine, later_world, glyphs, tmp_path, teacher):
     shards, whole, killed = glyphs / "train", tmp_path / "whole", tmp_path / "killed"
     assert codes(run_toy(2, "toy_distill", settings(whole, shards, teacher, engine))) == [0, 0]

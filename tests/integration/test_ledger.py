@@ -19,7 +19,9 @@ def test_every_sample_s_last_loss_is_kept(glyphs, tmp_path):
     world size it is the same."""
     objective, own = "mae", ["engine.name=deepspeed", "engine.zero=1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert codes(run(1, objective, overrides(whole, glyphs / "train", *KEEP, *own))) == [0]
+    # One sample a micro-batch here and two there: a loss that is kept for another sample of its micro-batch is seen.
+    alone = overrides(whole, glyphs / "train", *KEEP, *own, "engine.micro_batch=1")
+    assert codes(run(1, objective, alone)) == [0]
     samples = load(glyphs / "train").samples
     kept = History(whole).losses
     seen = ~np.isnan(kept)
@@ -31,5 +33,5 @@ def test_every_sample_s_last_loss_is_kept(glyphs, tmp_path):
 
     settings = overrides(killed, glyphs / "train", *KEEP, *own)
     assert codes(run(2, objective, settings, hurt=partial(die_at, 8)))[1] == -9
-    assert codes(run(4, objective, settings)) == [0] * 4
+    assert codes(run(1, objective, settings)) == [0]
     np.testing.assert_allclose(History(killed).losses, kept, rtol=2e-5)

@@ -31,7 +31,10 @@ ENGINES = {
     "zero1": ["engine.name=deepspeed", "engine.zero=1", "engine.precision=bf16"],
     "zero3": ["engine.name=deepspeed", "engine.zero=3", "engine.precision=fp32"],
 }
-BATCH_NORM = ["objective.encoder_args={layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]}"]
+BATCH_NORM = [
+    "objective.encoder_args={layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]}",
+    "data.image={size=16, views=2}",
+]
 """A small network with statistics that looking must not move."""
 TIMING |= {"online_seconds"}
 
@@ -62,11 +65,11 @@ def online(suite: Path, *more: str) -> list[str]:
     ("objective", "engine", "world"),
     [
         ("simclr", "accelerate", 1),
-        ("supervised", "accelerate", 2),
-        ("mae", "zero1", 1),
+        pytest.param("supervised", "accelerate", 2, marks=pytest.mark.slow),
+        pytest.param("mae", "zero1", 1, marks=pytest.mark.slow),
         ("mae", "zero1", 2),
-        ("mae", "zero3", 1),
-        ("mae", "zero3", 2),
+        pytest.param("mae", "zero3", 1, marks=pytest.mark.slow),
+        pytest.param("mae", "zero3", 2, marks=pytest.mark.slow),
     ],
 )
 def test_it_changes_no_bit(objective, engine, world, suite, glyphs, tmp_path):
@@ -185,12 +188,23 @@ def pretend(values: dict[int, float], kill_at: int | None = None) -> None:
         die_at(kill_at, rank=0)
 
 
-def test_a_suite_that_cannot_be_is_refused_before_the_first_step(suite, glyphs, tmp_path):
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ("k = [0]", "k[0]: expected a number >= 1"),
+        (
+            'k = [5]\n[[evals]]\nname = "finetune"',
+            "finetune trains a model of its own, which cannot be done within a run",
+        ),
+    ],
+)
+def test_a_suite_that_cannot_be_is_refused_before_the_first_step(new, said, suite, glyphs, tmp_path):
     wrong = suite.with_name("wrong.toml")
-    wrong.write_text(suite.read_text().replace("k = [5]", "k = [0]"))
+    wrong.write_text(suite.read_text().replace("k = [5]", new))
     settings = overrides(tmp_path / "run", glyphs / "train", *ENGINES["accelerate"], *online(wrong))
     assert codes(run(1, "mae", settings)) == [2]
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run")
+    assert said in (tmp_path / "run" / "state.json").read_text()
 
 
 def test_the_best_value_and_how_long_ago_it_was():

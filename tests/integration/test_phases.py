@@ -39,7 +39,7 @@ def test_in_bf16_it_resumes_bit_for_bit(glyphs, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "later_engine", "later_world"),
     [
-        ("accelerate", "zero2", 1),
+        pytest.param("accelerate", "zero2", 1, marks=pytest.mark.slow),
         pytest.param("zero0", "accelerate", 4, marks=pytest.mark.slow),
         ("zero1", "accelerate", 1),
         pytest.param("zero2", "zero1", 4, marks=pytest.mark.slow),

@@ -41,11 +41,11 @@ def course(glyphs, tmp_path_factory):
     return folder
 
 
-def test_ten_random_steps_equal_the_log(course):
+def test_random_steps_equal_the_log(course):
     """Before the oldest checkpoint that is left, and after the newest."""
     before = {p: p.read_bytes() for p in sorted(course.rglob("*")) if p.is_file() and "replay" not in p.parts}
     log = metrics(course)
-    for step in random.sample(range(1, STEPS + 1), 10):
+    for step in (random.randint(1, 20), random.randint(21, 23), STEPS):
         ended, found = replayed(course, step)
         assert codes(ended) == [0], ended
         for name in ("loss", "grad_norm"):

@@ -25,7 +25,7 @@ LENGTH, EVERY = 12, 3
     [
         ("accelerate", "mae", "zero1", 4),
         pytest.param("zero0", "mae", "zero0", 4, marks=pytest.mark.slow),
-        ("zero1", "supervised", "zero1", 4),
+        pytest.param("zero1", "supervised", "zero1", 4, marks=pytest.mark.slow),
         pytest.param("zero2", "mae", "zero2", 1, marks=pytest.mark.slow),
         pytest.param("zero3", "mae", "zero3", 4, marks=pytest.mark.slow),
         ("zero3", "supervised", "accelerate", 1),
@@ -51,7 +51,7 @@ def test_killed_at_a_random_step_it_resumes(engine, objective, later_engine, lat
     same_course(elsewhere, whole)
 
 
-@pytest.mark.parametrize("engine", ["accelerate", "zero2"])
+@pytest.mark.parametrize("engine", [pytest.param("accelerate", marks=pytest.mark.slow), "zero2"])
 def test_in_bf16_and_with_drop_path_it_resumes_bit_for_bit(engine, glyphs, tmp_path):
     """What is dropped belongs to the sample, and so needs no state."""
     more = [*ENGINES[engine], "engine.precision=bf16", "objective.encoder_args.drop_path_rate=0.5"]
@@ -79,7 +79,7 @@ def test_three_resumes_in_a_row_at_three_world_sizes(engine, glyphs, tmp_path):
     same_course(broken, whole)
 
 
-@pytest.mark.parametrize("engine", ["accelerate", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["accelerate", pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_what_is_loaded_and_saved_again_is_the_same_to_the_byte(engine, glyphs, tmp_path):
     """Save, load, save, load, save, without a step between."""
     folder = tmp_path / "run"

@@ -51,8 +51,8 @@ def burden(where: str) -> None:
     [
         ("nowhere", "zero 1"),
         ("data", "accelerate"),
-        ("step", "accelerate"),
-        ("step", "zero 1"),
+        pytest.param("step", "accelerate", marks=pytest.mark.slow),
+        pytest.param("step", "zero 1", marks=pytest.mark.slow),
         ("step", "zero 3"),
         pytest.param("step", "zero 0", marks=pytest.mark.slow),
         pytest.param("step", "zero 2", marks=pytest.mark.slow),

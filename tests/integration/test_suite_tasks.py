@@ -252,6 +252,27 @@ def test_what_decides_a_number_decides_whether_it_is_there(change, mae, data, tm
     assert ("by other code or with other names of classes" in said.err) == (change in ("code", "classes"))
 
 
+def test_a_kept_head_is_known_by_what_is_in_it_and_not_by_where_it_lies(mae, data, tmp_path, capsys):
+    task = 'name = "linear_probe"\nsteps = 2\non = ["good"]'
+    assert evaluate(mae, suite_of(tmp_path, data, task), tmp_path / "trained") == 0
+    kept = next((tmp_path / "trained").rglob("head.safetensors")).read_bytes()
+    out, shown = tmp_path / "out", []
+    for path, content in (("a", kept), ("a", kept), ("b", kept), ("a", zeroed(kept))):
+        file = tmp_path / f"{path}.safetensors"
+        file.write_bytes(content)
+        given = suite_of(tmp_path, data, f'name = "linear_probe"\nhead = "{file}"\non = ["good"]')
+        capsys.readouterr()
+        assert evaluate(mae, given, out) == 0
+        shown.append("1 of 1 were there already" in capsys.readouterr().out)
+    assert shown == [False, True, True, False]
+
+
+def zeroed(head: bytes) -> bytes:
+    """The file of another head, of the same encoder."""
+    length = int.from_bytes(head[:8], "little")
+    return head[: 8 + length] + bytes(len(head) - 8 - length)
+
+
 def test_a_record_that_is_damaged_is_named_and_measured_anew(mae, data, tmp_path, capsys):
     suite, out = suite_of(tmp_path, data, 'name = "knn"\nk = [3]\non = ["good"]'), tmp_path / "out"
     assert evaluate(mae, suite, out) == 0
@@ -274,23 +295,35 @@ def test_a_trial_of_a_few_samples_says_that_it_is_one(mae, data, tmp_path, capsy
     assert [row.n for row in whole] == [sum(VAL)]
 
 
-def test_any_number_of_ranks_gives_the_same_numbers(mae, data, tmp_path):
-    """Ragged shards, shared out in other ways; two ranks are started as a user starts them."""
-    suite = suite_of(tmp_path, data, 'name = "knn"\nk = [3, 5]\non = ["good"]', 'name = "rank"\non = ["good"]')
-    assert evaluate(mae, suite, tmp_path / "alone") == 0
-    alone = read_results(tmp_path / "alone")
-    words = ["eval", str(mae), str(suite), "--random-init", "--out", str(tmp_path / "2"), "--procs", "2"]
+def as_a_user(run: Path, suite: Path, out: Path, world: int) -> str:
+    """What the command shows that starts the ranks."""
+    words = ["eval", str(run), str(suite), "--random-init", "--out", str(out), "--procs", str(world)]
     done = subprocess.run(
         [sys.executable, "-m", "launch", *words],
         cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    ended = start_ranks(4, telling, run=mae, suite=suite, out=tmp_path / "4")
-    assert [e.problem for e in ended] == [None] * 4 and [e.value[0] for e in ended] == [0] * 4
-    for shown in (done.stdout, "".join(e.value[2] for e in ended)):
-        assert shown.count("knn/top1_k3") == 1
-    for world in (2, 4):
+    return done.stdout
+
+
+def at_once(run: Path, suite: Path, out: Path, world: int) -> str:
+    """What all ranks show."""
+    ended = start_ranks(world, telling, run=run, suite=suite, out=out)
+    assert [e.problem for e in ended] == [None] * world and [e.value[0] for e in ended] == [0] * world
+    return "".join(e.value[2] for e in ended)
+
+
+@pytest.mark.parametrize(
+    ("start", "worlds"), [(at_once, (2, 4)), pytest.param(as_a_user, (2,), marks=pytest.mark.slow)]
+)
+def test_any_number_of_ranks_gives_the_same_numbers(start, worlds, mae, data, tmp_path):
+    """Ragged shards, shared out in other ways."""
+    suite = suite_of(tmp_path, data, 'name = "knn"\nk = [3, 5]\non = ["good"]', 'name = "rank"\non = ["good"]')
+    assert evaluate(mae, suite, tmp_path / "alone") == 0
+    alone = read_results(tmp_path / "alone")
+    for world in worlds:
+        assert start(mae, suite, tmp_path / str(world), world).count("knn/top1_k3") == 1
         found = read_results(tmp_path / str(world))
         assert [row.key for row in found.rows] == [row.key for row in alone.rows]
         for row, expected in zip(found.rows, alone.rows, strict=True):

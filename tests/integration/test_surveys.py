@@ -64,7 +64,7 @@ def test_killed_in_a_survey_it_resumes_bit_for_bit(every, killed_at, engine, gly
         assert (whole / file).read_bytes() == (killed / file).read_bytes()
 
 
-@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_asked_to_stop_in_a_survey_it_saves_and_goes_on_as_if_nothing_had_happened(step, glyphs, tmp_path):
     shards, whole, stopped = glyphs / "train", tmp_path / "whole", tmp_path / "stopped"
     assert codes(run_toy(2, "toy_survey", settings(whole, shards, "5ba", "accelerate"))) == [0, 0]
@@ -104,6 +104,12 @@ def test_a_data_set_beside_the_first_is_surveyed_and_bad_samples_are_replaced(gl
     saved = [load_file(path) for path in sorted((folder / "checkpoints" / "step-00000012").glob("rank-*.safetensors"))]
     table = torch.cat([part[name] for part in saved for name in sorted(part) if name.startswith("model/table@")])
     assert torch.equal(table == 0, torch.arange(19) == 4)
+    text = "".join(path.read_text() for path in sorted(folder.glob("ledger-*.jsonl")))
+    lines = [line for line in map(json.loads, text.splitlines()) if "survey" in line]
+    first = load(glyphs / "train").samples
+    found = [(line["survey"], line["step"], line["id"], line["substitute"]) for line in lines]
+    assert found == [("distances", step, first + 4, first + 5) for step in (0, 4, 8)]
+    assert all(line["key"] and line["shard"] and line["reason"] for line in lines)
 
 
 def test_the_time_it_takes_is_in_the_metrics(glyphs, tmp_path):

@@ -57,7 +57,9 @@ def started(workers: Workers) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_same_stream_as_without(data, workers):
     """Ids, pixels, labels and ledger; from the start, and from other steps in the same processes.
 
@@ -124,7 +126,7 @@ print(stream._workers._process.pid, *started(stream._workers), flush=True)
 
 @pytest.mark.parametrize(
     ("end", "number"),
-    [("time.sleep(100)", signal.SIGKILL), ("time.sleep(100)", signal.SIGINT), ("", None)],
+    [("time.sleep(1000)", signal.SIGKILL), ("time.sleep(1000)", signal.SIGINT), ("", None)],
     ids=["killed", "interrupted", "finished without closing"],
 )
 def test_nothing_outlives_the_rank(data, end, number):
@@ -138,7 +140,7 @@ def test_nothing_outlives_the_rank(data, end, number):
     assert len(pids) == 3
     if number is not None:
         os.kill(rank.pid, number)
-    rank.wait(60)
+    rank.wait()
     rank.stdout.close()
     wait_until_gone(pids)
 

@@ -3,14 +3,18 @@
 import io
 import tarfile
 import zlib
+from contextlib import closing
 
+import numpy as np
 import pytest
 
 from data_prep import walk as walking
 from data_prep.index import index
 from data_prep.scan import scan
+from data_prep.verify import verify
 from data_prep.walk import Damage, group, walk
 from pipeline.core.manifest import load_index
+from pipeline.data.selected import open_reader
 from tests.unit.data_prep.samples import png
 from tests.unit.data_prep.test_headers import archive
 from tests.unit.data_prep.test_scan import _tar
@@ -259,3 +263,48 @@ def test_what_was_left_out_is_said_and_what_was_known_is_kept(tmp_path):
     assert again == load(tmp_path) and load_index(again, again.shards[0]).keys == ("a",)
     assert again.tokenizer == {"file": "t.json", "sha256": "0" * 64}
     assert again.made == {"mine": 1, "indexed": {"tars": 1, "left_out": []}}
+
+
+def _linked(path, far=0):
+    """Samples "a" and "b" of a folder, whose second image is a link to the first one; ``far`` bytes lie between."""
+    with tarfile.open(path, "w") as tar:
+
+        def add(name, content=b"", kind=tarfile.REGTYPE, target=""):
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(content), kind, target
+            tar.addfile(info, io.BytesIO(content))
+
+        add("k/a.jpg", b"image")
+        add("k/a.cls", b"1")
+        if far:
+            add("k/between.jpg", bytes(far))
+            add("k/between.cls", b"1")
+        add("k/b.jpg", kind=tarfile.SYMTYPE, target="a.jpg")
+        add("k/b.cls", b"2")
+        add("k/c.jpg", kind=tarfile.LNKTYPE, target="k/a.jpg")
+        add("k/c.cls", kind=tarfile.LNKTYPE, target="k/b.cls")
+        add("k/d.jpg", kind=tarfile.SYMTYPE, target="k/a.jpg")  # k/k/a.jpg, which there is not
+        add("k/d.cls", b"3")
+
+
+def test_links_to_files_before_them_are_read_as_those(tmp_path):
+    _linked(tmp_path / "x.tar")
+    manifest = index(str(tmp_path))
+    assert load_index(manifest, manifest.shards[0]).keys == ("k/a", "k/b", "k/c", "k/d")
+    assert manifest.statistics["labels"] == {"1": 1, "2": 2, "3": 1}
+    with closing(open_reader(manifest, ["image", "label"], [], None, 10**6)) as reader:
+        (read,) = reader.read(np.arange(4))
+    *found, bare = [read.found[row] for row in np.argsort(read.rows)]
+    images, labels = zip(*((bytes(m["image"]), bytes(m["label"])) for m in found), strict=True)
+    assert images == (b"image",) * 3 and labels == (b"1", b"2", b"2")
+    assert "no field 'image'" in str(bare)
+    assert verify(str(tmp_path)).problems == {}
+
+
+def test_links_far_back_are_counted_since_all_between_would_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.scan.FAR", 2**20)
+    for far, links in ((2**20 - 6000, 1), (2**20, 3)):
+        _linked(tmp_path / "x.tar", far)
+        found = scan(tmp_path / "x.tar")
+        assert sum(found.passed.values()) == links and found.problem == ""
+    assert found.passed["links to files more than 1 MiB before them"] == 2

@@ -36,6 +36,9 @@ class Samples:
     def __iter__(self) -> Iterator[Batch]:
         return iter([{"id": torch.tensor([4, 5])}, {"id": torch.tensor([6])}])
 
+    def ledger(self) -> list[dict[str, Any]]:
+        return [{"id": 5, "step": 1}]
+
 
 class Objective(nn.Module):
     def __init__(self) -> None:
@@ -71,6 +74,7 @@ def test_all_ranks_look_equally_often_and_each_keeps_its_own_rows_once():
     assert objective.looked == [[4, 5], [6], [6]]
     assert objective.rows == {"twice": [8, 10, 12], "id": [4, 5, 6]}
     assert objective.state == (False, False, 7) and objective.training
+    assert made.ledger() == [{"id": 5, "step": 7, "survey": "ids"}] and made.ledger() == []
     assert pulse.said == ["survey ids"] * 4, "the watchdog hears of every look, and of what is made of them"
 
 

@@ -29,7 +29,11 @@ def test_equals_scikit_learn(scored):
     five = top_k_accuracy_score(label, scores.numpy(), k=5, labels=range(7))
     assert found["x/top5_s"].value == pytest.approx(float(five)) and 0.5 < five < 1
     with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
-        assert found["x/mean_per_class_recall_s"].value == pytest.approx(balanced_accuracy_score(label, guess))
+        recall = found["x/mean_per_class_recall_s"]
+        assert recall.value == pytest.approx(balanced_accuracy_score(label, guess))
+        assert recall.samples is not None and recall.samples.mean() == pytest.approx(recall.value)
+        wrong = np.asarray(label) != np.asarray(guess)
+        assert not recall.samples[wrong].any() and (recall.samples[~wrong] > 0).all()
     table = found["x/confusion_s"]
     assert isinstance(table, Table) and list(table.columns) == ["class", *classes]
     assert [row[1:] for row in table.rows] == confusion_matrix(label, guess, labels=range(7)).tolist()

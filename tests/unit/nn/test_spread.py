@@ -1,5 +1,7 @@
 """How much of their space features fill: closed forms."""
 
+import math
+
 import pytest
 import torch
 
@@ -30,3 +32,11 @@ def test_a_collapse_is_told(kind):
 def test_either_alone_is_a_collapse():
     assert Spread(LEAST_STD / 2, 9).collapsed and Spread(1, LEAST_RANK - 0.1).collapsed
     assert not Spread(LEAST_STD, LEAST_RANK).collapsed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_have_none_and_are_no_error(value):
+    features = torch.eye(8)
+    features[3, 2] = value
+    found = spread_of(features)
+    assert all(map(math.isnan, found)) and not found.collapsed

@@ -82,9 +82,24 @@ def test_what_is_known_by_errors_alone_is_not_paired_and_says_so(tmp_path):
     assert top.p == top.difference.p  # what has no p is no comparison
 
 
+def test_facts_of_the_measurement_are_not_compared_and_told_where_they_differ(tmp_path):
+    def facts(c: float) -> list[Number]:
+        chosen = Number("knn/c", c, N, "train", better=None)
+        return [
+            chosen,
+            Number("knn/at_edge", 0.0, N, "train", better=None),
+            chosen._replace(name="knn/gap", stderr=0.1),
+        ]
+
+    comparison = found(measured(tmp_path / "a", *facts(0.1)), measured(tmp_path / "b", *facts(10.0)))
+    assert [one.metric for one in comparison.compared] == ["knn/gap"] and comparison.compared[0].verdict == "differs"
+    (other,) = comparison.unlike
+    assert (other.metric, other.why) == ("knn/c", "it tells how it was measured: 0.1 and 10")
+
+
 def test_values_orders_of_magnitude_apart_are_not_rounded_to_nothing(tmp_path):
-    one = measured(tmp_path / "one", Number("lr/c", 5882.35, 9, "train", None, None))
-    other = measured(tmp_path / "other", Number("lr/c", 0.05882, 9, "train", None, None))
+    one = measured(tmp_path / "one", Number("lr/c", 5882.35, 9, "train"))
+    other = measured(tmp_path / "other", Number("lr/c", 0.05882, 9, "train"))
     words = comparison_text(found(one, other)).split()
     assert {"5882", "0.05882", "-5882"} <= set(words)
 

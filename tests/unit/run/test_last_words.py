@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 
 import pytest
 
 from pipeline.core.errors import ConfigError, DataError, NonFiniteError
 from pipeline.record.logs import log_path, log_ranks
-from pipeline.run.__main__ import guarded
+from pipeline.run.__main__ import guarded, main
 from tests.integration.runs import SMOKE
+from tests.ranks import start_ranks
 
 ROOM = "; make room and start again to resume\n"
 
@@ -68,12 +67,18 @@ def test_what_only_a_bug_can_cause_has_a_traceback_on_any_rank(error, monkeypatc
 
 def test_a_rank_has_a_log_of_its_own_and_its_errors_are_on_the_console_too(tmp_path):
     """Ranks of two nodes have the same local number."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "MASTER_ADDR")}
-    command = [sys.executable, "-m", "pipeline.run", "train", "--config", str(SMOKE / "mae.toml")]
-    command += ["--set", f"run.folder='{tmp_path}'"]
-    environment |= {"RANK": "5", "LOCAL_RANK": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    (done,) = start_ranks(1, fifth_rank, folder=tmp_path / "run", console=tmp_path / "console")
     message = "sluice: rank 5: RANK is set but WORLD_SIZE, MASTER_ADDR"
-    assert done.returncode == 2 and log_ranks(tmp_path) == [5]
-    assert [line.startswith(f"rank 5 | {message}") for line in done.stderr.splitlines()] == [True]
-    assert message in log_path(tmp_path, 5).read_text()
+    assert done.value == 2 and log_ranks(tmp_path / "run") == [5]
+    said = (tmp_path / "console").read_text().splitlines()
+    assert [line.startswith(f"rank 5 | {message}") for line in said] == [True]
+    assert message in log_path(tmp_path / "run", 5).read_text()
+
+
+def fifth_rank(folder, console):
+    """A rank of which its launcher has not said all; its standard error goes to a file."""
+    with open(console, "w") as file:
+        os.dup2(file.fileno(), 2)
+    del os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]
+    os.environ |= {"RANK": "5", "LOCAL_RANK": "1"}
+    return main(["train", "--config", str(SMOKE / "mae.toml"), "--set", f"run.folder='{folder}'"])
