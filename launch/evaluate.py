@@ -52,9 +52,10 @@ def evaluate(wish: Wish) -> int:
     return CRASH if code is None else code
 
 
-def start(arguments: Sequence[str], procs: int) -> int | None:
-    """Run ranks that evaluate until all have ended. Returns their exit code; REQUEUE: a signal has ended them; None:
-    they died without a word, which is said.
+def start(arguments: Sequence[str], procs: int, what: str = "the evaluation") -> int | None:
+    """Run ranks that evaluate, or do what else goes on when it is given again, until all have ended.
+
+    Returns their exit code; REQUEUE: a signal has ended them; None: they died without a word, which is said.
 
     None is left behind: should this process be killed, so are they (:func:`launch.supervise.run_session`). What
     has been measured is kept, and there is nothing else to save.
@@ -62,6 +63,7 @@ def start(arguments: Sequence[str], procs: int) -> int | None:
     Args:
         arguments: of :mod:`pipeline.run`.
         procs: ranks.
+        what: it is called.
 
     Raises:
         LaunchError: fewer devices than ranks.
@@ -76,7 +78,7 @@ def start(arguments: Sequence[str], procs: int) -> int | None:
         command = run_command(told) if procs == 1 else deepspeed_command("pipeline.run", told, procs, environment)
 
         def asked() -> str | None:
-            return "the evaluation is left; given again, it goes on" if (notes / STOP).exists() else None
+            return f"{what} is left; given again, it goes on" if (notes / STOP).exists() else None
 
         sys.stdout.flush()
         status = run_session(command, notes, environment, asked)
@@ -86,7 +88,7 @@ def start(arguments: Sequence[str], procs: int) -> int | None:
             return int(outcome.read_text())
     if status == CONFIG:
         return CONFIG
-    say(f"the evaluation died (status {status}); given again, it goes on")
+    say(f"{what} died (status {status}); given again, it goes on")
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from launch import prep_build
+from launch.cli_options import Config, Overrides, Procs, again
 from pipeline.core.errors import DataError
 from pipeline.core.location import join
 from pipeline.core.manifest import Manifest
@@ -217,3 +218,30 @@ def merge(
     with Progress("merging", None, "shards") as progress:
         manifest = run(folders, out, progress.of)
     typer.echo(summary(manifest))
+
+
+@_verb
+def embed(
+    config: Config,
+    overrides: Overrides,
+    procs: Procs = 1,
+    top: Annotated[int | None, typer.Option(min=1, help="Store so many of the logits; left out: all.")] = None,
+    precision: Annotated[str, typer.Option(metavar="float16|float32", help="Of what is stored.")] = "float16",
+) -> None:
+    """Compute what the teachers of a distillation make of every sample, once, for all runs that read it."""
+    from launch.evaluate import start
+    from launch.local import become
+    from pipeline.config.exitcodes import CRASH
+    from pipeline.config.load import load_run
+    from pipeline.core.errors import ConfigError
+
+    load_run(again(config), overrides)
+    if precision not in ("float16", "float32"):
+        raise ConfigError(f"--precision {precision}: write float16 or float32")
+    words = [word for override in overrides for word in ("--set", override)]
+    arguments = ["embed", "--config", str(config), "--precision", precision, *words]
+    arguments += [] if top is None else ["--top", str(top)]
+    if procs == 1:
+        become(arguments)
+    code = start(arguments, procs, "embedding")
+    raise typer.Exit(CRASH if code is None else code)

@@ -226,6 +226,11 @@ class Data(Choice):
     captions: Captions = Captions()
     beside: dict[Prefix, Beside] = Field(default_factory=dict[Prefix, Beside])
     """Further data sets, unlabelled ones of another domain for example."""
+    augmentations: Positive | None = None
+    """How many times a sample is cropped, and its caption chosen, anew: after so many epochs the same come again, which
+    depend on its key and the seed below alone, so that a teacher's outputs can be stored. Left out: always anew."""
+    augmentation_seed: Annotated[int, Field(ge=0)] = 0
+    """Of these. The run's own has no part in them: runs with other seeds see the same crops."""
     decode: Literal["loader", "device"] = "loader"
     """Where images are decoded: by the loader's processes, or JPEGs on the GPU."""
     cache: Cache | None = None
@@ -248,6 +253,12 @@ class Data(Choice):
         """Some of the samples alone, or something joined to them: more than the manifests tell."""
         sources = () if isinstance(self.train, str) else self.train
         return bool(self.rules or self.sidecar) or any(source.rules for source in sources)
+
+    @model_validator(mode="after")
+    def _augmentations_have_a_seed(self) -> Data:
+        if self.augmentation_seed and self.augmentations is None:
+            raise ValueError("augmentation_seed is of augmentations that come again; set augmentations, or remove it")
+        return self
 
     @model_validator(mode="after")
     def _names_stay_apart(self) -> Data:

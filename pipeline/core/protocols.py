@@ -139,6 +139,13 @@ class Objective(nn.Module, ABC):
         """
         return {}
 
+    def taught(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """What each teacher makes of a batch, [B,D] by name: what `sluice prep embed` stores, to be read in its place.
+
+        Of the batch as it is: nothing random but what the stream has drawn.
+        """
+        return {}
+
     def train(self, mode: bool = True) -> Self:
         """As any module, but that frozen parts stay in eval mode."""
         super().train(mode)
@@ -204,6 +211,8 @@ class Origin(NamedTuple):
     """That the file must have; None: whatever it has when the run begins, and the same ever after."""
     fill: Callable[[str], None] | None = None
     """Fills the part from the file; None: the file holds the part's tensors under their names, and no others."""
+    stored: bool = False
+    """Its outputs are read in place of the file, which has ``sha256``: it need not be there, but may not be another."""
 
 
 class Export(NamedTuple):
@@ -303,6 +312,8 @@ class DataFacts:
     views: tuple[tuple[int, int], ...] = ()
     """Height and width of each view of an image in a batch, "image", "image2", ...; empty where nobody says: one."""
     sources: tuple[tuple[int, int], ...] = ()
+    stored: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """What fields of stored outputs say of themselves, by the field's name: teacher, widths, augmentations."""
 
     def plain(self) -> dict[str, Any]:
         """Plain JSON values, for a checkpoint."""

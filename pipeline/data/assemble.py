@@ -14,6 +14,7 @@ import torch
 from pipeline.config.schema import Data
 from pipeline.core.errors import DataError
 from pipeline.core.manifest import Manifest
+from pipeline.data.chance import chance_of
 from pipeline.data.field import Arrays, Column, Sample, Unusable, make_fields
 from pipeline.data.order import Ints
 from pipeline.data.reader import Members, Reader, SampleError
@@ -91,7 +92,10 @@ class Assembler:
     ) -> None:
         self.reading = reading
         self.samples = manifest.samples
-        self._fields = make_fields(manifest, data, seed, lambda: tokenizer or read_tokenizer(manifest, data.captions))
+        self.chance = chance_of(data, manifest, seed)
+        self._fields = make_fields(
+            manifest, data, self.chance.seed, lambda: tokenizer or read_tokenizer(manifest, data.captions)
+        )
         fields = self._fields.values()
         self.kinds = tuple(dict.fromkeys(kind for field in fields for kind in field.kinds))
         self.text = next((field.text for field in fields if field.text), None)
@@ -140,7 +144,7 @@ class Assembler:
 
     def _draw(self, epochs: Ints, ids: Ints) -> list[tuple[Any, ...]]:
         """What chance decides: for each sample, for each field."""
-        epoch, sample = torch.from_numpy(epochs), torch.from_numpy(ids)
+        epoch, sample = self.chance.of(torch.from_numpy(epochs), torch.from_numpy(ids))
         return list(zip(*(field.draw(epoch, sample) for field in self._fields.values()), strict=True))
 
     def _events(self) -> Counter[str]:

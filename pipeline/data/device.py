@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.core.errors import DataError
 from pipeline.core.protocols import Batch
+from pipeline.data.chance import Chance
 from pipeline.data.decode import ImageDecoder, Pixels, turned
 from pipeline.data.jpeg import MAGIC, Jpeg
 
@@ -61,6 +62,7 @@ class Encoded(NamedTuple):
     decoder: ImageDecoder
     base: int
     """Id in the batch of the data set's sample 0."""
+    chance: Chance = Chance(0)
 
 
 def decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -113,11 +115,11 @@ class DeviceImages:
     def _images(self, arrays: dict[str, np.ndarray]) -> Batch:
         """All views of all images: uint8[B,3,H,W]."""
         images: Batch = {}
-        for prefix, (decoder, base) in self._sources.items():
+        for prefix, (decoder, base, chance) in self._sources.items():
             epoch, ids = (torch.from_numpy(arrays[prefix + name].copy()) for name in ("epoch", "id"))
             sizes = arrays[prefix + SIZE].tolist()
             files = [torch.from_numpy(row[:n]) for row, n in zip(arrays[prefix + ENCODED], sizes, strict=True)]
-            geometry = decoder.geometry(epoch, ids - base)
+            geometry = decoder.geometry(*chance.of(epoch, ids - base))
             views = [
                 decoder.views(turned(Pixels(pixels), file.numpy().data), own)
                 for file, pixels, own in zip(files, self._decode(files, ids), geometry, strict=True)

@@ -8,6 +8,7 @@ from pipeline.config.data import Data, Source
 from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import DataFacts, SetFacts
 from pipeline.data.dataset import open_beside
+from pipeline.data.outputs import KIND, facts_of
 from pipeline.data.selection import sources
 
 
@@ -20,6 +21,7 @@ def facts(data: Data, manifest: Manifest) -> DataFacts:
 
     Raises:
         DataError: a data set beside the first has no manifest, or a damaged one.
+        ConfigError: a field of stored outputs has no sidecar that holds any.
     """
     manifests = [manifest, *(open_beside(name, beside) for name, beside in data.beside.items())]
     starts = accumulate((m.samples for m in manifests), initial=0)
@@ -33,6 +35,11 @@ def facts(data: Data, manifest: Manifest) -> DataFacts:
         dict(zip(data.beside, others, strict=True)),
         tuple(view.shape for view in data.image.each),
         first.sources,
+        {
+            name: facts_of(manifest, component.settings.get("sidecar", name), f"data.field.{name}")
+            for name, component in data.field.items()
+            if component.name == KIND
+        },
     )
 
 

@@ -135,3 +135,39 @@ class EvalReading:
     def substitute(self, number: int, index: int, attempt: int) -> None:
         """None: a score over other samples than the promised ones is no score."""
         return None
+
+
+@dataclass(frozen=True)
+class AugmentedReading:
+    """Batches of samples in order, each sample with all its augmentations after each other.
+
+    A sample that cannot be used is replaced by the next, whose id then stands in its place.
+    """
+
+    bounds: np.ndarray
+    """int64[count,2]: first sample of each batch, and the one after its last."""
+    augmentations: int
+    size: int
+    """Rows of the largest batch."""
+    samples: int
+    """Of the data set."""
+
+    @property
+    def count(self) -> int:
+        """Number of batches."""
+        return len(self.bounds)
+
+    def step(self, number: int) -> int:
+        """There are no steps; batches count."""
+        return number
+
+    def draw(self, number: int) -> Draw:
+        """The samples of a batch; the epoch is the augmentation."""
+        if number >= self.count:
+            return Draw(np.empty(0, np.int64), np.empty(0, np.int64))
+        ids = np.arange(*self.bounds[number])
+        return Draw(np.tile(np.arange(self.augmentations), len(ids)), np.repeat(ids, self.augmentations))
+
+    def substitute(self, number: int, index: int, attempt: int) -> int | None:
+        """The next sample of the data set."""
+        return (int(self.draw(number).id[index]) + attempt) % self.samples if attempt < self.samples else None

@@ -213,15 +213,20 @@ def _open_set(prefix: str, data: Data, manifest: Manifest, seed: int, ratio: int
     for part in read_sets(manifest):
         for shard in part.shards[reading.rank :: reading.world]:
             check_shard(part, shard)
-    decoder = ImageDecoder(data.image, seed) if "image" in data.fields else None
-    return _Set(prefix, Assembler(manifest, data, seed, reading), reading, manifest, decoder, ratio)
+    assembler = Assembler(manifest, data, seed, reading)
+    decoder = ImageDecoder(data.image, assembler.chance.seed) if "image" in data.fields else None
+    return _Set(prefix, assembler, reading, manifest, decoder, ratio)
 
 
 def _receive(data: Data, sets: Sequence[_Set], device: torch.device) -> Receive | None:
     """What makes batches for a device of what loaders write; None: nothing needs to be done."""
     if data.decode == "device":
         bases = itertools.accumulate((s.reading.order.samples for s in sets), initial=0)
-        images = {s.prefix: Encoded(s.decoder, base) for s, base in zip(sets, bases, strict=False) if s.decoder}
+        images = {
+            s.prefix: Encoded(s.decoder, base, s.assembler.chance)
+            for s, base in zip(sets, bases, strict=False)
+            if s.decoder
+        }
         return DeviceImages(images, device)
     return pinned if device.type == "cuda" else None
 

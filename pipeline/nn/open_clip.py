@@ -8,6 +8,7 @@ its name alone builds it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import Export
+from pipeline.nn.clip import ImageTower, TowersConfig
 from pipeline.nn.encoder import Backbone, EncoderConfig, takes_image_size
 from pipeline.nn.text import TextEncoder
 
@@ -38,8 +41,47 @@ _BLOCK = {
     "mlp.fc2.bias": "mlp.c_proj.bias",
 }
 """A block of timm and one of open_clip."""
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 Tower = tuple[dict[str, Any], dict[str, Tensor]]
 """Part of the configuration, and weights."""
+
+
+def open_clip_files(
+    config: TowersConfig,
+    image: ImageTower,
+    text: TextEncoder,
+    image_size: tuple[int, int],
+    log_scale: Tensor,
+    bias: Tensor | None = None,
+) -> dict[str, Export]:
+    """A model for open_clip, which reads a folder of weights and configuration.
+
+    Args:
+        config: of the towers.
+        image: tower.
+        text: tower.
+        image_size: height and width.
+        log_scale: logarithm of the inverse temperature, a number.
+        bias: of the sigmoid loss, a number; None: there is none.
+    """
+    folder = "open_clip"
+    try:
+        vision, weights = image_tower(config, image.encoder.backbone, image.projection, image_size)
+        text_config, text_weights = text_tower(text, config.end)
+    except ConfigError as error:
+        return {f"{folder}/{WEIGHTS}": Export(None, f"not written: {error}")}
+    model: dict[str, Any] = {"embed_dim": config.dim, "vision_cfg": vision, "text_cfg": text_config}
+    weights |= text_weights | {"logit_scale": log_scale}
+    if bias is not None:
+        model["init_logit_bias"] = float(bias)
+        weights["logit_bias"] = bias
+    settings = {"model_cfg": model, "preprocess_cfg": {"mean": config.mean, "std": config.std}}
+    return {
+        f"{folder}/{WEIGHTS}": Export(weights, "open_clip.create_model('local-dir:FOLDER')"),
+        f"{folder}/{CONFIG}": Export(
+            json.dumps(settings, indent=2), "its configuration; for open_clip.get_tokenizer, put tokenizer.json there"
+        ),
+    }
 
 
 def image_tower(config: EncoderConfig, backbone: Backbone, projection: nn.Linear, image_size: tuple[int, int]) -> Tower:

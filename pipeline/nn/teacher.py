@@ -6,8 +6,8 @@ Shape letters: B samples, C channels, H, W height and width, D width of pooled f
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from torch.nn import functional
 from pipeline.config.strict import Positive, Strict, Text
 from pipeline.core.classes import class_name, unnamed
 from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import Batch
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder, create_backbone
 from pipeline.nn.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from pipeline.nn.reading import outputs_of
@@ -45,12 +46,19 @@ class TeacherConfig(Strict):
     """To which the student's crop is scaled for it: one side, or height and width; left out: as the student sees it."""
     compile: bool = False
     """Compile it with torch.compile."""
+    stored: Text | None = None
+    """The field that has its outputs, of the kind "stored" (``[data.field.NAME]``); left out: they are computed."""
 
     def size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the images that it is given, where the student's are ``image_size``."""
         if self.image_size is None:
             return image_size
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    def described(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        """What decides its outputs beside its file, as plain JSON values; ``image_size`` is the student's."""
+        plain = self.model_dump(mode="json", include={"encoder", "encoder_args", "mean", "std"})
+        return plain | {"image_size": list(self.size(image_size))}
 
 
 class Seen(NamedTuple):
@@ -92,11 +100,15 @@ class Teacher(nn.Module):
         self.head = nn.Linear(self.encoder.dim, classes) if classes else None
         self.eval().requires_grad_(False)
 
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.encoder.dim
+
     @torch.no_grad()
     def forward(self, pixels: Tensor, blocks: Collection[str]) -> Seen:
         """float32[B,C,H,W] from 0 to 1, the student's crop."""
-        if tuple(pixels.shape[-2:]) != self.image_size:
-            pixels = functional.interpolate(pixels, self.image_size, mode="bilinear", antialias=True)
+        pixels = at_size(pixels, self.image_size)
         return see(self.encoder, self.head, self.encoder.normalize(pixels), blocks)
 
     def fill(self, path: str, classes: tuple[str, ...]) -> None:
@@ -170,6 +182,125 @@ class Teacher(nn.Module):
                 "width) is wanted: teacher and student must answer with the same classes"
             )
         self.head.load_state_dict({"weight": weight, "bias": bias})
+
+
+def at_size(pixels: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """The student's crop, float32[B,C,H,W], scaled to a teacher's height and width where these are others."""
+    if tuple(pixels.shape[-2:]) == image_size:
+        return pixels
+    return functional.interpolate(pixels, image_size, mode="bilinear", antialias=True)
+
+
+class Described(Protocol):
+    """Settings of a teacher whose outputs may be stored."""
+
+    @property
+    def sha256(self) -> str | None:
+        """That its file must have."""
+        ...
+
+    @property
+    def stored(self) -> str | None:
+        """The field that has its outputs."""
+        ...
+
+    def described(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        """What decides its outputs beside its file."""
+        ...
+
+
+class StoresOutputs:
+    """What settings of an objective have whose teachers' outputs may be stored: beside a pydantic model."""
+
+    teachers: dict[str, Any]
+
+    def stored(self) -> dict[str, str]:
+        """Teachers whose outputs are stored, to the fields that have them."""
+        return {name: teacher.stored for name, teacher in self.teachers.items() if teacher.stored}
+
+    def live(self) -> Self:
+        """The same with teachers that compute their outputs."""
+        live = {name: teacher.model_copy(update={"stored": None}) for name, teacher in self.teachers.items()}
+        return cast("Any", self).model_copy(update={"teachers": live})
+
+
+class StoredOutputs(nn.Module):
+    """A teacher whose outputs come with the batch: it has no weights, and its file need not be there.
+
+    Args:
+        config: as it was when the outputs were stored.
+        image_size: height and width of the student's images.
+        facts: what the stored outputs say of themselves, by the field's name.
+
+    Raises:
+        ConfigError: there are none, or they are of another teacher.
+    """
+
+    def __init__(self, config: Described, image_size: tuple[int, int], facts: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.field = field = config.stored or ""
+        if field not in facts:
+            there = ", ".join(facts) or "none"
+            raise ConfigError(
+                f"there is no field of stored outputs {field!r} (there: {there}); add it to data.fields, with "
+                f'[data.field.{field}] name = "stored"'
+            )
+        self.widths: Mapping[str, int] = facts[field]["outputs"]
+        self.told: Mapping[str, Any] = facts[field]["teacher"]
+        for name, value in config.described(image_size).items():
+            if self.told.get(name) != value:
+                raise ConfigError(
+                    f"the stored outputs {field!r} are of a teacher with {name} = {self.told.get(name)!r}, not "
+                    f"{value!r}; set it to that, or embed again"
+                )
+        if config.sha256 not in (None, self.told["sha256"]):
+            raise ConfigError(
+                f"the stored outputs {field!r} are of {self.told['path']} with sha256 {self.told['sha256']}, the "
+                f"configuration says {config.sha256}; embed again"
+            )
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """Fields of the batch."""
+        return {f"{self.field}_{name}": f"float32[B,{width}]" for name, width in self.widths.items()}
+
+    def read(self, batch: Batch) -> dict[str, Tensor]:
+        """What the batch holds of it, [B,D] each."""
+        return {name: batch[f"{self.field}_{name}"] for name in self.widths}
+
+
+class StoredTeacher(StoredOutputs):
+    """An image model by its stored outputs.
+
+    Args:
+        config: see :class:`StoredOutputs`, as the others.
+        image_size: likewise.
+        classes: that its logits are of; 0: none are wanted.
+        facts: likewise.
+
+    Raises:
+        ConfigError: there are none, or they are of another teacher, or not the ones that are wanted.
+    """
+
+    def __init__(
+        self, config: TeacherConfig, image_size: tuple[int, int], classes: int, facts: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        super().__init__(config, image_size, facts)
+        if classes and self.widths.get("logits") != classes:
+            raise ConfigError(
+                f"the stored outputs {self.field!r} hold logits of {self.widths.get('logits', 0)} classes, and "
+                f"{classes} are wanted; embed again with this configuration"
+            )
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.widths["features"]
+
+    def forward(self, batch: Batch) -> Seen:
+        """What the batch holds of it."""
+        found = self.read(batch)
+        return Seen(found["features"], found.get("logits"), {})
 
 
 def _hold_classes(path: str, theirs: tuple[str, ...], ours: tuple[str, ...]) -> None:

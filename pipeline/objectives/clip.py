@@ -5,13 +5,12 @@ sigmoid loss SigLIP: Zhai et al., "Sigmoid Loss for Language Image Pre-Training"
 et al. (CVPR 2022). Dropped patches: FLIP, Li et al. (CVPR 2023). Shape letters: B samples, L tokens, E common width.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,47 +25,25 @@ from pipeline.core.protocols import (
     StepContext,
     StepOutput,
 )
+from pipeline.nn.clip import LARGEST_SCALE, ImageTower, TowersConfig
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
 from pipeline.nn.dropout import dropping_for
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, to_weights
-from pipeline.nn.masking import encode_visible, make_maskable
-from pipeline.nn.open_clip import image_tower, text_tower
+from pipeline.nn.masking import make_maskable
+from pipeline.nn.open_clip import open_clip_files
 from pipeline.nn.pictures import Line, beneath, beside, verdict
 from pipeline.nn.start import start_as_big_vision, start_as_clip, start_text_as_big_vision
-from pipeline.nn.text import TextEncoder, TextPool
 
 SHOWN = 8
 """Samples in the showcase."""
 NEAREST = 3
 """Of them, what is shown as nearest to each."""
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LARGEST_SCALE = 100.0
-OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-Count = Annotated[int, Field(ge=1)]
 
 
-class Config(EncoderConfig):
-    """Settings of CLIP; the defaults are ViT-B/32's."""
+class Config(TowersConfig):
+    """Settings of CLIP."""
 
-    encoder: str = "vit_base_patch32_clip_224"
-    mean: Annotated[tuple[float, ...], Field(min_length=1)] = CLIP_MEAN
-    std: Annotated[tuple[float, ...], Field(min_length=1)] = CLIP_STD
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    dim: Count = 512
-    """E."""
-    vocab: Count = 49408
-    """Tokens that the tokenizer has."""
-    length: Count = 77
-    """L, tokens of a text: data.captions.length."""
-    text_width: Count = 512
-    text_depth: Count = 12
-    text_heads: Count = 8
-    text_pool: TextPool = "end"
-    """"end": read from the left, what stands at the end of the text; "mean": read both ways, the mean."""
-    end: Annotated[int, Field(ge=0)] = 2
-    """The token at which texts end: 2 in a vocabulary of ``sluice prep tokenizer``, 49407 in CLIP's."""
     image_layers: Annotated[int, Field(ge=0)] | None = None
     """Train only so many of the image encoder's last layers; 0: none, as LiT; left out: all. Its projection is trained
     in any case."""
@@ -77,63 +54,20 @@ class Config(EncoderConfig):
     share: Literal["gathered", "blocks"] = "gathered"
     """Features of all ranks at once, or (slower, for the largest batches) one rank's after the other's."""
 
-    @model_validator(mode="after")
-    def _heads(self) -> "Config":
-        if self.text_width % self.text_heads:
-            raise ValueError(f"text_heads = {self.text_heads} does not divide text_width = {self.text_width}")
-        return self
-
-
-class ImageTower(nn.Module):
-    """uint8[B,C,H,W] to float[B,E]."""
-
-    def __init__(self, encoder: ImageEncoder, dim: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.dim = dim
-        self.projection = nn.Linear(encoder.dim, dim, bias=False)
-        nn.init.normal_(self.projection.weight, std=encoder.dim**-0.5)
-
-    def forward(self, image: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Features of a batch; ``keep``, int64[B,V]: of these patches alone."""
-        if keep is None:
-            return self.projection(self.encoder(image))
-        x = to_weights(self.encoder.normalize(image), self.encoder.backbone)
-        return self.projection(encode_visible(self.encoder.backbone, x, keep))
-
-    def train(self, mode: bool = True) -> "ImageTower":
-        """An encoder that is frozen as a whole stays in evaluation mode, batch norm and dropout included."""
-        super().train(mode)
-        if not any(p.requires_grad for p in self.encoder.parameters()):
-            self.encoder.eval()
-        return self
-
 
 class CLIP(PairwiseObjective):
     """Two towers and a temperature."""
 
     def __init__(self, config: Config, facts: DataFacts) -> None:
         super().__init__()
-        self.needs = {
-            "image": f"uint8[B,{len(config.mean)},H,W]",
-            "text": f"int64[B,{config.length}]",
-            "text_length": "int64[B]",
-        }
+        self.needs = config.needs
         self.config, self.image_size = config, facts.image_size
         softmax = config.loss == "softmax"
         start = start_as_clip if softmax else start_as_big_vision
         encoder = construct_encoder(config, facts.image_size, "clip", start=start)
         self.patches = make_maskable(encoder.backbone, facts.image_size).patches if config.keep_patches < 1 else 0
         self.image = ImageTower(encoder, config.dim)
-        self.text = TextEncoder(
-            vocab=config.vocab,
-            length=config.length,
-            width=config.text_width,
-            depth=config.text_depth,
-            heads=config.text_heads,
-            dim=config.dim,
-            pool=config.text_pool,
-        )
+        self.text = config.text_encoder()
         if not softmax:
             start_text_as_big_vision(self.text)
         # One dimension: not decayed, and some engines cannot send a number without any.
@@ -158,7 +92,8 @@ class CLIP(PairwiseObjective):
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """Unit vectors float32[B,E] of images and texts."""
         if not self._tokens_checked:  # once: it waits for the device
-            self._check_tokens(batch["text"], batch["text_length"])
+            self.config.check_tokens(batch["text"], batch["text_length"])
+            self._tokens_checked = True
         keep = None
         if self.patches and self.training:
             visible = max(1, int(self.patches * self.config.keep_patches))
@@ -166,20 +101,6 @@ class CLIP(PairwiseObjective):
         with dropping_for(batch, ctx):
             image, text = self.image(batch["image"], keep), self.text(batch["text"], batch["text_length"])
         return {name: functional.normalize(x.float(), dim=1) for name, x in (("image", image), ("text", text))}
-
-    def _check_tokens(self, text: Tensor, length: Tensor) -> None:
-        if int(text.max()) >= self.config.vocab:
-            raise ConfigError(
-                f"objective.vocab is {self.config.vocab}, but the batch holds token {int(text.max())}; set it to the "
-                "number of tokens that the tokenizer has"
-            )
-        ends = text.gather(1, length[:, None] - 1)
-        if self.config.text_pool == "end" and bool((ends != self.config.end).any()):
-            raise ConfigError(
-                f"objective.end is {self.config.end}, but texts of the batch end with token "
-                f"{int(ends[ends != self.config.end][0])}; set it to the tokenizer's token for data.captions.end"
-            )
-        self._tokens_checked = True
 
     def shared(self) -> dict[str, Tensor]:
         """Inverse temperature, and the sigmoid's bias."""
@@ -217,27 +138,8 @@ class CLIP(PairwiseObjective):
 
     def exports(self) -> dict[str, Export]:
         """The model for open_clip, which reads a folder of weights and configuration."""
-        folder = "open_clip"
-        try:
-            vision, weights = image_tower(
-                self.config, self.image.encoder.backbone, self.image.projection, self.image_size
-            )
-            text, text_weights = text_tower(self.text, self.config.end)
-        except ConfigError as error:
-            return {f"{folder}/{OPEN_CLIP_WEIGHTS}": Export(None, f"not written: {error}")}
-        model = {"embed_dim": self.config.dim, "vision_cfg": vision, "text_cfg": text}
-        weights |= text_weights | {"logit_scale": self.log_scale.squeeze(0)}
-        if self.bias is not None:
-            model["init_logit_bias"] = float(self.bias)
-            weights["logit_bias"] = self.bias.squeeze(0)
-        settings = {"model_cfg": model, "preprocess_cfg": {"mean": self.config.mean, "std": self.config.std}}
-        return {
-            f"{folder}/{OPEN_CLIP_WEIGHTS}": Export(weights, "open_clip.create_model('local-dir:FOLDER')"),
-            f"{folder}/{OPEN_CLIP_CONFIG}": Export(
-                json.dumps(settings, indent=2),
-                "its configuration; for open_clip.get_tokenizer, put tokenizer.json there",
-            ),
-        }
+        bias = None if self.bias is None else self.bias.squeeze(0)
+        return open_clip_files(self.config, self.image, self.text, self.image_size, self.log_scale.squeeze(0), bias)
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """The captions nearest to each image, and the images nearest to each caption, among those shown."""

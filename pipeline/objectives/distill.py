@@ -42,7 +42,8 @@ from pipeline.nn.labels import check_labels
 from pipeline.nn.mixing import Mixing, mix
 from pipeline.nn.randaugment import RandAugment, rand_augment
 from pipeline.nn.start import start_as_big_vision
-from pipeline.nn.teacher import Seen, Teacher, TeacherConfig, see
+from pipeline.nn.teacher import Seen, StoresOutputs, TeacherConfig, see
+from pipeline.nn.teachers import Teachers
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -51,7 +52,7 @@ KEPT = 0.99
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-class Config(EncoderConfig):
+class Config(EncoderConfig, StoresOutputs):
     """Settings of distillation; ``encoder`` and the like are the student's."""
 
     teachers: Annotated[dict[Name, TeacherConfig], Field(min_length=1)]
@@ -71,7 +72,7 @@ class Config(EncoderConfig):
     @model_validator(mode="after")
     def _fit(self) -> Config:
         for name, teacher in self.teachers.items():
-            if hasattr(nn.ModuleDict, name):
+            if hasattr(Teachers, name):
                 raise ValueError(f"a teacher cannot be called {name!r}; choose another name")
             if len(teacher.mean) != len(self.mean) or len(teacher.std) != len(self.std):
                 raise ValueError(f"teachers.{name}: 'mean' and 'std' need {len(self.mean)} channels, as the student's")
@@ -79,6 +80,10 @@ class Config(EncoderConfig):
             self._fits(name, loss)
         if idle := sorted(self.teachers.keys() - {self.teacher_of(loss) for loss in self.losses.values()}):
             raise ValueError(f"no loss asks the teacher {idle[0]!r}; remove it, or name it in a loss")
+        if any(teacher.stored for teacher in self.teachers.values()) and (self.augment or self.mixing.active):
+            raise ValueError(
+                "stored outputs are of crops as they are; leave out 'augment' and 'mixing', or 'stored' of the teachers"
+            )
         if self.augment is not None and len(self.mean) != 3:
             raise ValueError(f"'augment' is for images of three channels, not {len(self.mean)}")
         return self
@@ -98,6 +103,10 @@ class Config(EncoderConfig):
             if loss.block is None and loss.teacher_block is not None:
                 raise ValueError(f"losses.{name}: 'teacher_block' without 'block'; set both, or neither")
             teacher = self.teachers[loss.teacher or next(iter(self.teachers))]
+            if loss.block is not None and teacher.stored:
+                raise ValueError(
+                    f"losses.{name}: reads a block, which is not stored; leave out 'stored' of its teacher"
+                )
             if loss.block is not None and (self.checkpointing or self.compile or teacher.compile):
                 raise ValueError(
                     f"losses.{name}: blocks cannot be read under 'checkpointing' or 'compile'; set them to false"
@@ -133,16 +142,14 @@ class Distill(PairwiseObjective):
         if self.head is not None:
             nn.init.trunc_normal_(self.head.weight, std=config.head_std)
             nn.init.zeros_(self.head.bias)
-        self.teachers = nn.ModuleDict(
-            {
-                name: Teacher(teacher, facts.image_size, classes if name in answering else 0)
-                for name, teacher in config.teachers.items()
-            }
+        self.teachers = Teachers(
+            config.teachers, facts, {name: classes if name in answering else 0 for name in config.teachers}
         )
+        self.needs = {**self.needs, **self.teachers.needs}
         self.connectors = self._connectors(facts.image_size)
         for name, loss in config.losses.items():
             if isinstance(loss, Queue):
-                width = self._teacher(loss).encoder.dim
+                width = self.teachers.named(config.teacher_of(loss) or "").dim
                 self.register_buffer(f"queue_{name}", functional.normalize(torch.randn(loss.size, width), dim=1))
                 self.register_buffer(f"filled_{name}", torch.zeros(1, dtype=torch.int64))
         if config.balance:
@@ -150,11 +157,6 @@ class Distill(PairwiseObjective):
             self.register_buffer("seen", torch.zeros(1, dtype=torch.int64))
         self._fresh: dict[str, Tensor] = {}
         self._labels_checked = False
-
-    def _teacher(self, loss: Loss) -> Teacher:
-        teacher = self.teachers[self.config.teacher_of(loss) or ""]
-        assert isinstance(teacher, Teacher)
-        return teacher
 
     def _blocks(self, teacher: str | None) -> list[str]:
         """Names of the blocks that losses read of a teacher, or of the student (None)."""
@@ -185,7 +187,7 @@ class Distill(PairwiseObjective):
         for name, loss in self.config.losses.items():
             if loss.reads in ("labels", "logits"):
                 continue
-            widths = self.encoder.dim, self._teacher(loss).encoder.dim
+            widths = self.encoder.dim, self.teachers.named(self.config.teacher_of(loss) or "").dim
             if isinstance(loss, OfBlock) and loss.blocks:
                 teacher = self.config.teacher_of(loss)
                 widths = shapes[None][loss.blocks[0]][1], shapes[teacher][loss.blocks[1]][1]
@@ -226,7 +228,7 @@ class Distill(PairwiseObjective):
         x, pixels, label = self.seen_by_student(batch, ctx)
         with dropping_for(batch, ctx):
             student = see(self.encoder, self.head, x, self._blocks(None))
-        taught = {name: self.teachers[name](pixels, blocks=self._blocks(name)) for name in self.config.teachers}
+        taught = self.teachers.ask(batch, pixels, {name: self._blocks(name) for name in self.config.teachers})
         rows, each = dict[str, Tensor](), list[Tensor]()
         for name, loss in self.config.losses.items():
             mine, its = self._read(name, loss, student, taught)
@@ -239,6 +241,14 @@ class Distill(PairwiseObjective):
             rows["each"] = torch.stack(each, dim=1)
         rows["features"] = student.features.detach()
         return rows | self._hits(student, taught, batch)
+
+    def taught(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Pooled features, "features", and "logits" of the teachers that have a classifier."""
+        seen = self.teachers.ask(batch, batch["image"].float() / 255, dict.fromkeys(self.config.teachers, ()))
+        return {
+            name: {key: value for key, value in (("features", x.features), ("logits", x.logits)) if value is not None}
+            for name, x in seen.items()
+        }
 
     def _read(self, name: str, loss: Loss, student: Seen, taught: Mapping[str, Seen]) -> tuple[Tensor, Tensor | None]:
         """What a loss is given of student and teacher, behind its layers."""
@@ -319,15 +329,8 @@ class Distill(PairwiseObjective):
 
     def frozen(self) -> Mapping[str, Origin]:
         """The teachers."""
-        return {
-            f"teachers.{name}": Origin(teacher.weights, teacher.sha256, partial(self._fill, name))
-            for name, teacher in self.config.teachers.items()
-        }
-
-    def _fill(self, name: str, path: str) -> None:
-        teacher = self.teachers[name]
-        assert isinstance(teacher, Teacher)
-        teacher.fill(path, () if self.config.classes else self.names)
+        origins = self.teachers.origins(() if self.config.classes else self.names)
+        return {f"teachers.{name}": origin for name, origin in origins.items()}
 
     def encoders(self) -> dict[str, nn.Module]:
         """The student with its own pooling; "logits" is its classifier, where it has one."""

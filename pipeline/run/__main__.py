@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     if args.command == "train":
         return guarded(partial(_train, args.config, args.overrides))
     code = guarded(partial(_COMMANDS[args.command], args))
-    if args.command == "eval" and args.outcome is not None and os.environ.get("RANK", "0") == "0":
+    if getattr(args, "outcome", None) is not None and os.environ.get("RANK", "0") == "0":
         args.outcome.write_text(str(code), encoding="utf-8")  # DeepSpeed's launcher gives 0 when a signal killed a rank
     return code
 
@@ -53,6 +53,12 @@ def _look(args: argparse.Namespace) -> int:
     from pipeline.run.look import look
 
     return look(args.config, args.overrides, args.samples, args.out)
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from pipeline.run.embed import Asked, embed
+
+    return embed(args.config, args.overrides, Asked(args.top, args.precision))
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -95,6 +101,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "export": _export,
     "look": _look,
+    "embed": _embed,
     "replay": _replay,
     "rewind": _rewind,
     "plan": _plan,
@@ -108,13 +115,16 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipeline.run", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train")
-    train.add_argument("--config", required=True)
-    train.add_argument("--set", action="append", default=[], dest="overrides")
-    plan = commands.add_parser("plan")
-    plan.add_argument("--config", required=True)
-    plan.add_argument("--set", action="append", default=[], dest="overrides")
-    plan.add_argument("--ranks", type=int, required=True)
+    configured = {name: commands.add_parser(name) for name in ("train", "plan", "look", "embed")}
+    for command in configured.values():
+        command.add_argument("--config", required=True)
+        command.add_argument("--set", action="append", default=[], dest="overrides")
+    configured["plan"].add_argument("--ranks", type=int, required=True)
+    configured["look"].add_argument("--samples", type=int, required=True)
+    configured["look"].add_argument("--out", required=True)
+    configured["embed"].add_argument("--top", type=int)
+    configured["embed"].add_argument("--precision", choices=("float16", "float32"), default="float16")
+    configured["embed"].add_argument("--outcome", type=Path)
     evaluate = commands.add_parser("eval")
     evaluate.add_argument("--run", required=True, action="append", dest="runs")
     evaluate.add_argument("--suite", required=True)
@@ -135,11 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--image-size", type=int, nargs=2)
     export.add_argument("--patch-size", type=int, nargs=2)
     export.add_argument("--weights", default="model")
-    look = commands.add_parser("look")
-    look.add_argument("--config", required=True)
-    look.add_argument("--set", action="append", default=[], dest="overrides")
-    look.add_argument("--samples", type=int, required=True)
-    look.add_argument("--out", required=True)
     for name in ("replay", "rewind"):
         past = commands.add_parser(name)
         past.add_argument("--run", required=True)

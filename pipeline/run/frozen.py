@@ -33,7 +33,8 @@ def fill(objective: Objective) -> Origins:
     try:
         for name, origin in objective.frozen().items():
             found[name] = {"path": origin.path, "sha256": _hash(name, origin)}
-            _fill(name, objective.get_submodule(name), origin)
+            if not origin.stored:
+                _fill(name, objective.get_submodule(name), origin)
     except SluiceError as error:
         problem = str(error)
     told = gather_objects((found, problem))
@@ -51,6 +52,8 @@ def fill(objective: Objective) -> Origins:
 
 
 def _hash(name: str, origin: Origin) -> str:
+    if origin.stored and origin.sha256 is not None and not Path(origin.path).exists():
+        return origin.sha256
     try:
         found = sha256_of(Path(origin.path))
     except OSError as error:
@@ -58,6 +61,11 @@ def _hash(name: str, origin: Origin) -> str:
             f"the objective's {name}: cannot read {origin.path} ({error.strerror}); training needs this file, "
             "evaluation and export do not"
         ) from error
+    if origin.stored and origin.sha256 != found:
+        raise ConfigError(
+            f"the objective's {name}: {origin.path} is changed: its sha256 is {found}, and the stored outputs are of "
+            f"{origin.sha256}; embed again (sluice prep embed) into a new folder, or name the file that they are of"
+        )
     if origin.sha256 not in (None, found):
         raise ConfigError(
             f"the objective's {name}: {origin.path} is changed: its sha256 is {found}, the configuration says "

@@ -8,8 +8,9 @@ import torch
 
 from pipeline.core.errors import ConfigError
 from pipeline.data.field import Sample, kinds, make_fields
+from pipeline.data.outputs import KIND
 from pipeline.data.text import read_tokenizer
-from tests.unit.data.wide import FIELDS, SETTINGS, members, wide_data, write_wide
+from tests.unit.data.wide import FIELDS, SETTINGS, members, outputs_of, wide_data, with_outputs, write_wide
 
 B, FILLS = 6, (0, 255)
 EPOCH, IDS = torch.tensor([0, 1, 0, 2, 0, 1]), torch.tensor([5, 3, 0, 1, 4, 2])
@@ -27,11 +28,14 @@ def field_of(manifest, kind, name=None, **more):
     name = name or kind
     own = {"name": kind} | SETTINGS.get(kind, {})
     data = wide_data(manifest, (name,), {name: own} if len(own) > 1 or name != kind else None, **more)
+    if kind == KIND and set(manifest.fields) >= set(FIELDS):
+        manifest = with_outputs(manifest, data)
     return make_fields(manifest, data, 3, lambda: read_tokenizer(manifest, data.captions))[name]
 
 
 def stored(number):
-    return {BY_EXTENSION[e]: memoryview(bytearray(content)) for e, content in members(number).items()}
+    own = {BY_EXTENSION[e]: content for e, content in members(number).items()} | outputs_of(number)
+    return {name: memoryview(bytearray(content)) for name, content in own.items()}
 
 
 def decoded(field, ids, epochs, fill=0):
@@ -56,7 +60,7 @@ def test_reads_what_it_says_and_writes_every_element(wide, kind):
     """From the members that it asks for alone; nothing of what a buffer held before is left."""
     field = field_of(wide, kind)
     assert field.columns and (field.needs or field.takes)
-    assert {*field.needs, *field.takes} <= set(wide.fields)
+    assert {*field.needs, *field.takes} <= {*wide.fields, *outputs_of(0)}
     first, second = (decoded(field, IDS, EPOCH, fill) for fill in FILLS)
     assert same(first, second)
     assert set(field.events) <= set(field.kinds)
@@ -122,7 +126,7 @@ def test_no_bytes_are_a_bug(wide, kind):
 def test_a_member_that_the_data_lacks_is_named(wide, kind, tmp_path):
     bare = write_wide(tmp_path, [2], lambda n: {"other": b"x"})
     bare = type(bare)(bare.root, bare.shards, {"other": ("other",)}, bare.classes, tokenizer=bare.tokenizer)
-    with pytest.raises(ConfigError, match=r"data\..*only other"):
+    with pytest.raises(ConfigError, match=r"data\..*only other|no \[data\.sidecar"):
         field_of(bare, kind)
 
 

@@ -15,7 +15,12 @@ from pipeline.objectives.distill import Config, Distill
 from tests.integration.test_mae_recipes import CONFIGS, IMAGENET, data_set
 
 # recipe: ranks, peak rate, steps, millions of parameters of the student and of its teachers
-RECIPES = {"deit_b_hard": (16, 5e-4 * 2, 300 * 1251, 86.6, 83.6)}
+RECIPES = {
+    "deit_b_hard": (16, 5e-4 * 2, 300 * 1251, 86.6, 83.6),
+    "resnet18_kd": (8, 0.1, 100 * 5004, 11.7, 21.8),
+    "resnet18_dist": (8, 0.1, 100 * 5004, 11.7, 21.8),
+    "funmatch_r50": (32, 0.03, 1200 * 312, 25.5, 236.3),
+}
 
 
 def test_no_recipe_is_left_out():

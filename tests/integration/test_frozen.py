@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,21 +44,27 @@ def settings(folder: Path, shards: Path, teacher: Path, engine: str = "accelerat
     return overrides(folder, shards, ENGINES[engine], f"objective.teacher='{teacher}'", *more)
 
 
-def body_of(config: str, settings: list[str], said: str) -> int:
+def with_stderr_in(said: str, rank: Callable[..., int], arguments: dict[str, Any]) -> int:
     """One rank, whose stderr goes to a file."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    return rank_body(config, settings, None)
+    return rank(**arguments)
 
 
-def refused(folder: Path, settings: list[str]) -> str:
-    """What is said of a run that ends with exit code 2."""
-    config, said = folder.with_name(f"{folder.name}.toml"), folder.with_name("said")
-    (end,) = start_ranks(1, body_of, config=str(config), settings=settings, said=str(said))
+def refused_by(rank: Callable[..., int], folder: Path, **arguments: Any) -> str:
+    """What is said by one rank that ends with exit code 2; ``folder`` is for a file."""
+    said = folder / "said"
+    (end,) = start_ranks(1, with_stderr_in, said=str(said), rank=rank, arguments=arguments)
     assert end.problem is None, end.problem
     assert end.value == 2
     text = said.read_text()
     assert "Traceback" not in text
     return text
+
+
+def refused(folder: Path, settings: list[str]) -> str:
+    """What is said of a run that is refused."""
+    config = str(folder.with_name(f"{folder.name}.toml"))
+    return refused_by(rank_body, folder.parent, config=config, settings=settings, hurt=None)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from PIL import Image as PillowImage
 
 from pipeline.config.schema import Captions, Component, Data, Image
 from pipeline.core.manifest import Manifest, save
+from pipeline.data.outputs import CLASSES, KIND, MADE, MEMBER, Layout, plain
+from pipeline.data.selection import Selection, Side
 from tests.unit.data.shards import encode, picture, write_data
 from tests.unit.data.test_text import tokenizer
 
@@ -29,6 +31,7 @@ SETTINGS = {
     "texts": {"count": 3},
     "vector": {"size": 4},
     "metadata": {"columns": ["score", "size.width"]},
+    "stored": {"sidecar": "teacher"},
 }
 """Of [data.field.NAME], where a field needs some."""
 
@@ -80,9 +83,36 @@ def write_wide(folder: Path, sizes: list[int], make=members) -> Manifest:
     return manifest
 
 
+STORED = Layout({"features": 3, "logits": 5}, top=2)
+AUGMENTATIONS = 2
+
+
+def outputs_of(number: int) -> dict[str, bytes]:
+    """What is stored of a teacher."""
+    random = np.random.default_rng(number)
+    outputs = {name: random.normal(size=(AUGMENTATIONS, width)) for name, width in STORED.widths.items()}
+    rows, top = STORED.pack(outputs, "float32")
+    return {f"teacher:{MEMBER}": npy(rows), f"teacher:{CLASSES}": npy(top)}
+
+
+def with_outputs(manifest: Manifest, data: Data) -> Selection:
+    """The data set with stored outputs of the crops that ``data`` asks for."""
+    facts = {"augmentations": AUGMENTATIONS, "augmentation_seed": data.augmentation_seed, "image": plain(data.image)}
+    facts |= {"outputs": dict(STORED.widths), "top": STORED.top, "captions": None}
+    side = Manifest("side", (), {MEMBER: (MEMBER,), CLASSES: (CLASSES,)}, made={MADE: facts})
+    numbers = np.arange(manifest.samples)
+    fields = manifest.fields | {f"teacher:{name}": names for name, names in side.fields.items()}
+    return Selection(
+        manifest.root, manifest.shards, fields, manifest.classes, tokenizer=manifest.tokenizer,
+        whole=manifest, kept=numbers, sides={"teacher": Side(side, numbers)}, chosen={},
+    )  # fmt: skip
+
+
 def wide_data(manifest: Manifest, fields, settings=None, **more) -> Data:
     """The configuration of such fields."""
     wanted = {name: SETTINGS.get(name, {}) | (settings or {}).get(name, {}) for name in fields}
     own = {name: Component(**({"name": name} | values)) for name, values in wanted.items() if values}
     more = {"image": Image(size=8), "captions": Captions(length=8), "workers": 0} | more
+    if any(component.name == KIND for component in own.values()):
+        more = {"augmentations": AUGMENTATIONS} | more
     return Data(train=manifest.root, fields=tuple(fields), field=own, **more)
