@@ -83,6 +83,7 @@ ODD = 'it\'s $(touch oops) "x"; `touch oops` | y'
 """A name that a shell would have much to say about."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_over_ssh_from_one_host_and_stopped_from_there(hosts, glyphs, tmp_path):
     folder = tmp_path / ODD
