@@ -32,6 +32,8 @@ REQUIRED = {"drift": {"domains": ("other",)}, "ood": {"unknown": ("other",)}}
 """Settings of evaluations that have no default."""
 SAMPLES = 1000
 """Of that data set."""
+FIRST = 100
+"""Id of the first sample of a batch."""
 FOLDERLESS = Path(os.devnull) / "folder"
 """Where nobody can write: a test of an evaluation that does gives it a folder."""
 CONTEXT = StepContext(seed=3, clock=Clock(step=2, samples=16, total_samples=64))
@@ -61,10 +63,19 @@ DISTILLED: dict[str, dict[str, Any]] = {
 }
 """Losses of a distillation that its smoke config has not got."""
 SMALL_RESNET = RESNET | {"small_stem": True}
+ALIGNED: dict[str, Any] = RESNET | {"layers": ["features", "logits"], "bottleneck": 16}
+"""Batch norm in the encoder and behind it."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adapt_coral with batch norm by domain": ("adapt_coral", ALIGNED | {"batch_norm": "domain"}),
+    "adapt_dan with batch norm": ("adapt_dan", ALIGNED),
+    "adapt_dan, linear": ("adapt_dan", {"estimator": "linear", "layers": ["features"]}),
+    "adapt_dann with batch norm": ("adapt_dann", RESNET | {"critic": {"hidden": [16], "norm": True}}),
+    "adapt_drcn with batch norm": ("adapt_drcn", RESNET),
     "adapt_neighbours with batch norm": ("adapt_neighbours", RESNET | {"bottleneck": 8}),
     "adapt_shot with batch norm": ("adapt_shot", RESNET | {"bottleneck": 8}),
+    "adapt_wdan with batch norm": ("adapt_wdan", RESNET),
     "clip with batch norm": ("clip", RESNET | {"keep_patches": 1.0}),
+    "coral_sources with batch norm": ("coral_sources", RESNET | {"bottleneck": 16}),
     "ddpm by flow matching": ("ddpm", {"schedule": "flow", "target": "flow", "variance": "large"}),
     "autoencoder, sparse and contractive": ("autoencoder", {"sparsity": "kl", "contraction": 0.1}),
     "autoencoder with batch norm": ("autoencoder", RESNET | {"sparsity": "kl", "contraction": 0.1}),
@@ -83,6 +94,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exemplar with batch norm": ("exemplar", RESNET),
     "jigsaw with batch norm": ("jigsaw", SMALL_RESNET | {"head_norm": True}),
+    "group_dro with batch norm": ("group_dro", RESNET),
     "moco 2 with batch norm": ("moco", RESNET | {"small_stem": True, "norm_batch": 2}),
     "moco 3 with batch norm": ("moco", RESNET | {"small_stem": True, "version": 3}),
     "fixmatch with batch norm": ("fixmatch", RESNET),
@@ -121,7 +133,9 @@ def facts(config: RunConfig) -> DataFacts:
     """Of data sets that would fit the config; each has as many samples."""
     beside = {name: SetFacts(SAMPLES, CLASSES, (), SAMPLES * (1 + i)) for i, name in enumerate(config.data.beside)}
     views = tuple(view.shape for view in config.data.image.each)
-    return DataFacts(config.data.image.shape, CLASSES, samples=SAMPLES, beside=beside, views=views)
+    several = not isinstance(config.data.train, str)  # the batches below hold samples of both
+    domains, sources = (("one", "two"), ((0, 0), (FIRST + 3, 1))) if several else (("one",), ((0, 0),))
+    return DataFacts(config.data.image.shape, CLASSES, SAMPLES, domains, beside, views, sources)
 
 
 def build_objective(name: str, **settings: Any) -> Objective:
@@ -156,7 +170,7 @@ def make_batch(objective: Objective, name: str, samples: int = 8) -> Batch:
     generator = torch.Generator().manual_seed(1)
     config = smoke_config(VARIANTS.get(name, (name, {}))[0])
     height, width = config.data.image.shape
-    batch = {"id": torch.arange(100, 100 + samples), "epoch": torch.full((samples,), 2)}
+    batch = {"id": torch.arange(FIRST, FIRST + samples), "epoch": torch.full((samples,), 2)}
     ratios = {f"{beside}_": how.ratio for beside, how in config.data.beside.items() if how.ratio > 1}
     for number, (beside, how) in enumerate(config.data.beside.items()):
         first = SAMPLES * (1 + number) + 200

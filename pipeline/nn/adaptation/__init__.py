@@ -1,1 +1,1 @@
-"""What domain adaptation and learning from few labels compute."""
+"""What domain adaptation and learning from few labels compute: statistics of domains, and what objectives share."""

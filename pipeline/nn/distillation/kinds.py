@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.config.strict import Positive, PositiveFloat, Strict, Text
+from pipeline.config.strict import Positive, PositiveFloat, Text
 from pipeline.nn.distillation import contrast, feature, relation, response
+from pipeline.nn.weighted import Weight, Weighted
 
-Weight = Annotated[float, Field(ge=0)]
 RELATIONS = {
     "distances": relation.distances,
     "angles": relation.angles,
@@ -23,7 +22,7 @@ RELATIONS = {
 }
 
 
-class Loss(Strict):
+class Loss(Weighted):
     """What all kinds have."""
 
     reads: ClassVar[Literal["labels", "logits", "pooled", "map", "any"]]
@@ -33,26 +32,8 @@ class Loss(Strict):
     labelled: ClassVar[bool] = False
     """Whether the data's labels are used."""
 
-    weight: Weight | tuple[tuple[Weight, Weight], ...] = 1.0
-    """Or a schedule: points [part of the run, weight], straight lines between them."""
     teacher: str = ""
     """Left out: the only one."""
-
-    @field_validator("weight")
-    @classmethod
-    def _in_order(cls, weight: float | tuple[tuple[float, float], ...]) -> float | tuple[tuple[float, float], ...]:
-        if isinstance(weight, tuple):
-            parts = [part for part, _ in weight]
-            if not parts or parts != sorted(set(parts)) or parts[-1] > 1:
-                raise ValueError("a schedule is [part of the run, weight], ...; parts rise from 0 to 1")
-        return weight
-
-    def weight_at(self, progress: float) -> float:
-        """The weight at a part of the run, 0 to 1."""
-        if isinstance(self.weight, tuple):
-            parts, weights = zip(*self.weight, strict=True)
-            return float(np.interp(progress, parts, weights))
-        return self.weight
 
     def connectors(self, student: int, teacher: int) -> dict[str, nn.Module]:
         """Layers on features of these widths, trained beside the student: "student", "teacher"."""
