@@ -52,6 +52,8 @@ class WeightNormLinear(nn.Linear):
 class ClassifierConfig(EncoderConfig):
     """Settings of a classifier on an encoder; those of a run that it starts from must be the same."""
 
+    small_stem: bool = False
+    """The stem for images of 32 pixels, of a ResNet."""
     bottleneck: Annotated[int, Field(ge=1)] | None = None
     """Width of a linear layer with batch norm between encoder and classifier, as source-free adaptation has it (Liang
     et al. 2020, appendix); left out: none."""
@@ -98,7 +100,9 @@ class Classifier(Objective):
                 f"{len(facts.classes)}; build it from a source with labels"
             )
         self.name, self.classes = name, facts.classes
-        self.encoder = construct_encoder(config, facts.image_size, name, start=start_as_big_vision)
+        self.encoder = construct_encoder(
+            config, facts.image_size, name, start=start_as_big_vision, stem_of_small_images=config.small_stem
+        )
         self.norm = bottleneck(self.encoder.dim, config.bottleneck) if config.bottleneck else nn.Identity()
         width = config.bottleneck or self.encoder.dim
         self.head = classifying_head(width, len(facts.classes), config.head_std, config.weight_norm)

@@ -67,7 +67,9 @@ class Supervised(Objective):
         self.needs = {"image": f"uint8[B,{len(config.mean)},H,W]", "label": "int64[B]"}
         self.config = config
         self.classes = facts.classes
-        self.encoder = construct_encoder(config, facts.image_size, "supervised", start=start_as_big_vision)
+        self.encoder = construct_encoder(
+            config, facts.image_size, "supervised", start=start_as_big_vision, stem_of_small_images=config.small_stem
+        )
         self.norm = nn.Identity()
         if config.freeze:
             self.encoder.requires_grad_(False)

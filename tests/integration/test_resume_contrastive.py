@@ -1,4 +1,8 @@
-"""Killed and resumed, a contrastive run goes on as if nothing had happened, with queue, pointer and momentum copies."""
+"""Killed and resumed, a run goes on as if nothing had happened, with all that its method keeps beside the weights.
+
+Queues, pointers and momentum copies of contrastive methods; pseudo-labels, banks and teachers of adaptation and of
+learning from few labels.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,21 @@ from pipeline.engine.checkpoint import read_manifest
 from pipeline.engine.fragments import MODEL, Spec, whole
 from tests.integration.runs import codes, die_at, metrics, overrides, run, same_course, steps_of
 
+BESIDE = "data.beside.unlabelled.path='{shards}'"
 RUNS = {
     "clip": ("clip", ["engine.zero=2"], 4),
     "siglip": ("clip", ["objective.loss=sigmoid", "objective.share=blocks", "engine.name=accelerate"], 1),
     "simclr": ("simclr", [], 4),
     "moco v2": ("moco", ["engine.zero=3"], 4),
     "moco v3": ("moco", ["objective.version=3", "objective.encoder_args.drop_path_rate=0.2"], 1),
+    "shot": ("adapt_shot", ["objective.every='4ba'"], 1),
+    "neighbours": ("adapt_neighbours", ["engine.zero=2", "objective.refresh='100%'"], 4),
+    "pseudo-labels": ("pseudo_label", [BESIDE, "objective.alternate=[2, 1]"], 4),
+    "mean teacher": ("mean_teacher", [BESIDE, "engine.zero=3"], 4),
+    "fixmatch": ("fixmatch", [BESIDE], 1),
 }
 """Objective, settings, and the number of ranks that a run of two is resumed with."""
-SLOW = {"siglip", "simclr", "moco v2"}
+SLOW = {"siglip", "simclr", "moco v2", "shot", "pseudo-labels", "mean teacher", "fixmatch"}
 """Run by make test-all: how an engine saves and resumes is held by the others; what is these methods' own is in the
 contract tests."""
 LAST = 8
@@ -57,7 +67,7 @@ def test_it_resumes_bit_for_bit_and_at_another_world_size(name, captioned, tmp_p
     def settings(folder: Path, world: int) -> list[str]:
         # Batch norm takes the statistics of one forward over all ranks, so there is no accumulation at any size.
         quick = [f"run.length={LAST}ba", f"engine.micro_batch={8 // world}", "engine.precision=fp32"]
-        return overrides(folder, captioned, *quick, *more)
+        return overrides(folder, captioned, *quick, *(word.format(shards=captioned) for word in more))
 
     straight, killed, elsewhere = (tmp_path / n for n in ("straight", "killed", "elsewhere"))
     assert codes(run(2, objective, settings(straight, 2))) == [0, 0]
