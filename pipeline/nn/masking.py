@@ -89,13 +89,15 @@ def make_maskable(encoder: Backbone, image_size: tuple[int, int]) -> Geometry:
     return Geometry((patch[0], patch[1]), (image_size[0] // patch[0], image_size[1] // patch[1]))
 
 
-def encode_visible(encoder: Backbone, x: Tensor, keep: Tensor) -> Tensor:
+def encode_visible(encoder: Backbone, x: Tensor, keep: Tensor, valid: Tensor | None = None) -> Tensor:
     """Tokens of the visible patches alone.
 
     Args:
         encoder: a timm model that :func:`make_maskable` prepared, built without pooling.
         x: float[B,C,H,W].
         keep: int64[B,V], numbers of the visible patches.
+        valid: bool[B,V], of a plain vision transformer without prefix tokens: the others fill up samples that see fewer
+            patches, and no token attends to them; left out: all are.
 
     Returns:
         float[B,P+V,D].
@@ -106,7 +108,7 @@ def encode_visible(encoder: Backbone, x: Tensor, keep: Tensor) -> Tensor:
     # drop path, which have their own, stay as they are.
     encoder.training = True
     try:
-        return encoder(x)
+        return encoder(x) if valid is None else encoder(x, attn_mask=valid[:, None, None])
     finally:
         hook.keep, encoder.training = None, training
 
@@ -143,8 +145,8 @@ ASPECT = math.log(1 / 0.3)
 """Largest logarithm of a block's height over width."""
 
 
-def block_order(random: SampleRandom, grid: tuple[int, int], hidden: int) -> Tensor:
-    """Patches in an order such that the last ``hidden`` are those of a few random rectangles.
+def block_order(random: SampleRandom, grid: tuple[int, int], hidden: int | Tensor) -> Tensor:
+    """Patches in an order such that the last ``hidden``, int64[B] or all as many, are those of a few random rectangles.
 
     Bao et al., "BEiT" (ICLR 2022), algorithm 1: rectangles of at least 16/196 of the image and at most what is still
     to be hidden, with a log-uniform aspect, until enough is hidden. Here the last one is cut row by row, so that every
@@ -159,11 +161,12 @@ def block_order(random: SampleRandom, grid: tuple[int, int], hidden: int) -> Ten
     row = torch.arange(rows, device=device)[None, :, None]
     column = torch.arange(columns, device=device)[None, None, :]
     raster = torch.arange(n, device=device)
-    least = min(max(1.0, SMALLEST_BLOCK * n), float(hidden))
+    hidden = torch.as_tensor(hidden, device=device)
+    least = hidden.float().clamp_max(max(1.0, SMALLEST_BLOCK * n))
     # when each patch was hidden: by which block, then row by row; what no block reaches comes last, in random order
     time = BLOCKS * n + random.permutation(n)
     for i in range(BLOCKS):
-        left_over = (hidden - (time < BLOCKS * n).sum(dim=1)).clamp_min(least)
+        left_over = torch.maximum(hidden - (time < BLOCKS * n).sum(dim=1), least)
         area = least + area_u[:, i] * (left_over - least)
         ratio = torch.exp((2 * aspect_u[:, i] - 1) * ASPECT)
         height = (area * ratio).sqrt().round().clamp(1, rows)

@@ -66,7 +66,7 @@ def start_as_big_vision(backbone: Backbone) -> None:
     if backbone.cls_token is not None:
         nn.init.zeros_(backbone.cls_token)
     if isinstance(backbone.patch_embed, PatchEmbed):
-        _lecun_normal(backbone.patch_embed.proj.weight)
+        lecun_normal(backbone.patch_embed.proj.weight)
         _zero_bias(backbone.patch_embed.proj)
     _xavier_blocks(backbone, mlp_bias=1e-6)
     if (pool := getattr(backbone, "attn_pool", None)) is not None and hasattr(pool, "latent"):
@@ -80,7 +80,7 @@ def start_text_as_big_vision(text: TextEncoder) -> None:
     nn.init.normal_(text.token_embedding.weight, std=width**-0.5)
     nn.init.normal_(text.positions, std=width**-0.5)
     _xavier_blocks(text.blocks, mlp_bias=1e-6)
-    _lecun_normal(text.projection.weight)
+    lecun_normal(text.projection.weight)
 
 
 def start_as_moco(backbone: Backbone) -> None:
@@ -129,6 +129,39 @@ def start_as_mae(backbone: Backbone) -> None:
             parameter.requires_grad_(False)
 
 
+def start_as_dino(backbone: Backbone) -> None:
+    """Caron et al. 2021, vision_transformer.py, which iBOT's is, too: 0.02, truncated, for matrices and all tokens.
+
+    Biases are zero, the patch projection is as torch draws a convolution. Its ResNets are torchvision's.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        start_as_moco_v2(backbone)
+        return
+    for layer in backbone.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            _truncated(layer)
+    for table in (backbone.cls_token, backbone.reg_token, backbone.pos_embed):
+        if table is not None:
+            nn.init.trunc_normal_(table, std=0.02)
+    if isinstance(backbone.patch_embed, PatchEmbed):
+        backbone.patch_embed.proj.reset_parameters()
+
+
+def start_as_ijepa(backbone: Backbone) -> None:
+    """Assran et al. 2023, src/helper.py: 0.02, truncated, for matrices and the patch projection, fixed positions.
+
+    Their models divide the last layers of blocks by the root of twice the block's number, but what builds them for
+    training draws these anew.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        return
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Linear):
+            _truncated(layer)
+    _truncated(backbone.patch_embed.proj)
+    fix_positions(backbone.pos_embed, backbone.patch_embed.grid_size, rows_first=False)
+
+
 def xavier_linear(module: nn.Module) -> None:
     """Xavier-uniform for a linear layer, its bias zero. For ``nn.Module.apply``."""
     if isinstance(module, nn.Linear):
@@ -163,7 +196,12 @@ def _xavier_blocks(module: nn.Module, mlp_bias: float) -> None:
                 nn.init.normal_(layer.bias, std=mlp_bias)
 
 
-def _lecun_normal(weight: Tensor) -> None:
+def _truncated(layer: Any) -> None:
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    _zero_bias(layer)
+
+
+def lecun_normal(weight: Tensor) -> None:
     """Flax's default for kernels: variance 1/inputs, a normal distribution that is cut at two of its deviations."""
     std = weight[0].numel() ** -0.5 / 0.87962566103423978  # what cutting leaves of the deviation
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

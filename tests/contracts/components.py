@@ -80,6 +80,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "autoencoder, sparse and contractive": ("autoencoder", {"sparsity": "kl", "contraction": 0.1}),
     "autoencoder with batch norm": ("autoencoder", RESNET | {"sparsity": "kl", "contraction": 0.1}),
     "colorization with batch norm": ("colorization", RESNET | {"split_brain": True}),
+    "dino with masked tokens": ("dino", {"masked": {"ratio": (0.2, 0.5), "views": 0.8}}),
+    "dino with batch norm": ("dino", RESNET | {"small_stem": True}),
     "distill sample by sample": ("distill", {"losses": DISTILLED["sample by sample"]}),
     "distill by relations, balanced": ("distill", {"losses": DISTILLED["by relations"], "balance": True}),
     "distill with batch norm": (
