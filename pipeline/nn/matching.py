@@ -64,19 +64,22 @@ def backbones(module: nn.Module, encoders: Iterable[nn.Module]) -> dict[str, Bac
     return found
 
 
-def pair(prefixes: Mapping[str, Backbone], theirs: Iterable[str]) -> dict[str, str]:
-    """Which of their prefixes stands for which of ours: the one with most of the backbone's names; of equals ours.
+def pair(prefixes: Mapping[str, Backbone], theirs: Iterable[str], evaluated: Iterable[str] = ()) -> dict[str, str]:
+    """Which of their prefixes stands for which of ours: the one with most of the backbone's names.
+
+    Of equals one of ``evaluated``, their prefixes of what evaluations use (DINO's teacher, not its student); then ours.
 
     Returns:
         Ours to theirs, where they are not the same.
     """
-    names = set(theirs)
+    names, known = set(theirs), set(evaluated)
     found = {}
     for prefix, backbone in prefixes.items():
         wanted = list(backbone.state_dict())
         ends = {name[: -len(end)] for name in names for end in wanted if name.endswith(end)}
         if ends:
-            best = max(sorted(ends), key=lambda p: (sum(p + name in names for name in wanted), p == prefix))
+            rank = {p: (sum(p + name in names for name in wanted), p in known, p == prefix) for p in sorted(ends)}
+            best = max(rank, key=rank.__getitem__)
             if best != prefix:
                 found[prefix] = best
     return found

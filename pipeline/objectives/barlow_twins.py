@@ -22,6 +22,8 @@ EPS = 1e-5
 class Config(TwoViewConfig):
     """Settings of Barlow Twins; the defaults are the paper's."""
 
+    layers: Annotated[int, Field(ge=1, le=3)] = 3
+    """Of the projector."""
     hidden: Annotated[int, Field(ge=1)] = 8192
     """Width inside the projector."""
     dim: Annotated[int, Field(ge=1)] = 8192
@@ -31,12 +33,12 @@ class Config(TwoViewConfig):
 
 
 class BarlowTwins(TwoViewObjective):
-    """Encoder and projector of three layers. The correlation is that of the global batch, however it is cut."""
+    """Encoder and projector. The correlation is that of the global batch, however it is cut."""
 
     def __init__(self, config: Config, facts: DataFacts) -> None:
         super().__init__(config, facts, "barlow_twins")
         self.config = config
-        self.head = projection([self.encoder.dim, config.hidden, config.hidden, config.dim], norm=True)
+        self.head = projection([self.encoder.dim, *[config.hidden] * (config.layers - 1), config.dim], norm=True)
 
     def encode(self, view: Tensor) -> dict[str, Tensor]:
         """ "embedding", float[B,E]."""

@@ -33,9 +33,9 @@ class Config(TwoViewConfig):
 class BYOL(TwoViewObjective):
     """Encoder, projector and predictor; the target is a copy of the first two.
 
-    Without batch norm in the heads, or with an encoder and predictor that learn slower than the target, it collapses:
-    its statistics over all ranks are what an image is told apart from others by. They are those of a micro-batch, so
-    recipes accumulate nothing. Biases before batch norm, which the authors' code has, change nothing and are left out.
+    The loss is a mean over samples, but batch norm, which its heads cannot do without, takes the statistics of a
+    micro-batch over all ranks, so recipes accumulate nothing. Biases before batch norm, which the authors' code has,
+    change nothing and are left out.
     """
 
     compares = False
@@ -62,7 +62,7 @@ class BYOL(TwoViewObjective):
     def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
         """Squared distance of unit vectors, 2 - 2 cos, of both directions; "agreement" is the mean cosine."""
         rows = embeddings.rows
-        cosines = [(rows[p] * rows[t]).sum(dim=1) for p, t in (("prediction", "target"), ("prediction2", "target"))]
+        cosines = [(rows[p] * rows[t]).sum(dim=1) for p, t in (("prediction", "target2"), ("prediction2", "target"))]
         both = torch.stack(cosines)
         losses = (2 - 2 * both).sum(dim=0)
         agreement = {"agreement": both.detach().mean()}

@@ -288,7 +288,8 @@ def _encoder(config: Config, sizes: Sequence[tuple[int, int]]) -> ImageEncoder:
     """
     fixed: dict[str, Any] = {}
     if len(set(sizes)) > 1 and takes_image_size(config.encoder):
-        fixed["dynamic_img_size"] = True  # positions are resampled for small crops
+        # Positions are resampled for small crops: antialiased by timm, not so by the authors.
+        fixed["dynamic_img_size"] = True
     if config.masked is not None:
         fixed["global_pool"] = ""  # patches are wanted, too
     encoder = construct_encoder(

@@ -39,6 +39,8 @@ class Source:
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None
     """Mean and standard deviation of what they were trained on."""
     image_size: tuple[int, int] | None = None
+    evaluated: tuple[str, ...] = ()
+    """What names of the backbones begin with that evaluations use; of several alike these are meant."""
 
 
 def begin(
@@ -101,7 +103,7 @@ def _fill(
         if not any(name.startswith(prefix) for name in wanted):
             tops = sorted({name.partition(".")[0] for name in wanted})
             raise ConfigError(f"start: the model has nothing that begins with {prefix!r}; it has {', '.join(tops)}")
-    parts = start.parts or pair(prefixes, source.tensors)
+    parts = start.parts or pair(prefixes, source.tensors, source.evaluated)
     found = match(wanted, source.tensors, parts, start.skip, prefixes, _grid(source), source.name)
     _check_classes(found, objective, known, source, classes)
     _check_words(found, known, source, config, tokenizer)
@@ -120,15 +122,19 @@ def _fill(
 
 
 def _follow(objective: Objective, found: Match, wanted: Mapping[str, Tensor]) -> int:
-    """What follows a parameter, as MoCo's keys do, begins where that begins; returns how many did."""
+    """What follows a parameter, as MoCo's keys do, begins where that begins; returns how many did.
+
+    And what is followed begins where its follower does, if it is that which evaluations use, as DINO's teacher.
+    """
     names = {id(tensor): name for name, tensor in wanted.items()}
     count = 0
     for average in objective.averages(Clock(0, 0, 1)):
-        target, source = names.get(id(average.target)), names.get(id(average.source))
-        if target in found.missing and source in found.values:
-            found.missing.remove(target)
-            found.values[target] = found.values[source]
-            count += 1
+        pair_of = names.get(id(average.target)), names.get(id(average.source))
+        for one, other in (pair_of, pair_of[::-1]):
+            if one in found.missing and other in found.values:
+                found.missing.remove(one)
+                found.values[one] = found.values[other]
+                count += 1
     return count
 
 
@@ -221,6 +227,7 @@ def _of_run(folder: Path, start: Start, place: Place) -> Source:
         told.encode() if told is not None else None,
         (settings.mean, settings.std) if hasattr(settings, "mean") else None,
         facts.image_size,
+        tuple(backbones(objective, objective.encoders().values())),
     )
 
 

@@ -103,17 +103,23 @@ def test_timm_s_file_gives_timm_s_features(tmp_path):
     torch.testing.assert_close(encoder(image), expected)
 
 
-def test_a_momentum_encoder_starts_where_its_own_does(tmp_path):
-    save_file(vit(), tmp_path / "w.safetensors")
-    objective = build_objective("moco", **TINY)
+@pytest.mark.parametrize(
+    ("name", "evaluated", "other"),
+    [("moco", "encoder", "momentum.encoder"), ("dino", "teacher.encoder", "encoder")],
+)
+def test_encoder_and_follower_start_alike_whichever_is_evaluated(name, evaluated, other, tmp_path):
+    weights = vit()
+    save_file(weights, tmp_path / "w.safetensors")
+    objective = build_objective(name, **TINY)
     with torch.no_grad():
-        for parameter in objective.momentum["encoder"].parameters():
+        for parameter in objective.get_submodule(other).parameters():
             parameter.zero_()
     with process_group(timeout_minutes=1) as place:
-        told = begin(objective, {"from": str(tmp_path / "w.safetensors")}, place, name="moco")
-    own, follower = (dict(m.named_parameters()) for m in (objective.encoder, objective.momentum["encoder"]))
-    assert own.keys() == follower.keys() and told["counts"]["followed"] == len(own)
-    assert all(torch.equal(own[name], follower[name]) for name in own)
+        told = begin(objective, {"from": str(tmp_path / "w.safetensors")}, place, name=name)
+    found, follower = (dict(objective.get_submodule(m).named_parameters()) for m in (evaluated, other))
+    assert found.keys() == follower.keys() and told["counts"]["followed"] == len(found)
+    assert all(torch.equal(found[n], follower[n]) for n in found)
+    assert torch.equal(found["backbone.blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
 
 
 def test_a_classifier_is_only_taken_for_its_own_classes(tmp_path, monkeypatch):

@@ -114,3 +114,14 @@ def test_of_two_equal_backbones_that_of_the_same_name_is_taken():
     twice = {f"average.{n}": t + 1 for n, t in own.items()} | own
     seen = found(objective, twice)
     assert seen.values.keys() == own.keys() and all(seen.values[n] is t for n, t in own.items())
+
+
+def test_of_equal_encoders_the_one_that_is_evaluated_is_meant():
+    """A student and its teacher have the same names below; a classifier begins as the teacher."""
+    objective, taught = build_objective("supervised"), build_objective("dino")
+    ours = {"encoder.backbone.": objective.encoder.backbone}
+    names = [*(f"encoder.backbone.{n}" for n in objective.encoder.backbone.state_dict()), "head.weight"]
+    names += [f"teacher.{name}" for name in names]
+    assert pair(ours, names) == {}
+    evaluated = list(backbones(taught, taught.encoders().values()))
+    assert pair(ours, names, evaluated) == {"encoder.backbone.": "teacher.encoder.backbone."}
