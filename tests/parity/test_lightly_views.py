@@ -85,7 +85,7 @@ def test_the_head_is_dinos(lone_group):
         DINOProjectionHead(64, 128, 64, 500),
     ]
     start = [
-        (float(h.layers[0].weight.std()), float(v.std()))
+        (float(h.layers[0].weight.detach().std()), float(v.detach().std()))
         for h, v in zip(wide, (wide[0].last.direction, wide[1].last_layer.weight_v), strict=True)
     ]
     assert start[0] == pytest.approx(start[1], rel=0.03)
