@@ -77,7 +77,7 @@ class MaskedTokens(nn.Module):
                 f"objective.masked: {type(backbone).__name__} has no patches and class token of a plain vision "
                 "transformer; take e.g. 'vit_small_patch16_224', or leave 'masked' out"
             )
-        patch = embed.patch_size
+        patch: Any = embed.patch_size
         self.config, self.grid = config, (image_size[0] // patch[0], image_size[1] // patch[1])
         self.token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
         if self.most == 0:

@@ -159,7 +159,8 @@ def start_as_ijepa(backbone: Backbone) -> None:
         if isinstance(layer, nn.Linear):
             _truncated(layer)
     _truncated(backbone.patch_embed.proj)
-    fix_positions(backbone.pos_embed, backbone.patch_embed.grid_size, rows_first=False)
+    if backbone.pos_embed is not None:
+        fix_positions(backbone.pos_embed, backbone.patch_embed.grid_size, rows_first=False)
 
 
 def xavier_linear(module: nn.Module) -> None:

@@ -141,7 +141,7 @@ class DINO(Objective):
         large = torch.cat([crops.pop(name) for name in self.names[:LARGE]])
         with torch.no_grad():
             features, patches = self._see(self._teacher, large, None)
-            units = self.teacher["head"].units(features)
+            units = self._teacher_head.units(features)
             wanted = self._wanted("centre", units, units, ctx.clock, self.config.teacher_temperature)
         masks = None if self.tokens is None else self.tokens.draw(batch, ctx, "dino.mask", self.names[:LARGE])
         with dropping_for(batch, ctx, "dropout.image"):
@@ -162,6 +162,12 @@ class DINO(Objective):
         encoder = self.teacher["encoder"]
         assert isinstance(encoder, ImageEncoder)
         return encoder
+
+    @property
+    def _teacher_head(self) -> DINOHead:
+        head = self.teacher["head"]
+        assert isinstance(head, DINOHead)
+        return head
 
     def _see(self, encoder: ImageEncoder, views: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
         """Features of views, float[R,D], and where some are masked those of patches, float[R,N,D]."""
@@ -190,7 +196,7 @@ class DINO(Objective):
             clock: of the step.
             last: temperature after the warm-up.
         """
-        head, flat = self.teacher["head"], everything.flatten(0, -2)
+        head, flat = self._teacher_head, everything.flatten(0, -2)
         total, count = self._answers.get(centre, (0, 0))
         self._answers[centre] = (total + head.last(flat.sum(dim=0)), count + len(flat))
         start = self.config.teacher_temperature_start
@@ -207,7 +213,7 @@ class DINO(Objective):
         """Cross-entropy of masked patches, the mean over those of a view and over views: float[B]."""
         assert self.config.masked is not None
         with torch.no_grad():
-            units = self.teacher["head"].units(taught)
+            units = self._teacher_head.units(taught)
             last = self.config.masked.teacher_temperature
             wanted = self._wanted("patch_centre", masks.gather(units), units, clock, last)
         logs = (self.head(masks.gather(mine)) / self.config.temperature).log_softmax(dim=-1)

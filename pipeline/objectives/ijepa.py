@@ -7,7 +7,7 @@ most, T target blocks, M patches of a block, D width.
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -98,7 +98,8 @@ class IJEPA(Objective):
             )
         _refuse_covered(config, self.geometry.grid)
         self.target = follower(self.encoder)
-        heads = config.predictor_heads or backbone.blocks[0].attn.num_heads
+        first: Any = backbone.blocks[0]
+        heads: int = config.predictor_heads or first.attn.num_heads
         if config.predictor_dim % heads:
             raise ConfigError(
                 f"objective.predictor_dim: {heads} heads do not divide {config.predictor_dim}; set predictor_heads"
