@@ -11,8 +11,8 @@ import pytest
 
 from launch.supervise import session_members
 from pipeline.record.state import read_state
-from tests.faults.launched import MIDDLE, gone, launched, wait_until
-from tests.integration.runs import metrics, notes
+from tests.faults.launched import LONG, MIDDLE, gone, launched, wait_until
+from tests.integration.runs import codes, metrics, notes, overrides, run
 
 HANG = "engine.hang_minutes=0.1"
 
@@ -33,9 +33,8 @@ def shared_memory():
     return set(Path("/dev/shm").glob("deepspeed*"))
 
 
-@pytest.mark.fault(1, "SIGKILL a rank mid-step")
-def test_a_killed_rank(glyphs, long_whole, tmp_path, fault_row, monkeypatch):
-    fault_row.case = "2 local ranks, ZeRO 1"
+def kill_a_rank(glyphs, tmp_path, monkeypatch):
+    """In the middle of a run; when that was, and when all processes were gone."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     before = shared_memory()
     with launched(tmp_path, glyphs / "train") as run:
@@ -47,8 +46,23 @@ def test_a_killed_rank(glyphs, long_whole, tmp_path, fault_row, monkeypatch):
     assert all(gone(b.pid) for b in beats)
     # DeepSpeed's shared-memory all-reduce: nobody needs it, compiling it takes half a minute, and a kill leaves 69 MB.
     assert not (tmp_path / "compiled").exists() and shared_memory() <= before
-    fault_row.case += f"; all gone after {time.monotonic() - began:.1f} s"
+    return began, time.monotonic()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(1, "SIGKILL a rank mid-step")
+def test_a_killed_rank(glyphs, long_whole, tmp_path, fault_row, monkeypatch):
+    began, ended = kill_a_rank(glyphs, tmp_path, monkeypatch)
+    fault_row.case = f"2 local ranks, ZeRO 1; all gone after {ended - began:.1f} s"
     goes_on(tmp_path, glyphs, long_whole, began, fault_row)
+
+
+def test_a_killed_rank_ends_all_and_the_run_goes_on(glyphs, long_whole, tmp_path, monkeypatch):
+    """Row 1 of the fault matrix, but that the second start is without the launcher."""
+    kill_a_rank(glyphs, tmp_path, monkeypatch)
+    assert codes(run(2, "supervised", overrides(tmp_path, glyphs / "train", *LONG))) == [0, 0]
+    assert metrics(tmp_path) == metrics(long_whole)
+    assert "resumed from" in notes(tmp_path)
 
 
 @pytest.mark.slow
