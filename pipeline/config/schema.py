@@ -54,7 +54,8 @@ class Group(Strict):
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """In place of the optimizer's, for what is decayed at all; left out: as there."""
     frozen: bool = False
-    """Not trained at all. Statistics of batch norm go on."""
+    """Not trained at all. Modules whose parameters are all frozen are in eval mode meanwhile: no dropout, no statistics
+    of batch norm."""
     frozen_from: Duration | None = None
     """Not trained from here on: no update, no state of the optimizer, no part in the gradient's norm."""
     frozen_until: Duration | None = None

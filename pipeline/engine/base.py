@@ -17,6 +17,7 @@ from pipeline.engine import fragments, optimizers
 from pipeline.engine.asked import Built
 from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import Fragment, Slot, Spec
+from pipeline.engine.resting import Resting
 
 
 class Turn(NamedTuple):
@@ -38,6 +39,8 @@ class BaseEngine(ABC):
     """"bf16" or "fp32"; see :class:`pipeline.config.schema.EngineConfig`."""
     ema: Ema | None = None
     """Moving averages of the trained parameters."""
+    resting: Resting | None = None
+    """Which modules are in eval mode while their parameters are frozen."""
 
     @abstractmethod
     def turns(self) -> Iterator[Turn]:
@@ -66,9 +69,15 @@ class BaseEngine(ABC):
         """Inside, every rank can read every parameter of ``objective`` whole."""
         return nullcontext()
 
-    @abstractmethod
     def before_step(self, clock: Clock) -> None:
         """Freeze what is not trained in the step that follows."""
+        if self.resting is not None:
+            self.resting.begin(clock.step)
+        self.begin_step(clock)
+
+    @abstractmethod
+    def begin_step(self, clock: Clock) -> None:
+        """Tell the optimizers of the step that follows."""
 
     def after_step(self, clock: Clock) -> None:
         """Bring what follows the trained parameters in line with them."""
@@ -179,7 +188,7 @@ class SingleEngine(BaseEngine):
         yield Turn("", 0, self)
 
     @override
-    def before_step(self, clock: Clock) -> None:
+    def begin_step(self, clock: Clock) -> None:
         optimizers.begin_step(self.optimizer, clock)
 
     @override

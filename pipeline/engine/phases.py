@@ -121,9 +121,9 @@ class PhasedEngine(BaseEngine):
                     self.hold(self.objective.limits())
 
     @override
-    def before_step(self, clock: Clock) -> None:
+    def begin_step(self, clock: Clock) -> None:
         for phase in self._phases:
-            phase.engine.before_step(clock)
+            phase.engine.begin_step(clock)
 
     @override
     def slots(self) -> list[Slot]:

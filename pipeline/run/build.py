@@ -29,6 +29,7 @@ from pipeline.engine.checkpoint import Saved
 from pipeline.engine.ema import Ema
 from pipeline.engine.fragments import MODEL, Spec
 from pipeline.engine.phases import PhasedEngine
+from pipeline.engine.resting import Resting
 from pipeline.engine.surveys import Surveyor
 
 SHOWN = 8
@@ -72,6 +73,8 @@ def build_engine(config: RunConfig, objective: Objective, plan: Plan, place: Pla
         engine: BaseEngine = PhasedEngine(objective, updates, of_phase, place)
     else:
         engine = _named_engine(config, objective, plan, place)
+    groups = [group for optimizer in config.optimizers().values() for group in optimizer.groups]
+    engine.resting = Resting(objective, groups, plan.frozen)
     if config.ema is not None:
         engine.ema = Ema(config.ema, engine.slots())
     return engine
