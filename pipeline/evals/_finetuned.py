@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, Objective, StepContext, StepOutput
-from pipeline.engine.optimizers import layer_index
 from pipeline.nn.batch_norm import synchronise
 from pipeline.nn.dropout import drop_per_sample, dropping_for
+from pipeline.nn.partial import rest, train_last
 from pipeline.nn.reading import offered, trunk
 
 
@@ -40,7 +39,7 @@ class Classifier(Objective):
     ) -> None:
         super().__init__()
         self.needs = {"image": "uint8[B,C,H,W]", "label": "int64[B]"}
-        self.encoder = copy.deepcopy(encoder).requires_grad_(trained is None)
+        self.encoder = copy.deepcopy(encoder).requires_grad_(trained != 0)
         drop_per_sample(self.encoder, "finetune")
         synchronise(self.encoder)
         self.head = nn.Linear(weight.shape[1], len(weight))
@@ -49,14 +48,7 @@ class Classifier(Objective):
             self.head.weight.copy_(weight)
             self.head.bias.copy_(bias)
         if trained:
-            layers = self.layers()
-            if trained > len(layers):
-                raise ConfigError(
-                    f"{trained} layers are to be trained, and the encoder has {len(layers)} that are known"
-                )
-            for name, parameter in self.named_parameters():
-                if layer_index(name, layers) >= len(layers) - trained:
-                    parameter.requires_grad_(True)
+            train_last(self, self.layers(), trained)
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Mean cross-entropy of a micro-batch, and how often it is right."""
@@ -69,10 +61,7 @@ class Classifier(Objective):
     def train(self, mode: bool = True) -> Classifier:
         """What is not trained stays in eval mode: no drop path, no change of its statistics."""
         super().train(mode)
-        for module in self.encoder.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        rest(self.encoder)
         return self
 
     def encoders(self) -> Mapping[str, nn.Module]:

@@ -1,11 +1,14 @@
 """Supervised classification: any timm backbone and a linear classifier, trained by cross-entropy.
 
-The baseline beside every self-supervised method, the objective of fine-tuning, and, with the backbone frozen, the
-linear probe of He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022), appendix A.1. Label smoothing
-is that of Szegedy et al., "Rethinking the Inception Architecture" (2016). Shape letters: B samples, K classes.
+The baseline beside every self-supervised method, the objective of fine-tuning (of all, of the last blocks, or kept near
+its start: :mod:`pipeline.nn.nearness`), and, with the backbone frozen, the linear probe of He et al., "Masked
+Autoencoders Are Scalable Vision Learners" (CVPR 2022), appendix A.1. Label smoothing is that of Szegedy et al.,
+"Rethinking the Inception Architecture" (2016). Shape letters: B samples, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.core.errors import ConfigError
-from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
+from pipeline.core.protocols import Batch, DataFacts, Objective, Origin, Picture, StepContext, StepOutput
 from pipeline.nn.batch_norm import GlobalBatchNorm
 from pipeline.nn.classifier import ClassifierConfig, bottleneck, classifying_head
 from pipeline.nn.construct import construct_encoder
@@ -22,8 +25,11 @@ from pipeline.nn.encoder import ImageClassifier
 from pipeline.nn.images import tile
 from pipeline.nn.labels import check_labels
 from pipeline.nn.mixing import Mixing, mix
+from pipeline.nn.nearness import Nearness, Regularise, starting_point
+from pipeline.nn.partial import rest, train_last
 from pipeline.nn.randaugment import RandAugment, rand_augment
 from pipeline.nn.start import start_as_big_vision
+from pipeline.nn.weights import load_encoder
 
 SHOWN = 8
 """Samples in the showcase."""
@@ -40,6 +46,11 @@ class Config(ClassifierConfig):
     """Mixup, CutMix and random erasing."""
     freeze: bool = False
     """Train the classifier alone, behind a batch norm without scale and shift: a linear probe."""
+    blocks: Annotated[int, Field(ge=1)] | None = None
+    """Train the last blocks (stages, of a convolutional network) alone, with what comes after them; the others stay in
+    eval mode. Left out: all are trained."""
+    regularise: Regularise | None = None
+    """Keep the encoder near ``weights``: {kind = "l2_sp"} its weights, {kind = "feature_maps"} what its blocks give."""
 
     @model_validator(mode="after")
     def _fit(self) -> "Config":
@@ -49,6 +60,12 @@ class Config(ClassifierConfig):
             raise ValueError("'freeze' trains the classifier alone, and 'bottleneck' is a layer before it; remove one")
         if self.augment is not None and len(self.mean) != 3:
             raise ValueError(f"'augment' is for images of three channels, not {len(self.mean)}")
+        if self.freeze and (self.blocks or self.regularise):
+            raise ValueError("'freeze' trains the classifier alone; remove it, or 'blocks' and 'regularise'")
+        if self.regularise is not None and self.weights is None:
+            raise ValueError("'regularise' keeps the encoder near its start, which is 'weights'; set weights")
+        if self.regularise is not None and (self.checkpointing or self.compile):
+            raise ValueError("'regularise' cannot see blocks under 'checkpointing' or 'compile'; set them to false")
         return self
 
 
@@ -78,6 +95,12 @@ class Supervised(Objective):
             self.norm = bottleneck(self.encoder.dim, config.bottleneck)
         width = config.bottleneck or self.encoder.dim
         self.head = classifying_head(width, len(facts.classes), config.head_std, config.weight_norm)
+        if config.blocks is not None:
+            train_last(self, self.layers(), config.blocks)
+        self._nearness: Nearness | None = None
+        if config.regularise is not None:
+            self.start = starting_point(config.regularise, self.encoder)
+            self._nearness = Nearness(config.regularise, self.encoder, self.start, self.head)
         self._labels_checked = False
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
@@ -89,23 +112,22 @@ class Supervised(Objective):
         if not self._labels_checked:  # once: it waits for the device
             check_labels(label, self.classes)
             self._labels_checked = True
-        image = self.augmented(batch, ctx)
-        if self.config.mixing.active:
-            x, partner, part = self.mixed(image, batch, ctx)
-            with dropping_for(batch, ctx):
-                features = self.encoder.features(x)
+        image, mixing = self.augmented(batch, ctx), self.config.mixing.active
+        x, partner, part = self.mixed(image, batch, ctx) if mixing else (self.encoder.normalize(image), None, None)
+        watch = nullcontext(()) if self._nearness is None else self._nearness.measured(x)
+        with dropping_for(batch, ctx), watch as penalties:
+            features = self.encoder.features(x)
             logits = self.classify(features)
-            own, other = (self._cross_entropy(logits, target) for target in (label, label[partner]))
-            losses = part * own + (1 - part) * other
-        else:
-            with dropping_for(batch, ctx):
-                features = self.encoder(image)
-            logits = self.classify(features)
-            losses = self._cross_entropy(logits, label)
+        losses = self._cross_entropy(logits, label)
+        if partner is not None and part is not None:
+            losses = part * losses + (1 - part) * self._cross_entropy(logits, label[partner])
         best = logits.detach().topk(min(5, len(self.classes)), dim=1).indices == label[:, None]
         metrics = {"top1": best[:, :1].any(dim=1).float().mean()}
         if len(self.classes) >= 5:
             metrics["top5"] = best.any(dim=1).float().mean()
+        for penalty in penalties:
+            metrics["regularisation"] = penalty.detach().mean()
+            losses = losses + penalty
         return StepOutput(losses.mean(), metrics, losses.detach(), features.detach())
 
     def augmented(self, batch: Batch, ctx: StepContext) -> Tensor:
@@ -141,11 +163,18 @@ class Supervised(Objective):
         return self.head(self.norm(features)).float()
 
     def train(self, mode: bool = True) -> "Supervised":
-        """A frozen backbone stays in eval mode: no drop path, no change of its statistics."""
+        """What is frozen stays in eval mode: no drop path, no change of its statistics."""
         super().train(mode)
-        if self.config.freeze:
-            self.encoder.eval()
+        if self.config.freeze or self.config.blocks is not None:
+            rest(self.encoder)
         return self
+
+    def frozen(self) -> Mapping[str, Origin]:
+        """Where a regularised encoder starts from."""
+        if self._nearness is None or self.config.weights is None:
+            return {}
+        fill = partial(load_encoder, self.start.backbone, antialias=self.config.antialias)
+        return {"start": Origin(self.config.weights, None, fill)}
 
     def encoders(self) -> dict[str, nn.Module]:
         """The backbone with its own pooling; "logits" is the classifier on it."""

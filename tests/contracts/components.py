@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ from pipeline.core import registry
 from pipeline.core.evaluation import Evaluation, Number
 from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, SetFacts, StepContext
 from pipeline.dist.group import Place
+from pipeline.nn.encoder import EncoderConfig, create_backbone
+from pipeline.nn.weights import save
 from pipeline.suites.context import Context
 from tests import toys
 
@@ -65,6 +71,8 @@ DISTILLED: dict[str, dict[str, Any]] = {
 SMALL_RESNET = RESNET | {"small_stem": True}
 ALIGNED: dict[str, Any] = RESNET | {"layers": ["features", "logits"], "bottleneck": 16}
 """Batch norm in the encoder and behind it."""
+STARTED: dict[str, Any] = {"weights": "START"}
+"""Weights that an encoder starts from, in a file that is made; it is moved away from them a little."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapt_coral with batch norm by domain": ("adapt_coral", ALIGNED | {"batch_norm": "domain"}),
     "adapt_dan with batch norm": ("adapt_dan", ALIGNED),
@@ -104,6 +112,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pseudo_label with batch norm": ("pseudo_label", RESNET | {"bottleneck": 8}),
     "relative_patch with batch norm": ("relative_patch", SMALL_RESNET | {"head_norm": True}),
     "rotation with batch norm": ("rotation", RESNET),
+    "supervised near its weights": (
+        "supervised",
+        STARTED | {"regularise": {"kind": "l2_sp", "alpha": 3.0, "beta": 2.0}},
+    ),
+    "supervised near its features": (
+        "supervised",
+        STARTED | {"blocks": 1, "regularise": {"kind": "feature_maps", "alpha": 1.0}},
+    ),
     "supervised with batch norm": ("supervised", RESNET),
 }
 """Objectives in other settings than those of their smoke configs: objective and settings."""
@@ -147,8 +163,34 @@ def build_objective(name: str, **settings: Any) -> Objective:
     package = package_of(name)
     module = registry.module(package, name)
     cls = registry.component(package, name, Objective)
+    asked = config.objective.settings | variant | settings
+    started = asked.get("weights") == STARTED["weights"]
+    if started:
+        asked["weights"] = start_of(module.Config(**asked), config.data.image.shape)
     torch.manual_seed(0)
-    return cls(module.Config(**config.objective.settings | variant | settings), facts(config))
+    objective = cls(module.Config(**asked), facts(config))
+    if started:
+        with torch.no_grad():
+            for parameter in objective.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * torch.randn(parameter.shape))
+    return objective
+
+
+@cache
+def folder() -> Path:
+    """Where files are made that components start from; it is gone when the process ends."""
+    made = Path(tempfile.mkdtemp(prefix="contracts-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def start_of(config: EncoderConfig, shape: tuple[int, int]) -> str:
+    """A file of random weights of the encoder."""
+    path = folder() / "start.safetensors"
+    torch.manual_seed(1)
+    save(path, create_backbone(config, shape).state_dict(), {})
+    return str(path)
 
 
 def stir(objective: Objective) -> Objective:

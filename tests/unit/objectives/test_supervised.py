@@ -132,7 +132,7 @@ def test_the_loss_of_mixed_samples_is_that_of_soft_labels():
 def test_augmentation_changes_what_is_seen_and_belongs_to_the_sample():
     model, data = build(augment={"probability": 1.0}).train(), batch([0, 1, 2, 3])
     seen = []
-    model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.encoder.normalize.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(data, CTX)
     model({field: value[2:] for field, value in data.items()}, CTX)
     assert not torch.equal(seen[0], data["image"])
