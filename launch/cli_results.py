@@ -1,4 +1,4 @@
-"""Verbs of ``sluice`` about results: ``report``, ``compare`` and ``choose``."""
+"""Verbs of ``sluice`` about results: ``report``, ``compare``, ``choose`` and ``advise``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from launch.cli_options import Procs
 
 
 class ReportFormat(StrEnum):
@@ -80,8 +82,31 @@ def choose(
     become(["choose", *(["--out", str(out)] if out else []), "--", str(run), metric])
 
 
+def advise(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Shards with labels: what is to be learnt.")],
+    encoder: Annotated[
+        str, typer.Option(metavar="SUBJECT", help="A run, checkpoint, export or timm model, as `eval`.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for results and the advice.")] = Path("advice"),
+    held_out: Annotated[
+        float,
+        typer.Option(min=0.01, max=0.9, metavar="SHARE", help="Of the data, held out to measure on."),
+    ] = 0.2,
+    try_for: Annotated[
+        str | None, typer.Option("--try", metavar="LENGTH", help="Fine-tune for so long in each way: 20ep, 500ba.")
+    ] = None,
+    procs: Procs = 1,
+) -> None:
+    """Say which way of fine-tuning suits a data set and an encoder, and by which figures. No test set is looked at."""
+    from launch.advise import Question
+    from launch.advise import advise as answer
+
+    typer.echo(answer(Question(data, encoder, out, held_out, try_for, procs)))
+
+
 def add(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command("report")(report)
     app.command("compare")(compare)
     app.command("choose")(choose)
+    app.command("advise")(advise)
