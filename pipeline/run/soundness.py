@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from pydantic import BaseModel
 
+from pipeline.config.load import load_suite
 from pipeline.config.mistakes import Mistakes
 from pipeline.config.schema import Data, RunConfig
 from pipeline.core.components import OBJECTIVES, check_component
@@ -23,6 +24,7 @@ from pipeline.data.text import TextDecoder, read_tokenizer
 from pipeline.nn.weights import no_initial_weights
 from pipeline.record.logger import check_loggers
 from pipeline.run.build import build_objective
+from pipeline.suites.online import check_held_out
 
 T = TypeVar("T")
 
@@ -47,6 +49,10 @@ def problems(config: RunConfig, title: str) -> list[str]:
     """
     found: list[str] = []
     _try(lambda: check_loggers(config.record.loggers), found)
+    if (online := config.online) is not None:
+        suite = _try(lambda: load_suite(online.suite), [])  # whose own mistakes are told elsewhere
+        if suite is not None:
+            _try(partial(check_held_out, config, suite), found)
     manifest = _try(lambda: open_data(config.data), found)
     if manifest is None:
         return found

@@ -7,6 +7,7 @@ even a failure in the middle of a collective.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 
 from pipeline.config import load
-from pipeline.config.schema import RunConfig, Weights
+from pipeline.config.schema import RunConfig, SuiteConfig, Weights
 from pipeline.core.components import check_online
+from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import DataFacts
 from pipeline.dist.group import Place, by_first
 from pipeline.dist.meeting import MeetingApart
@@ -43,6 +45,28 @@ class Quality(NamedTuple):
     """What has failed, and why."""
 
 
+def check_held_out(config: RunConfig, suite: SuiteConfig) -> None:
+    """What a suite holds out of the run's own data, the run must leave out.
+
+    Raises:
+        ConfigError: it would be trained on.
+    """
+    train = config.data.train
+    sources = [(train, config.data.held_out)] if isinstance(train, str) else [(s.path, s.held_out) for s in train]
+    sets = {"": suite.streams, **suite.data}
+    for name, stream in ((name, stream) for streams in sets.values() for name, stream in streams.items()):
+        out = stream.held_out
+        if out is None or out.part == "rest":
+            continue
+        for path, own in sources:
+            rest = own is not None and own.part == "rest" and own.seed == out.seed and own.share >= out.share
+            if os.path.normpath(path) == os.path.normpath(stream.path) and not rest:
+                raise ConfigError(
+                    f"online.suite: stream {name!r} is held out of {path} ({out}), and the run would train on it; set "
+                    f'data.held_out = {{part = "rest", share = {out.share}, seed = {out.seed}}}'
+                )
+
+
 class Online:
     """The suite of a run's ``[online]``.
 
@@ -61,6 +85,7 @@ class Online:
         plan = load.load_suite(config.online.suite)
         check_online(plan, config.online.suite)
         self._asked = Asked(Path(config.online.suite).stem, plan, tasks_of(plan, config.online.suite))
+        check_held_out(config, plan)
         self._config, self._facts, self._tokenizer, self._place = config, facts, tokenizer, place
         self._folder = Path(config.run.folder)
         averaged = config.ema is not None and config.ema.decay is not None
