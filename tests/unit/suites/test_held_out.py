@@ -63,7 +63,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_all_labels_of_the_test_stream_changed_choose_the_same(name, lone_group):
+def test_all_labels_of_the_test_stream_changed_choose_the_same(name, lone_group, tmp_path):
     cls, config, settings = SETTINGS[name]
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(120) % 3
@@ -71,7 +71,7 @@ def test_all_labels_of_the_test_stream_changed_choose_the_same(name, lone_group)
     found = []
     for test in (label, (label + 1) % 3):
         streams = {"train": ListStream(x, label), "val": ListStream(x.flip(0), test.flip(0))}
-        found.append(numbers(cls(config(**settings)), context({"image": Identity()}, streams)))
+        found.append(numbers(cls(config(**settings)), context({"image": Identity()}, streams, folder=tmp_path)))
     chosen = [n for n in found[0] if n.rpartition("/")[2] in ("c", "c_at_edge", "rate", "rate_at_edge", "converged")]
     assert chosen
     for number in chosen:
