@@ -108,21 +108,24 @@ def suite(question: Question, known: Counted, kind: str) -> str:
     if shots:
         evals.append({"name": "few_shot", "shots": shots})
     if question.tries is not None:
-        optimizer: dict[str, object] = {"lr": 1e-3, "betas": [0.9, 0.999]}
-        if kind == "pretrained":
-            optimizer |= {"layer_decay": 0.75, "groups": [{"prefix": "head", "lr": 10.0}]}
-        training = {
-            "length": question.tries,
-            "global_batch": max(1, min(BATCH, known.samples // 4) // question.procs) * question.procs,
-            "optimizer": optimizer,
-            "schedule": {"name": "cosine", "warmup": "10%"},
-        }
         modes = ("frozen", "partial", "lp_ft", "full") if kind == "pretrained" else ("full",)
-        evals += [{"name": "finetune", "mode": mode, "training": training} for mode in modes]
+        batch = max(1, min(BATCH, known.samples // 4) // question.procs) * question.procs
+        evals += [{"name": "finetune", "mode": m, "training": _training(question.tries, batch, kind, m)} for m in modes]
     import tomli_w
 
     dumped = {name: stream.model_dump(mode="json", exclude_none=True) for name, stream in streams.items()}
     return tomli_w.dumps({"streams": dumped, "evals": evals})
+
+
+def _training(length: str, batch: int, kind: str, mode: str) -> dict[str, object]:
+    """Of a trial. A drawn classifier learns faster than what was pretrained, one from a probe does not."""
+    optimizer: dict[str, object] = {"lr": 1e-3, "betas": [0.9, 0.999]}
+    if kind == "pretrained":
+        optimizer["layer_decay"] = 0.75
+        if mode != "lp_ft":
+            optimizer["groups"] = [{"prefix": "head", "lr": 10.0}]
+    schedule = {"name": "cosine", "warmup": "10%"}
+    return {"length": length, "global_batch": batch, "optimizer": optimizer, "schedule": schedule}
 
 
 def _measured(question: Question, kind: str, known: Counted) -> dict[str, Score]:
