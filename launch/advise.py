@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from launch.evaluate import Wish, arguments_of, start
 from pipeline.config.data import EvalData
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FILE = "advice.txt"
 NEIGHBOURS = 20
 SHOTS = (1, 5, 10, 20)
+_PARTS: tuple[Literal["held_out", "rest"], ...] = ("held_out", "rest")
 BATCH = 64
 """Of a trial: at most, and at most a quarter of the samples."""
 
@@ -56,7 +57,7 @@ def advise(question: Question) -> str:
     from pipeline.record.advice import COST, Known, advice
 
     known = counted(question)
-    found = {}
+    found: dict[str, dict[str, Score]] = {}
     for kind in ("pretrained", "untrained"):
         found[kind] = _measured(question, kind, known)
     ways = [(way, found["pretrained"].get(f"finetune:{way}")) for way in COST]
@@ -96,9 +97,10 @@ def counted(question: Question) -> Counted:
 
 def suite(question: Question, known: Counted, kind: str) -> str:
     """The text of the suite for the encoder ("pretrained"), or for random weights of its shape ("untrained")."""
+    held_out, rest = (HeldOut(part=part, share=question.share) for part in _PARTS)
     streams = {
-        name: EvalData(path=question.data, held_out=HeldOut(part=part, share=question.share))
-        for name, part in (("train", "rest"), ("val", "held_out"))
+        "train": EvalData(path=question.data, held_out=rest),
+        "val": EvalData(path=question.data, held_out=held_out),
     }
     shots = [n for n in SHOTS if n <= known.fewest]
     evals: list[dict[str, object]] = [
@@ -110,7 +112,8 @@ def suite(question: Question, known: Counted, kind: str) -> str:
     if question.tries is not None:
         modes = ("frozen", "partial", "lp_ft", "full") if kind == "pretrained" else ("full",)
         batch = max(1, min(BATCH, known.samples // 4) // question.procs) * question.procs
-        evals += [{"name": "finetune", "mode": m, "training": _training(question.tries, batch, kind, m)} for m in modes]
+        for mode in modes:
+            evals.append({"name": "finetune", "mode": mode, "training": _training(question.tries, batch, kind, mode)})
     import tomli_w
 
     dumped = {name: stream.model_dump(mode="json", exclude_none=True) for name, stream in streams.items()}
