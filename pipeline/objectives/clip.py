@@ -26,18 +26,13 @@ from pipeline.core.protocols import (
     StepOutput,
 )
 from pipeline.nn.clip import LARGEST_SCALE, ImageTower, TowersConfig
+from pipeline.nn.clip_pictures import SHOWN, nearest_pictures
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.masking import make_maskable
 from pipeline.nn.open_clip import open_clip_files
-from pipeline.nn.pictures import Line, beneath, beside, verdict
 from pipeline.nn.start import start_as_big_vision, start_as_clip, start_text_as_big_vision
-
-SHOWN = 8
-"""Samples in the showcase."""
-NEAREST = 3
-"""Of them, what is shown as nearest to each."""
 
 
 class Config(TowersConfig):
@@ -145,30 +140,4 @@ class CLIP(PairwiseObjective):
         """The captions nearest to each image, and the images nearest to each caption, among those shown."""
         batch = {name: value[:SHOWN] for name, value in batch.items()}
         rows = self.embed(batch, ctx)
-        cosines = (rows["image"] @ rows["text"].T).float().cpu()
-        words = ctx.words(batch) if ctx.words else [f"caption {number}" for number in range(len(cosines))]
-        nearest = min(NEAREST, len(words))
-        captions = _finds(cosines, nearest, words)
-        images = _finds(cosines.T, nearest, [""] * len(words))
-        found = cosines.T.topk(nearest, dim=1).indices
-        hits = [sum(line[0].colour == verdict(True) for line in lines) for lines in (captions, images)]
-        said = f"among {len(words)} shown; green: its own. First of all it is for"
-        return {
-            "captions": Picture(
-                beside(batch["image"], captions), f"The captions nearest to each image {said} {hits[0]} of them."
-            ),
-            "images": Picture(
-                beneath(words, [batch["image"][row.to(batch["image"].device)] for row in found], images),
-                f"The images nearest to each caption {said} {hits[1]} of them.",
-            ),
-        }
-
-
-def _finds(cosines: Tensor, count: int, names: list[str]) -> list[list[Line]]:
-    """The ``count`` largest of each row, with their names: cosine and name, green on the diagonal."""
-    best = cosines.topk(count, dim=1)
-    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    return [
-        [Line(f"{c:.2f}  {names[i]}".rstrip(), verdict(i == own)) for c, i in zip(values, indices, strict=True)]
-        for own, (values, indices) in enumerate(pairs)
-    ]
+        return nearest_pictures(batch, rows["image"] @ rows["text"].T, ctx)

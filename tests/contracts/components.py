@@ -105,6 +105,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exemplar with batch norm": ("exemplar", RESNET),
     "jigsaw with batch norm": ("jigsaw", SMALL_RESNET | {"head_norm": True}),
     "group_dro with batch norm": ("group_dro", RESNET),
+    "distill_clip with batch norm": ("distill_clip", RESNET),
     "moco 2 with batch norm": ("moco", RESNET | {"small_stem": True, "norm_batch": 2}),
     "moco 3 with batch norm": ("moco", RESNET | {"small_stem": True, "version": 3}),
     "fixmatch with batch norm": ("fixmatch", RESNET),

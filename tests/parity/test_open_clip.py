@@ -23,6 +23,7 @@ from pipeline.engine.optimizers import rules
 from pipeline.evals.zero_shot import Config as ZeroShotConfig
 from pipeline.evals.zero_shot import ZeroShot
 from pipeline.nn.contrastive import info_nce, sigmoid_loss
+from pipeline.nn.distillation.affinity import affinity
 from pipeline.nn.open_clip import CLIP_END
 from pipeline.objectives.clip import CLIP, Config
 from pipeline.run.export import write
@@ -51,6 +52,25 @@ def stirred(size: int = 32, **settings: Any) -> CLIP:
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
     return model
+
+
+@pytest.mark.filterwarnings("ignore")  # open_clip's imports
+def test_affinities_are_followed_as_its_distillation_does():
+    from open_clip.loss import DistillClipLoss
+
+    image, text, its_image, its_text = (
+        functional.normalize(torch.randn(6, d, generator=torch.Generator().manual_seed(s)))
+        for s, d in enumerate((5, 5, 3, 3))
+    )
+    scales = torch.tensor([14.0]), 50.0
+    ours, theirs = ([x.clone().requires_grad_() for x in (image, text, scales[0])] for _ in range(2))
+    found = affinity(*ours, its_image, its_text, scales[1]).mean()
+    found.backward()
+    _, expected = DistillClipLoss()(*theirs, its_image, its_text, scales[1])
+    expected.backward()
+    torch.testing.assert_close(found, expected)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")  # open_clip's imports

@@ -19,8 +19,9 @@ from pipeline.dist.group import process_group
 from pipeline.engine import optimizers
 from pipeline.engine.accumulate import accumulate
 from pipeline.nn.batch_norm import GlobalBatchNorm
+from pipeline.nn.clip_pictures import finds
 from pipeline.nn.pictures import RIGHT
-from pipeline.objectives.clip import CLIP, Config, _finds
+from pipeline.objectives.clip import CLIP, Config
 from tests.contracts.test_gradients import ENGINES, Plan, descent
 from tests.ranks import start_ranks
 
@@ -168,7 +169,7 @@ def test_the_showcase_tells_what_finds_what_in_words(lone_group):
     for name, matrix in (("captions", cosines), ("images", cosines.T)):
         right = int((matrix.argmax(1) == torch.arange(4)).sum())
         assert f"for {right} of them" in shown[name].caption and shown[name].image.dtype == np.uint8
-    captions = _finds(cosines, 2, ["p", "q", "r", "s"])
+    captions = finds(cosines, 2, ["p", "q", "r", "s"])
     for own, (first, second) in enumerate(captions):
         best, next_best = cosines[own].argsort(descending=True)[:2].tolist()
         assert first.text == f"{cosines[own, best]:.2f}  {'pqrs'[best]}" and second.text.endswith("pqrs"[next_best])
