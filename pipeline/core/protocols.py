@@ -131,6 +131,13 @@ class Objective(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} makes nothing of its survey {survey!r}")
 
+    def fresh(self, survey: str) -> Mapping[str, Tensor]:
+        """Trained parameters that begin anew after a survey, by name: their values, drawn from torch's generator.
+
+        The engine puts them in place on every rank, and the optimizer forgets what it remembered of them.
+        """
+        return {}
+
     def frozen(self) -> Mapping[str, Origin]:
         """Submodules that are never trained and come from a file, such as a teacher: ``{"teacher": Origin(path)}``.
 

@@ -88,6 +88,25 @@ class BaseEngine(ABC):
                 self.ema.update(clock)
             self.objective.after_step(clock)
 
+    def renew(self, values: Mapping[str, Tensor]) -> None:
+        """Give trained parameters other values, the same on every rank; optimizers and averages begin anew with them.
+
+        AdamW's count of steps is one for many parameters and goes on.
+        """
+        if not values:
+            return
+        with torch.no_grad():
+            for fragment in self.trained(writing=False):
+                kind, name = fragment.name.split("/", 1)
+                if kind == fragments.MODEL and name in values:
+                    end = fragment.start + fragment.data.numel()
+                    fragment.data.copy_(values[name].flatten()[fragment.start : end])
+                elif kind == fragments.OPTIMIZER and name.split("/", 1)[1] in values and fragment.shape:
+                    fragment.data.zero_()
+            self.publish()
+            if self.ema is not None:
+                self.ema.renew(values.keys())
+
     def look(self, survey: str, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """The objective's look at a batch, under the engine's precision."""
         bf16 = self.precision == "bf16"

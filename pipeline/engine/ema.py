@@ -7,7 +7,7 @@ run's clock, so that resuming cannot start a warm-up again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -51,6 +51,13 @@ class Ema:
     def begin(self) -> None:
         """Begin anew, as the parameters are now."""
         torch._foreach_copy_(self.averages[EMA], self.parts)
+
+    def renew(self, names: Container[str]) -> None:
+        """Begin anew with some parameters, as they are now."""
+        for average in self.averages.values():
+            for slot, own, part in zip(self.slots, average, self.parts, strict=True):
+                if slot.name in names:
+                    own.copy_(part)
 
     def fragments(self) -> Iterator[Fragment]:
         """Live views, for checkpoints."""

@@ -83,6 +83,8 @@ class Surveyor:
             self.meter.at(f"survey {name}")
             if rows is not None:
                 objective.surveyed(name, rows, ctx)
+        if rows is not None:
+            self.engine.renew(objective.fresh(name))
         objective.train()
         self.meter.spend(SECONDS, time.perf_counter() - began)
 

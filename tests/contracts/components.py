@@ -90,6 +90,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "colorization with batch norm": ("colorization", RESNET | {"split_brain": True}),
     "dino with masked tokens": ("dino", {"masked": {"ratio": (0.2, 0.5), "views": 0.8}}),
     "dino with batch norm": ("dino", RESNET | {"small_stem": True}),
+    "deep_cluster with batch norm": ("deep_cluster", RESNET),
     "distill sample by sample": ("distill", {"losses": DISTILLED["sample by sample"]}),
     "distill by relations, balanced": ("distill", {"losses": DISTILLED["by relations"], "balance": True}),
     "distill with batch norm": (
@@ -121,6 +122,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "supervised",
         STARTED | {"blocks": 1, "regularise": {"kind": "feature_maps", "alpha": 1.0}},
     ),
+    "swav with batch norm": ("swav", RESNET | {"small_stem": True}),
     "supervised with batch norm": ("supervised", RESNET),
 }
 """Objectives in other settings than those of their smoke configs: objective and settings."""

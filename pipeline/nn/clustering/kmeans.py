@@ -1,0 +1,114 @@
+"""k-means of vectors that are spread over the ranks: rows stay where they are, and only centres and their sums travel.
+
+Lloyd, "Least squares quantization in PCM" (1982). It begins with samples drawn at chance and splits large clusters
+where others have become empty, as faiss does, which DeepCluster used. Shape letters: n samples of this rank, N of all,
+K clusters, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.dist.collectives import all_reduce
+from pipeline.dist.gather import gather_ragged
+
+SCORES = 2**21
+"""Products of samples and centres that are held at once: they stay in a processor's cache."""
+SPLIT = 1 / 1024
+"""By which the halves of a cluster are moved apart, relative to its centre."""
+
+
+class Clusters(NamedTuple):
+    """What was found."""
+
+    centres: Tensor
+    """float32[K,D], the same on every rank."""
+    label: Tensor
+    """int64[n], the nearest centre of each of this rank's samples."""
+    sizes: Tensor
+    """int64[K], samples of each cluster on all ranks."""
+    inertia: float
+    """Mean over all samples of the squared distance from the nearest centre."""
+
+
+@torch.no_grad()
+def kmeans(x: Tensor, clusters: int, draws: Tensor, iterations: int = 20) -> Clusters:
+    """Cluster all ranks' rows. The same at any number of ranks, up to the order in which sums are taken.
+
+    Args:
+        x: float32[n,D], this rank's; n may differ between ranks.
+        clusters: K, at most N.
+        draws: float[n], a random number of each sample: those with the K smallest are the first centres.
+        iterations: at most; fewer where no sample changes its cluster any more.
+    """
+    centres = _first(x, clusters, draws)
+    label = torch.full((len(x),), -1, device=x.device)
+    for _ in range(iterations):
+        sums, found = _sums(x, centres)
+        changed = all_reduce((found != label).sum())
+        label = found
+        if not changed:
+            break
+        sizes = sums[:, -1]
+        centres = (sums[:, :-1] / sizes.clamp_min(1)[:, None]).float()
+        _split(centres, sizes)
+    sums, label = _sums(x, centres)
+    error = torch.stack([_error(x, centres, label), x.new_tensor(len(x), dtype=torch.float64)])
+    total = all_reduce(error)
+    return Clusters(centres, label, sums[:, -1].long(), float(total[0] / total[1]))
+
+
+def _first(x: Tensor, clusters: int, draws: Tensor) -> Tensor:
+    """The rows with the smallest draws, in their order: float32[K,D]."""
+    smallest = draws.double().sort().values[:clusters]
+    known = gather_ragged(smallest).sort().values
+    assert len(known) >= clusters, "fewer samples than clusters"
+    mine = draws.double() <= known[clusters - 1]
+    rows, order = gather_ragged(x[mine].contiguous()), gather_ragged(draws[mine].double())
+    return rows[order.argsort(stable=True)[:clusters]].clone()
+
+
+def _nearest(x: Tensor, centres: Tensor) -> Tensor:
+    """int64[n]."""
+    # The nearest has the largest x c - |c|^2 / 2; |x|^2 is the same for all.
+    return torch.addmm(-0.5 * centres.square().sum(dim=1), x, centres.T).argmax(dim=1)
+
+
+def _sums(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the rows nearest to each centre, of all ranks, float64[K,D+1]; and this rank's labels."""
+    count, width = centres.shape
+    sums = torch.zeros(count, width + 1, dtype=torch.float64, device=x.device)
+    labels: list[Tensor] = []
+    for rows in x.split(max(64, SCORES // count)):
+        label = _nearest(rows, centres)
+        sizes = torch.bincount(label, minlength=count)
+        # Sums over rows that are sorted by their cluster: quick, and without atomics, so the same in every run.
+        starts = sizes.cumsum(0) - sizes
+        sums[:, :-1] += functional.embedding_bag(label.argsort(stable=True), rows, starts, mode="sum")
+        sums[:, -1] += sizes
+        labels.append(label)
+    return all_reduce(sums), torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=x.device)
+
+
+def _split(centres: Tensor, sizes: Tensor) -> None:
+    """Give each empty cluster half of the one that is largest, in place."""
+    for empty in (sizes == 0).nonzero().flatten().tolist():
+        largest = int(sizes.argmax())
+        shift = torch.full_like(centres[0], SPLIT)
+        shift[1::2] = -SPLIT
+        centres[empty] = centres[largest] * (1 + shift)
+        centres[largest] *= 1 - shift
+        sizes[empty] = sizes[largest] / 2
+        sizes[largest] -= sizes[empty]
+
+
+def _error(x: Tensor, centres: Tensor, label: Tensor) -> Tensor:
+    """Sum of squared distances of this rank's rows from their centres, float64."""
+    step = max(64, SCORES // max(1, x.shape[1]))
+    pairs = zip(x.split(step), label.split(step), strict=True)
+    parts = [(rows - centres[own]).square().sum(dtype=torch.float64) for rows, own in pairs]
+    return torch.stack(parts).sum() if parts else x.new_zeros((), dtype=torch.float64)
