@@ -33,6 +33,8 @@ NAMES = [
 """Those that look at real images and their texts, of two streams; masks are of patches, which these encoders lack."""
 SETTINGS = {
     "knn": {"k": (5, 20)},
+    "ensemble_clustering": {"members": 2, "steps": 10},
+    "latent_clustering": {"steps": 20},
     "linear_probe": {"steps": 200},
     "embedding_map": {"samples": 40, "perplexity": 5.0},
     "robustness": {"corruptions": ("gaussian_noise", "contrast"), "severities": (1, 5)},

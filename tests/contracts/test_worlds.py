@@ -41,6 +41,9 @@ NAMES = sorted(set(registry.names("pipeline.evals")) - set().union(*ELSEWHERE.va
 SETTINGS = {
     "knn": {"k": (5, 20)},
     "selection": {"source": "val", "target": "other"},
+    "ensemble_clustering": {"members": 2, "steps": 10},
+    "latent_clustering": {"steps": 20},
+    "knn": {"k": (5, 20)},
     "ood": {"k": 5},
     "robustness": {"corruptions": ("fog", "contrast")},
 }

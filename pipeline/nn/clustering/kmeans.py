@@ -50,10 +50,9 @@ def kmeans(x: Tensor, clusters: int, draws: Tensor, iterations: int = 20) -> Clu
     for _ in range(iterations):
         sums, found = _sums(x, centres)
         changed = all_reduce((found != label).sum())
-        label = found
-        if not changed:
+        label, sizes = found, sums[:, -1]
+        if not changed and (sizes > 0).all():
             break
-        sizes = sums[:, -1]
         centres = (sums[:, :-1] / sizes.clamp_min(1)[:, None]).float()
         _split(centres, sizes)
     sums, label = _sums(x, centres)

@@ -47,11 +47,16 @@ class Objective(nn.Module):
         self.rows: dict[str, list[int]] | None = None
         self.state: tuple[bool, bool, int] | None = None
         self.drawn: list[int] = []
+        self.renewed: list[dict[str, int]] = []
 
     def surveyed(self, survey: str, rows: dict[str, Tensor], ctx: Any) -> None:
         self.rows = {name: value.tolist() for name, value in rows.items()}
         self.state = (self.training, torch.is_grad_enabled(), ctx.clock.step)
         self.drawn.append(int(torch.randint(10**9, ())))
+
+    def fresh(self, survey: str) -> dict[str, int]:
+        assert self.rows is not None, "what begins anew is known when the rows are"
+        return {f"head of {survey}": len(self.renewed)}
 
 
 def surveyor(stop: bool = False) -> tuple[Surveyor, Objective, Pulse]:
@@ -63,7 +68,9 @@ def surveyor(stop: bool = False) -> tuple[Surveyor, Objective, Pulse]:
         return {"twice": 2 * batch["id"]}
 
     place = SimpleNamespace(device=CPU)
-    engine = SimpleNamespace(objective=objective, place=place, look=look, whole_parameters=nullcontext)
+    engine = SimpleNamespace(
+        objective=objective, place=place, look=look, whole_parameters=nullcontext, renew=objective.renewed.append
+    )
     watch = SimpleNamespace(ask=lambda: stop)
     return Surveyor(cast(Any, engine), Meter(CPU, 1, cast(Any, pulse)), cast(Any, watch), seed=3), objective, pulse
 
@@ -75,6 +82,7 @@ def test_all_ranks_look_equally_often_and_each_keeps_its_own_rows_once():
     assert objective.rows == {"twice": [8, 10, 12], "id": [4, 5, 6]}
     assert objective.state == (False, False, 7) and objective.training
     assert made.ledger() == [{"id": 5, "step": 7, "survey": "ids"}] and made.ledger() == []
+    assert objective.renewed == [{"head of ids": 0}]
     assert pulse.said == ["survey ids"] * 4, "the watchdog hears of every look, and of what is made of them"
 
 
@@ -90,7 +98,7 @@ def test_what_is_drawn_in_it_depends_on_seed_and_step_alone():
 def test_one_that_is_stopped_comes_to_nothing():
     made, objective, _ = surveyor(stop=True)
     made.make("ids", Samples(), CLOCK)
-    assert objective.looked == [] and objective.rows is None and objective.training
+    assert objective.looked == [] and objective.rows is None and objective.training and not objective.renewed
 
 
 def test_it_is_an_action_ahead_of_an_update_whose_time_is_told(lone_group):

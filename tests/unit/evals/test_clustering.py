@@ -7,7 +7,8 @@ import torch
 from sklearn.cluster import KMeans
 
 from pipeline.core.errors import ConfigError
-from pipeline.evals.clustering import Clustering, Config, matched
+from pipeline.evals._clusters import matched
+from pipeline.evals.clustering import Clustering, Config
 from tests.contracts.components import ListStream, context, numbers
 from tests.unit.evals.test_knn import Identity, make_streams
 

@@ -69,7 +69,7 @@ def test_it_ends_where_scikit_learns_does_from_the_same_start(lone_group):
 
 
 def test_an_empty_cluster_is_given_half_of_the_largest(lone_group):
-    x = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.1, 1.1], [9.0, 8.0], [9.1, 8.0], [9.2, 8.1]])
+    x = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.1, 0.0], [9.0, 8.0], [9.1, 8.0], [9.2, 8.1]])
     found = kmeans(x, 3, torch.tensor([0.0, 0.1, 0.5, 0.6, 0.2, 0.7, 0.8]), 20)  # two centres at one point
     assert (found.sizes > 0).all() and sorted(found.sizes.tolist()) == [2, 2, 3]
 
