@@ -34,7 +34,7 @@ class Config(ClusterConfig):
     """Clusterings of each kind, from other seeds, each from one start: differences are what an ensemble lives of."""
     fuzzifier: Annotated[float, Field(gt=1)] = 1.1
     """Of fuzzy c-means."""
-    latent: Annotated[int, Field(ge=1)] = 16
+    latent: Annotated[int, Field(ge=1)] = 10
     """Numbers of the latent space."""
     steps: Annotated[int, Field(ge=1)] = 500
     """Of each autoencoder."""
@@ -82,7 +82,7 @@ class EnsembleClustering(Evaluation):
             return fuzzy_c_means(given, config.fuzzifier, seed, 300, 1e-5).membership.argmax(axis=1)
         x = given.x
         if kind == "latent":
-            x = latent_means(x, Course(config.latent, 128, 1.0, config.steps, 256, 1e-3, seed))
+            x = latent_means(x, Course(config.latent, 128, 1.0, config.steps, 256, 3e-3, seed))
         return KMeans(given.clusters, n_init=1, random_state=seed).fit_predict(x)  # pyright: ignore[reportArgumentType]
 
 

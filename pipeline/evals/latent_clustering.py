@@ -20,14 +20,14 @@ from pipeline.evals._latent import Course, latent_means
 class Config(ClusterConfig):
     """Settings of the clustering of latents."""
 
-    latent: Annotated[int, Field(ge=1)] = 16
+    latent: Annotated[int, Field(ge=1)] = 10
     """Numbers that a feature becomes."""
     hidden: Annotated[int, Field(ge=1)] = 128
     beta: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the divergence from a standard normal distribution."""
-    steps: Annotated[int, Field(ge=1)] = 1500
+    steps: Annotated[int, Field(ge=1)] = 1000
     batch: Annotated[int, Field(ge=1)] = 256
-    rate: Annotated[float, Field(gt=0)] = 1e-3
+    rate: Annotated[float, Field(gt=0)] = 3e-3
     """Of Adam."""
     starts: Annotated[int, Field(ge=1)] = 10
     """Of k-means."""

@@ -20,7 +20,9 @@ from tests.unit.evals.test_knn import Identity, make_streams
 
 KINDS = {
     "fuzzy_clustering": lambda **own: fuzzy_clustering.FuzzyClustering(fuzzy_clustering.Config(**own)),
-    "latent_clustering": lambda **own: latent_clustering.LatentClustering(latent_clustering.Config(steps=300, **own)),
+    "latent_clustering": lambda **own: latent_clustering.LatentClustering(
+        latent_clustering.Config(steps=600, latent=4, **own)
+    ),
     "ensemble_clustering": lambda **own: ensemble_clustering.EnsembleClustering(
         ensemble_clustering.Config(steps=200, members=2, **own)
     ),
@@ -35,7 +37,7 @@ def plain_c_means(x: np.ndarray, centres: np.ndarray, m: float, iterations: int)
     """Bezdek's two equations, number by number."""
     u = np.zeros((len(x), len(centres)))
     for _ in range(iterations):
-        d = np.array([[((a - c) ** 2).sum() for c in centres] for a in x])
+        d = np.array([[max(((a - c) ** 2).sum(), 1e-12) for c in centres] for a in x])  # it starts on samples
         for i, k in itertools.product(range(len(x)), range(len(centres))):
             u[i, k] = 1 / sum((d[i, k] / d[i, j]) ** (1 / (m - 1)) for j in range(len(centres)))
         centres = np.array([(u[:, k, None] ** m * x).sum(0) / (u[:, k] ** m).sum() for k in range(len(centres))])
@@ -99,10 +101,10 @@ def test_co_association_counts_the_clusterings_that_put_a_pair_together():
 
 
 def test_the_ensemble_outvotes_members_that_are_wrong():
-    """Each of nine clusterings has a quarter of its samples at chance; together they are right."""
+    """Each of fifteen clusterings has a quarter of its samples at chance; together they are right."""
     generator = np.random.default_rng(0)
     truth = np.arange(60) % 3
-    labels = np.stack([np.where(generator.random(60) < 0.25, generator.integers(0, 3, 60), truth) for _ in range(9)])
+    labels = np.stack([np.where(generator.random(60) < 0.25, generator.integers(0, 3, 60), truth) for _ in range(15)])
     found = consensus(co_association(labels), 3)
     assert all(len(np.unique(found[truth == k])) == 1 for k in range(3)) and len(np.unique(found)) == 3
     assert all((own != truth).any() for own in labels)
