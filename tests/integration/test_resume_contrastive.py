@@ -25,6 +25,7 @@ RUNS = {
     "siglip": ("clip", ["objective.loss=sigmoid", "objective.share=blocks", "engine.name=accelerate"], 1),
     "simclr": ("simclr", [], 4),
     "moco v2": ("moco", ["engine.zero=3"], 4),
+    "swav": ("swav", [], 4),
     "moco v3": ("moco", ["objective.version=3", "objective.encoder_args.drop_path_rate=0.2"], 1),
     "shot": ("adapt_shot", ["objective.every='4ba'"], 1),
     "neighbours": ("adapt_neighbours", ["engine.zero=2", "objective.refresh='100%'"], 4),
@@ -34,6 +35,7 @@ RUNS = {
 }
 """Objective, settings, and the number of ranks that a run of two is resumed with."""
 SLOW = {"siglip", "simclr", "moco v2", "shot", "pseudo-labels", "mean teacher", "fixmatch"}
+SLOW = {"siglip", "simclr", "moco v2", "swav"}
 """Run by make test-all: how an engine saves and resumes is held by the others; what is these methods' own is in the
 contract tests."""
 LAST = 8

@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.core import registry
 from pipeline.core.manifest import load
+from pipeline.core.protocols import Objective
 from tests import toys
-from tests.integration.runs import codes, die_at, metrics, overrides, run_toy, steps_of
+from tests.integration.runs import codes, die_at, metrics, overrides, run, run_toy, steps_of
 from tests.unit.data.shards import members, write_data
 
 ENGINES = {
@@ -31,12 +33,11 @@ def settings(folder: Path, shards: Path, every: str, engine: str, *more: str) ->
     return overrides(folder, shards, ENGINES[engine], f"objective.every='{every}'", *more)
 
 
-def hurt_in_survey(step: int, how: signal.Signals = signal.SIGKILL) -> None:
+def hurt_in_survey(step: int, how: signal.Signals = signal.SIGKILL, objective: str = "toy_survey") -> None:
     """Send rank 1 a signal in its second look of the survey after ``step`` updates."""
     toys.admit()
-    from pipeline.objectives import toy_survey  # type: ignore[attr-defined]
-
-    look, seen = toy_survey.ToySurvey.look, []
+    surveyed: Any = registry.component("pipeline.objectives", objective, Objective)
+    look, seen = surveyed.look, []
 
     def then_die(self: Any, survey: str, batch: Any, ctx: Any) -> Any:
         if ctx.clock.step == step and os.environ["RANK"] == "1":
@@ -45,7 +46,7 @@ def hurt_in_survey(step: int, how: signal.Signals = signal.SIGKILL) -> None:
                 os.kill(os.getpid(), how)
         return look(self, survey, batch, ctx)
 
-    toy_survey.ToySurvey.look = then_die
+    surveyed.look = then_die
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,27 @@ def test_killed_in_a_survey_it_resumes_bit_for_bit(every, killed_at, engine, gly
 
 
 @pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 5])
+def test_deep_cluster_killed_in_a_survey_resumes_bit_for_bit_with_clusters_and_fresh_classifier(glyphs, tmp_path):
+    """The survey at step 6 is the second one: what it makes rests on clusters, weights and momentum before it."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ("engine.micro_batch=4", "optimizer.lr=1e-2", "optimizer.betas=[0.9,0.9]")
+
+    def own(folder: Path) -> list[str]:
+        return overrides(folder, glyphs / "train", *more)
+
+    assert codes(run(2, "deep_cluster", own(whole))) == [0, 0]
+    hurt = partial(hurt_in_survey, 6, objective="deep_cluster")
+    assert codes(run(2, "deep_cluster", own(killed), hurt))[1] == -9
+    assert steps_of(killed)[-1] == 6
+    assert codes(run(2, "deep_cluster", own(killed))) == [0, 0]
+    assert metrics(killed) == metrics(whole)
+    assert len({line["nmi"] for line in metrics(whole).values()}) > 2
+    for rank in range(2):
+        file = Path("checkpoints", "step-00000012", f"rank-{rank:05d}.safetensors")
+        assert (whole / file).read_bytes() == (killed / file).read_bytes()
+
+
+@pytest.mark.parametrize("step", [0, 5])
 def test_asked_to_stop_in_a_survey_it_saves_and_goes_on_as_if_nothing_had_happened(step, glyphs, tmp_path):
     shards, whole, stopped = glyphs / "train", tmp_path / "whole", tmp_path / "stopped"
     assert codes(run_toy(2, "toy_survey", settings(whole, shards, "5ba", "accelerate"))) == [0, 0]
