@@ -125,12 +125,13 @@ class DAIC(PairwiseObjective):
         seen, told = embeddings.rows["seen"].float(), embeddings.rows["told"].detach().float()
         everyone = all_gather(told)
         upper, lower = self.thresholds(min(1.0, ctx.clock.progress))
-        cosine = told @ everyone.T
+        with torch.autocast(seen.device.type, enabled=False):  # bf16 would move pairs over the thresholds
+            cosine, found = told @ everyone.T, seen @ gather_with_gradient(seen).T
         same = cosine > upper
         sure = (same | (cosine < lower)) & ~self._self_pairs(cosine)
         counts = all_reduce(torch.stack([sure.sum(), (sure & same).sum()]).double())
-        found = (seen @ gather_with_gradient(seen).T).clamp(EPSILON, 1 - EPSILON)
-        cross = functional.binary_cross_entropy(found, same.to(found.dtype), reduction="none")
+        found = found.clamp(EPSILON, 1 - EPSILON)
+        cross = -torch.where(same, found.log(), (1 - found).log())
         # The mean over the pairs of all ranks, as a mean over samples.
         losses = (cross * sure).sum(dim=1) * (len(everyone) / counts[0].clamp_min(1)).to(found.dtype)
         clusters = everyone.argmax(dim=1).bincount(minlength=self.config.clusters)
