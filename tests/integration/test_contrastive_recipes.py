@@ -12,7 +12,7 @@ from pipeline.config.load import load_run
 from pipeline.config.resolve import resolve
 from pipeline.core.manifest import FILE, Manifest, Shard
 from pipeline.core.protocols import DataFacts, Objective
-from pipeline.objectives import clip, moco, simclr
+from pipeline.objectives import clip, daic, deep_cluster, moco, simclr, swav
 from tests.unit.data.test_text import WORDS, tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -29,10 +29,15 @@ RECIPES = {
     "simclr_rn50_1000": (IMAGENET, 32, 128, 0.3 * 4096 / 256, 1000 * (IMAGENET // 4096), 28.0),
     "simclr_rn18_cifar10": (CIFAR, 1, 512, 1.0, 1000 * (CIFAR // 512), 11.5),
     "moco_v2_rn50": (IMAGENET, 8, 32, 0.03, 200 * (IMAGENET // 256), 2 * 28.0),
+    "swav_rn50_800": (IMAGENET, 64, 64, 4.8, 800 * (IMAGENET // 4096), 23.5 + 4.46 + 0.384),
+    "swav_rn50_200_bs256": (IMAGENET, 4, 64, 0.6, 200 * (IMAGENET // 256), 23.5 + 4.46 + 0.384),
+    "deep_cluster_rn50": (IMAGENET, 8, 32, 0.05, 200 * (IMAGENET // 256), 23.5 + 2049e-6 * 10_000),
+    "daic_cifar10": (CIFAR, 1, 128, 1e-3, 50 * (CIFAR // 128), 11.17),
     "moco_v3_vit_b": (IMAGENET, 64, 64, 1.5e-4 * 16, 300 * (IMAGENET // 4096), 2 * 106.9 + 2.1),
 }
 OBJECTIVES = {"clip": (clip.Config, clip.CLIP), "simclr": (simclr.Config, simclr.SimCLR)}
-OBJECTIVES |= {"moco": (moco.Config, moco.MoCo)}
+OBJECTIVES |= {"moco": (moco.Config, moco.MoCo), "swav": (swav.Config, swav.SwAV), "daic": (daic.Config, daic.DAIC)}
+OBJECTIVES |= {"deep_cluster": (deep_cluster.Config, deep_cluster.DeepCluster)}
 
 
 def data_set(folder: Path, samples: int) -> str:
@@ -44,7 +49,9 @@ def data_set(folder: Path, samples: int) -> str:
 
 def test_no_recipe_is_left_out():
     names = {p.stem for p in (CONFIGS / "pretrain").glob("*.toml")}
-    assert {n for n in names if n.startswith(("clip", "siglip", "simclr", "moco"))} == set(RECIPES)
+    assert {n for n in names if n.startswith(("clip", "siglip", "simclr", "moco", "swav", "deep", "daic"))} == set(
+        RECIPES
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -62,7 +69,8 @@ def test_a_recipe_is_sound_and_as_published(recipe, tmp_path, capsys):
     assert plan.peak_lr == pytest.approx(peak)
     settings, cls = OBJECTIVES[config.objective.name]
     with torch.device("meta"):
-        objective: Objective = cls(settings(**config.objective.settings), DataFacts(config.data.image.shape, ()))
+        facts = DataFacts(config.data.image.shape, (), samples)
+        objective: Objective = cls(settings(**config.objective.settings), facts)
     tolerance = 1e-12 if recipe.startswith("clip") else 0.005
     assert sum(p.numel() for p in objective.parameters()) / 1e6 == pytest.approx(millions, rel=tolerance)
     if recipe.startswith(("simclr", "moco")):
