@@ -78,9 +78,9 @@ class DeepCluster(Objective):
         for name, value in self.fresh(SURVEY).items():
             self.get_parameter(name).data.copy_(value)
         # Until the first survey, which is before the first update, clusters are drawn at chance.
-        labels = torch.randint(0, config.clusters, (facts.samples,))
-        self.register_buffer("labels", labels)
-        self.register_buffer("sizes", torch.bincount(labels, minlength=config.clusters))
+        self.register_buffer("labels", torch.randperm(facts.samples) % config.clusters)
+        each, more = divmod(facts.samples, config.clusters)
+        self.register_buffer("sizes", each + (torch.arange(config.clusters) < more).long())
         self.register_buffer("agreement", torch.zeros(1))
 
     def surveys(self) -> Mapping[str, Survey]:
