@@ -39,7 +39,6 @@ ELSEWHERE = {
 NAMES = sorted(set(registry.names("pipeline.evals")) - set().union(*ELSEWHERE.values()))
 """All that a new evaluation is among, until it says why it cannot be."""
 SETTINGS = {
-    "knn": {"k": (5, 20)},
     "selection": {"source": "val", "target": "other"},
     "ensemble_clustering": {"members": 2, "steps": 10},
     "latent_clustering": {"steps": 20},
