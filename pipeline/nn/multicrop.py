@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ def construct_multicrop(
         ConfigError: as there.
     """
     mixed = len(set(sizes)) > 1 and takes_image_size(config.encoder)
-    fixed = {"dynamic_img_size": True} if mixed and "dynamic_img_size" not in config.encoder_args else {}
+    fixed: dict[str, Any] = (
+        {"dynamic_img_size": True} if mixed and "dynamic_img_size" not in config.encoder_args else {}
+    )
     return construct_encoder(config, sizes[0], name, start=start, stem_of_small_images=stem_of_small_images, **fixed)
 
 
