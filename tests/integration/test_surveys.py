@@ -65,7 +65,6 @@ def test_killed_in_a_survey_it_resumes_bit_for_bit(every, killed_at, engine, gly
         assert (whole / file).read_bytes() == (killed / file).read_bytes()
 
 
-@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_deep_cluster_killed_in_a_survey_resumes_bit_for_bit_with_clusters_and_fresh_classifier(glyphs, tmp_path):
     """The survey at step 6 is the second one: what it makes rests on clusters, weights and momentum before it."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -86,7 +85,7 @@ def test_deep_cluster_killed_in_a_survey_resumes_bit_for_bit_with_clusters_and_f
         assert (whole / file).read_bytes() == (killed / file).read_bytes()
 
 
-@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_asked_to_stop_in_a_survey_it_saves_and_goes_on_as_if_nothing_had_happened(step, glyphs, tmp_path):
     shards, whole, stopped = glyphs / "train", tmp_path / "whole", tmp_path / "stopped"
     assert codes(run_toy(2, "toy_survey", settings(whole, shards, "5ba", "accelerate"))) == [0, 0]
