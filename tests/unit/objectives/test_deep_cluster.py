@@ -117,6 +117,9 @@ class All:
     def __iter__(self) -> Any:
         return iter([self.part])
 
+    def ledger(self) -> list[dict[str, Any]]:
+        return []
+
 
 def renewed(engine_name: str, stage: int) -> dict[str, Any]:
     """Parameters, optimizer's state and averages of the classifier around a survey, after a step of AdamW."""
