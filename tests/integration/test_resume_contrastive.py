@@ -34,8 +34,7 @@ RUNS = {
     "fixmatch": ("fixmatch", [BESIDE], 1),
 }
 """Objective, settings, and the number of ranks that a run of two is resumed with."""
-SLOW = {"siglip", "simclr", "moco v2", "shot", "pseudo-labels", "mean teacher", "fixmatch"}
-SLOW = {"siglip", "simclr", "moco v2", "swav"}
+SLOW = {"siglip", "simclr", "moco v2", "shot", "pseudo-labels", "mean teacher", "fixmatch", "swav"}
 """Run by make test-all: how an engine saves and resumes is held by the others; what is these methods' own is in the
 contract tests."""
 LAST = 8
