@@ -156,7 +156,7 @@ def loader(batch: int, rounds: int) -> None:
     from data_prep.options import Options
 
     with tempfile.TemporaryDirectory() as place:
-        build_shards(GlyphsSource(characters=60, samples=4, pixels=128, variation=1.0), place, Options({}))
+        build_shards(GlyphsSource(characters=60, samples=1, size=128), place, Options({}))
         main = load(f"{place}/train")
         write_outputs(main, Path(place, "big"))
         data = Data(train=main.root, fields=("image", "label"), image=IMAGE, augmentations=AUGMENTATIONS, workers=0)
