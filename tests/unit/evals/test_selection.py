@@ -66,6 +66,21 @@ def test_labels_of_the_target_change_no_score(lone_group, flip):
     assert [name for name, fields in uses.streams.items() if "label" in fields] == ["source"]
 
 
+class Unlabelled(ListStream):
+    """Without a label to read."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield {name: value for name, value in batch.items() if name != "label"}
+
+
+def test_a_target_without_labels_is_enough(lone_group):
+    given, bare = streams(), streams()
+    for name in ("target", "train"):
+        bare[name] = Unlabelled(given[name].image, given[name].label)
+    assert {n: v.value for n, v in measured(bare).items()} == {n: v.value for n, v in measured(given).items()}
+
+
 def test_one_sample_has_no_neighbour(lone_group):
     given = streams()
     given["target"] = made(1, 3)
