@@ -17,8 +17,8 @@ from pipeline.core.errors import ConfigError
 from pipeline.dist.group import process_group
 from pipeline.run import start
 from tests.contracts.components import CLASSES, build_objective, smoke_config
-from tests.integration.runs import codes, notes, overrides, run
-from tests.integration.test_frozen import body_of
+from tests.integration.runs import codes, notes, overrides, rank_body, run
+from tests.integration.test_frozen import refused_by
 from tests.ranks import start_ranks
 from tests.unit.nn.test_matching import TINY, vit
 
@@ -77,9 +77,7 @@ def test_what_cannot_be_is_one_message(settings, said, glyphs, tmp_path, monkeyp
     save_file({"some.weight": torch.ones(2)}, file)
     own = overrides(tmp_path / "run", glyphs / "train", f"start={settings.replace('FILE', str(file))}")
     config = Path(__file__).parents[2] / "configs" / "smoke" / "supervised.toml"
-    (end,) = start_ranks(1, body_of, config=str(config), settings=own, said=str(tmp_path / "said"))
-    text = (tmp_path / "said").read_text()
-    assert end.value == 2 and "Traceback" not in text
+    text = refused_by(rank_body, tmp_path, config=str(config), settings=own, hurt=None)
     assert said.replace("FILE", str(file)) in text
 
 

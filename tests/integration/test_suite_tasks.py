@@ -231,7 +231,7 @@ def test_what_decides_a_number_decides_whether_it_is_there(change, mae, data, tm
     if change == "weights":
         other = write_run(tmp_path / "other", "mae", data / "train", decoder_depth=1, mask_ratio=0.5)
         text = (other / "config.toml").read_text()
-        (other / "config.toml").write_text(text.replace("seed = 0", "seed = 1"))
+        (other / "config.toml").write_text(text.replace("\nseed = 0", "\nseed = 1"))
         assert text != (other / "config.toml").read_text()
         assert evaluate(other, suite, out) == 0
     else:

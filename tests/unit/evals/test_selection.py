@@ -78,6 +78,7 @@ def test_a_target_without_labels_is_enough(lone_group):
     given, bare = streams(), streams()
     for name in ("target", "train"):
         bare[name] = Unlabelled(given[name].image, given[name].label)
+        bare[name].classes = given[name].classes
     assert {n: v.value for n, v in measured(bare).items()} == {n: v.value for n, v in measured(given).items()}
 
 

@@ -17,6 +17,7 @@ def test_a_collapse_is_noted_once_and_again_after_a_recovery(lone_group):
         meter=SimpleNamespace(keep=lambda: None, line=lambda clock: next(lines)),
         plan=SimpleNamespace(steps_per_epoch=2),
         stream=SimpleNamespace(events=lambda: {"read": 1}, ledger=lambda: []),
+        surveyor=SimpleNamespace(ledger=lambda: []),
         place=SimpleNamespace(device="cpu"),
         recorder=SimpleNamespace(log=lambda step, line: None, note=said.append),
         collapse=CollapseWatch(),
