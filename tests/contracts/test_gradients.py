@@ -56,6 +56,16 @@ NAMES = [n for n in names() if registry.component(package_of(n), n, Objective).p
 """Those with phases: ``test_phases.py``."""
 REPRESENTATIVES = {"mae", "clip"}
 """One that is the mean over samples and one that compares them: for them the engines are tried in every way."""
+CASES = [*NAMES, *VARIANTS]
+ALIKE = {
+    f"{name} with batch norm"
+    for name in (
+        "adapt_drcn", "adapt_neighbours", "adapt_shot", "adapt_wdan", "coral_sources", "colorization",
+        "exemplar", "group_dro", "jigsaw", "pseudo_label", "relative_patch",
+    )
+}  # fmt: skip
+"""Tried by `make test-all`: batch norm comes to their encoders as it comes to others that are tried."""
+assert set(CASES) >= ALIKE
 GLOBAL_BATCH = 8
 RATE = 1000.0
 """So large that the rounding of `weight - rate * gradient` does not hide the gradient."""
@@ -148,7 +158,7 @@ def ways_of(name: str) -> dict[int, list[Way]]:
     return EVERY_WAY if name in REPRESENTATIVES else WITH_BATCH_NORM if has_batch_norm(name) else EVERY_KIND
 
 
-@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ALIKE else ()) for n in CASES])
 def test_the_gradient_does_not_depend_on_ranks_accumulation_or_engine(name):
     ways = ways_of(name)
     ended = start_ranks(max(ways), gradients, name=name, ways=ways, ports={world: free_port() for world in ways})
