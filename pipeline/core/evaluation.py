@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pipeline.core.protocols import Batch, Objective
@@ -284,6 +285,43 @@ class Maker(Protocol):
         ...
 
 
+Kind = Literal["exact", "bound", "importance_weighted"]
+"""Of a number of bits: those of the model's own density or probability, with nothing left out (a density is of images
+that are dequantised by uniform noise, one for each: Theis et al. 2016, arXiv 1511.01844); at least those of the model's
+marginal, in expectation (ELBO, variational bound); or the tighter bound by K draws (Burda et al. 2016, 1509.00519)."""
+
+
+def bits_name(kind: Kind, draws: int | None = None) -> str:
+    """What bits per dimension of a kind are called, wherever they are told: "bits_per_dim_exact".
+
+    Args:
+        kind: of the number.
+        draws: K of "importance_weighted", which is a part of what the number is; no other kind has any.
+    """
+    assert (kind == "importance_weighted") == (draws is not None), "draws belong to importance weighting alone"
+    return f"bits_per_dim_{kind}" if draws is None else f"bits_per_dim_{kind}_{draws}"
+
+
+class Bits(NamedTuple):
+    """How many bits per dimension images need."""
+
+    kind: Kind
+    parts: Mapping[str, Tensor]
+    """Part to float64[B]; they add up. One part, "", where there are no others."""
+    draws: int | None = None
+    """K of "importance_weighted"."""
+
+    @property
+    def name(self) -> str:
+        """See :func:`bits_name`."""
+        return bits_name(self.kind, self.draws)
+
+    @property
+    def total(self) -> Tensor:
+        """float64[B]."""
+        return torch.stack([*self.parts.values()]).sum(dim=0)
+
+
 @runtime_checkable
 class Likely(Protocol):
     """A :class:`Maker` that also knows how likely an image is, exactly or by a bound."""
@@ -299,10 +337,8 @@ class Likely(Protocol):
         """
         ...
 
-    def likelihood(
-        self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None
-    ) -> Mapping[str, Tensor]:
-        """How many bits each image needs, by parts that add up; the same for an id in any batch.
+    def likelihood(self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None) -> Bits:
+        """How many bits each image needs, and what kind of number that is; the same for an id in any batch.
 
         Args:
             image: uint8[B,C,H,W], on the device to compute on.
@@ -310,8 +346,5 @@ class Likely(Protocol):
             prompt: the fields that it is told.
             seed: of all chance.
             steps: see :meth:`check_likelihood`.
-
-        Returns:
-            Part to float64[B] in bits per dimension; one part, "", where there are no others.
         """
         ...

@@ -41,16 +41,17 @@ class Config(Strict):
 
 
 class Likelihood(Evaluation):
-    """Reports "likelihood/bits_per_dim" and its parts, whose names say of what kind it is.
+    """Reports "likelihood/bits_per_dim_KIND", so that no bound is held against what is exact unseen, and its parts.
 
-    Bounds are those of diffusion models ("_decoder", "_levels", "_prior") and of variational autoencoders
-    ("_distortion", "_rate"); "_importance_weighted" is their tighter one (Burda et al. 2016, arXiv 1509.00519).
+    KIND is "exact" (flows, autoregressive models), "bound" (diffusion, with parts "_decoder", "_levels", "_prior";
+    variational autoencoders, "_distortion", "_rate") or "importance_weighted_K", by K draws; see
+    :class:`pipeline.core.evaluation.Bits`.
 
     "likelihood/histogram" is what a model needs that knows nothing but how often each value occurs at each pixel of the
     training images (counts plus one).
     """
 
-    version = 2
+    version = 3
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -72,7 +73,7 @@ class Likelihood(Evaluation):
         """
         own, test, train = self.config, ctx.streams[self.config.test], ctx.streams[self.config.train]
         model, told, device = _likely(ctx), TOLD[maker_of(ctx).told], ctx.place.device
-        table, names = histogram(train, model.image_shape), list[str]()
+        table, names = histogram(train, model.image_shape), list[str]()  # of the total, and of its parts
         rows: list[tuple[Tensor, ...]] = []
         for batch in test:
             mine = self._chosen(batch["id"], test.samples)
@@ -81,16 +82,15 @@ class Likelihood(Evaluation):
             part = {name: value[mine].to(device) for name, value in batch.items()}
             prompt = _prompt(part, told)
             bits = model.likelihood(part["image"], part["id"], prompt, own.seed, own.steps)
-            names = list(bits)
+            names = [bits.name, *(f"{bits.name}_{part}" for part in bits.parts if part)]
+            columns = [bits.total, *(value for part, value in bits.parts.items() if part)]
             pixels = part["image"].flatten(1).long().cpu()
             counted = -table.gather(1, pixels.T).mean(dim=0)
-            rows.append((part["id"].cpu(), torch.stack([v.double().cpu() for v in bits.values()], dim=1), counted))
+            rows.append((part["id"].cpu(), torch.stack(columns, dim=1).double().cpu(), counted))
         _, bits, counted = in_order(rows)
-        yield _mean("bits_per_dim", bits.sum(dim=1), own.test, "lower")
         names = next(known for known in gather_objects(names) if known)  # a rank may have measured nothing
-        for name, values in zip(names, bits.T, strict=True):
-            if name:
-                yield _mean(f"bits_per_dim_{name}", values, own.test)
+        for number, (name, values) in enumerate(zip(names, bits.T, strict=True)):
+            yield _mean(name, values, own.test, None if number else "lower")
         yield _mean("histogram", counted, own.test)
 
     def _chosen(self, ids: Tensor, size: int) -> Tensor:

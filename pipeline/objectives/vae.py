@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.config.mistakes import validate
 from pipeline.config.schema import Strict
+from pipeline.core.evaluation import Bits, bits_name
 from pipeline.core.protocols import (
     Batch,
     DataFacts,
@@ -95,7 +96,7 @@ class VAE(PairwiseObjective):
         }
 
     def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
-        """Distortion and weighted rate; "bits_per_dim" is the bound, "active" the share of channels in use."""
+        """Distortion and weighted rate; "bits_per_dim_bound" is the bound, "active" the share of channels in use."""
         distortion, kl = embeddings.rows["distortion"], embeddings.rows["kl"]
         mean = all_reduce(kl.detach().mean(dim=0)) / rank_and_world()[1] if self.compares else kl.detach().mean(dim=0)
         free = self.config.free_bits
@@ -106,7 +107,7 @@ class VAE(PairwiseObjective):
         rate = to_bits * kl.detach().sum(dim=1)
         places = math.prod(self.code_shape[1:])
         metrics = {
-            "bits_per_dim": (distortion.detach() + rate).mean(),
+            bits_name("bound"): (distortion.detach() + rate).mean(),
             "distortion": distortion.detach().mean(),
             "rate": rate.mean(),
             "active": (kl.detach().mean(dim=0) > ACTIVE * places).float().mean(),
@@ -182,7 +183,7 @@ class Generator(nn.Module):
     def check_likelihood(self, steps: int | None) -> None:
         """Any number of draws."""
 
-    def likelihood(self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None) -> dict[str, Tensor]:
+    def likelihood(self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None) -> Bits:
         """The bound by one draw, in its two parts; or the importance-weighted bound by ``steps`` draws. float64[B]."""
         own = self.model.posterior(image)
         code = SampleRandom(seed, "vae.code", torch.zeros_like(ids), ids)
@@ -195,7 +196,9 @@ class Generator(nn.Module):
 
         if steps is None:
             rate = own.kl().double().flatten(1).sum(dim=1)
-            return {"distortion": self.model.pixels.bits(draw()[0]), "rate": pixels.bits(-rate, self.model.dims)}
+            parts = {"distortion": self.model.pixels.bits(draw()[0]), "rate": pixels.bits(-rate, self.model.dims)}
+            return Bits("bound", parts)
         wide = Posterior(own.mean.double(), own.log_std.double())
         weights = [told + wide.log_ratio(z) for told, z in (draw() for _ in range(steps))]
-        return {"importance_weighted": self.model.pixels.bits(importance_weighted(torch.stack(weights)))}
+        own_bits = self.model.pixels.bits(importance_weighted(torch.stack(weights)))
+        return Bits("importance_weighted", {"": own_bits}, steps)

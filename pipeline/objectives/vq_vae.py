@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.config.schema import Strict
+from pipeline.core.evaluation import bits_name
 from pipeline.core.protocols import Batch, Clock, DataFacts, Export, Objective, Picture, StepContext, StepOutput
 from pipeline.dist.gather import gather_ragged
 from pipeline.nn.generative.autoencoder import Autoencoder, AutoencoderConfig, diffusers_settings, to_diffusers
@@ -112,7 +113,7 @@ class VQVAE(Objective):
         rate = math.prod(self.code_shape[1:]) * math.log2(self.quantiser.codes) / self.pixels.dims
         metrics = {
             "distortion": distortion.detach().mean(),
-            "bits_per_dim": distortion.detach().mean() + rate,
+            bits_name("bound"): distortion.detach().mean() + rate,
             "perplexity": perplexity(self.quantiser.counts),
             "dead": (self.quantiser.counts < DEAD).float().mean(),
         }

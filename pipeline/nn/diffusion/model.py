@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.config.mistakes import validate
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, NonFiniteError
+from pipeline.core.evaluation import Bits
 from pipeline.core.protocols import Batch
 from pipeline.core.random import SampleRandom
 from pipeline.nn.conditioning import Conditions, Prompt, Text, TextReader, Told, prompt_of
@@ -302,10 +303,11 @@ class Generator(nn.Module):
         """Refuse a number of levels that the process has not; see :class:`pipeline.core.evaluation.Likely`."""
         self.process.likelihood_chain(steps)
 
-    def likelihood(self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None) -> dict[str, Tensor]:
-        """Bits per dimension of the bound's three parts, float64[B] each; see there."""
+    def likelihood(self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None) -> Bits:
+        """The bound, in its three parts; see there."""
         terms = self.bits(image, ids, prompt_of(prompt), seed, steps)
-        return {"decoder": terms[:, 0], "levels": terms[:, 1:-1].sum(dim=1), "prior": terms[:, -1]}
+        parts = {"decoder": terms[:, 0], "levels": terms[:, 1:-1].sum(dim=1), "prior": terms[:, -1]}
+        return Bits("bound", parts)
 
 
 def _draws(random: SampleRandom, shape: tuple[int, ...], count: int, device: torch.device) -> Iterator[Tensor]:

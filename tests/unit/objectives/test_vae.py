@@ -79,7 +79,7 @@ def test_the_bound_is_the_closed_form_of_a_linear_model(linear, monkeypatch):
         StepContext, "random", lambda ctx, b, what: Fixed(u) if what == "vae.dequantise" else RANDOM(ctx, b, what)
     )
     metrics = model(many, CTX).metrics
-    assert float(metrics["bits_per_dim"]) == pytest.approx(float(expected), abs=0.03)
+    assert float(metrics["bits_per_dim_bound"]) == pytest.approx(float(expected), abs=0.03)
     assert float(metrics["rate"]) == pytest.approx(float(kl) / (12 * math.log(2)), rel=1e-5)
 
 
@@ -110,13 +110,14 @@ def test_many_draws_tend_to_the_marginal_likelihood(linear, monkeypatch):
     generator = model.encoders()["generator"]
 
     def gap(k):
-        found = generator.likelihood(image, ids, {}, 0, k)["importance_weighted"].detach()
+        found = generator.likelihood(image, ids, {}, 0, k).total.detach()
         return float((found - marginal).mean())
 
     bound = generator.likelihood(image, ids, {}, 0, None)
+    assert bound.name == "bits_per_dim_bound" and list(bound.parts) == ["distortion", "rate"]
     one, ten, many = gap(1), gap(10), gap(1500)
     assert one > 0.1 and 0.5 * one > ten > 5 * abs(many) and abs(many) < 2e-3
-    assert float((bound["distortion"] + bound["rate"] - marginal).detach().mean()) == pytest.approx(one, abs=0.05)
+    assert float((bound.total - marginal).detach().mean()) == pytest.approx(one, abs=0.05)
     # with what the posterior really is, correlations included, every single draw has the whole answer
     z = torch.linalg.cholesky(known.cov) @ torch.randn(2, 1, dtype=torch.float64) + centre[:1].T
     law = torch.distributions.MultivariateNormal(centre[0], known.cov)
@@ -151,7 +152,7 @@ def test_a_channel_below_its_free_bits_costs_the_limit_and_moves_nothing():
     output.loss.backward()
     assert (kl.grad == 0).tolist() == [[True, False, True, False]] * 2
     assert kl.grad[0, 1] == pytest.approx(0.25 * to_bits)
-    assert float(output.metrics["bits_per_dim"]) == pytest.approx(5.5 + to_bits * 11.1, rel=1e-6)
+    assert float(output.metrics["bits_per_dim_bound"]) == pytest.approx(5.5 + to_bits * 11.1, rel=1e-6)
 
 
 def test_channels_in_use_are_counted():
@@ -172,9 +173,10 @@ def test_what_is_made_belongs_to_its_id(decoder):
     cold = generator.make(ids, {}, 3, Drawing(temperature=0.0))
     assert torch.equal(cold[0], cold[1])
     data = batch()
-    bits = generator.likelihood(data["image"], data["id"], {}, 0, 3)["importance_weighted"]
-    part = generator.likelihood(data["image"][4:], data["id"][4:], {}, 0, 3)["importance_weighted"]
-    torch.testing.assert_close(bits[4:], part)
+    bits = generator.likelihood(data["image"], data["id"], {}, 0, 3)
+    part = generator.likelihood(data["image"][4:], data["id"][4:], {}, 0, 3)
+    torch.testing.assert_close(bits.total[4:], part.total)
+    assert bits.name == "bits_per_dim_importance_weighted_3"
 
 
 def test_training_puts_the_level_of_an_image_into_its_code():

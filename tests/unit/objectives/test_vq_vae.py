@@ -67,7 +67,7 @@ def test_ranks_have_the_same_codes_at_any_number(folder):
 def test_the_rate_is_that_of_codes_all_as_likely():
     model = build()
     output = model(batch(), CTX)
-    rate = output.metrics["bits_per_dim"] - output.metrics["distortion"]
+    rate = output.metrics["bits_per_dim_bound"] - output.metrics["distortion"]
     assert float(rate) == pytest.approx(16 * math.log2(12) / 192, rel=1e-5)
     assert float(output.loss.detach()) > float(output.metrics["distortion"])
 
