@@ -62,26 +62,34 @@ def _select(whole: Manifest, rules: Choice, sidecars: Mapping[str, Sidecar], whe
     if rules.keep:
         kept = _listed(rules.keep, keys, whole, f"{where}.keep")
         chosen["keep"] = f"{len(kept)} of {whole.samples} samples"
-    sides: dict[str, Side] = {}
-    for name, sidecar in sidecars.items():
-        sides[name], chosen[f"sidecar.{name}"] = _joined(name, sidecar, keys, whole, kept, where)
-        if sidecar.missing == "drop":
-            kept = kept[sides[name].rows[kept] >= 0]
-    selection = _selection(whole, kept, sides, chosen)
-    if rules.where:
-        kept = kept[_holds(selection, rules.where, f"{where}.where")]
-        chosen["where"] = rules.where
     if rules.held_out:
         kept = kept[in_part(keys[kept], rules.held_out)]
         chosen["held_out"] = str(rules.held_out)
+    sides: dict[str, Side] = {}
+    for name, sidecar in sidecars.items():
+        sides[name] = _joined(sidecar, keys, kept, f"{where}.sidecar.{name}")
+        chosen[f"sidecar.{name}"] = sides[name].manifest.fingerprint
+        if sidecar.missing == "drop":
+            kept = kept[sides[name].rows[kept] >= 0]
+    strict = {name: side for name, side in sides.items() if sidecars[name].missing == "refuse"}
+    if rules.where:
+        condition = Where(rules.where, f"{where}.where")
+        asked = {column.rpartition(":")[0] for column in condition.columns}
+        for name in asked & strict.keys():  # of a sample that it lacks nobody can say whether the condition holds
+            _hold_complete(strict[name], keys, whole, kept, f"{where}.sidecar.{name}")
+        kept = kept[_holds(_selection(whole, kept, sides, chosen), condition, f"{where}.where")]
+        chosen["where"] = rules.where
     if rules.by_label:
         label = labels(_selection(whole, kept, sides, chosen))
         kept = kept[drawn(keys[kept], label, whole.classes, rules.by_label, f"{where}.by_label")]
         chosen["by_label"] = str(rules.by_label)
-    selection = _selection(whole, kept, sides, chosen)
     if not len(kept):
         raise DataError(f"{where}: of {whole.samples} samples of {whole.root} none is kept")
-    return selection
+    for name, side in strict.items():
+        _hold_complete(side, keys, whole, kept, f"{where}.sidecar.{name}")
+    if sides:
+        numbers_of(keys[kept], keys[kept], whole.root)  # a key that stands twice would get the same row twice
+    return _selection(whole, kept, sides, chosen)
 
 
 def _selection(whole: Manifest, kept: Ints, sides: Mapping[str, Side], chosen: Mapping[str, Any]) -> Selection:
@@ -111,18 +119,19 @@ def numbers_of(wanted: np.ndarray, keys: np.ndarray, where: str) -> Ints:
     """int64[W], at which number each of W keys stands among N; -1: nowhere.
 
     Raises:
-        DataError: a key stands twice among the N, so that it names no sample.
+        DataError: a wanted key stands twice among the N, so that it names no sample.
     """
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-    if len(twice):
-        key = bytes(ordered[twice[0]]).decode()
-        raise DataError(f"{where}: the key {key!r} stands for several samples, so it joins none")
     if not len(keys):
         return np.full(len(wanted), -1)
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
     at = np.searchsorted(ordered, wanted).clip(max=len(keys) - 1)
-    return np.where(ordered[at] == wanted, order[at], -1)
+    there = ordered[at] == wanted
+    twice = np.flatnonzero(there & (ordered[(at + 1).clip(max=len(keys) - 1)] == wanted) & (at + 1 < len(keys)))
+    if len(twice):
+        key = bytes(wanted[twice[0]]).decode()
+        raise DataError(f"{where}: the key {key!r} stands for several samples, so it joins none")
+    return np.where(there, order[at], -1)
 
 
 def _listed(keep: str, keys: np.ndarray, whole: Manifest, where: str) -> Ints:
@@ -150,25 +159,27 @@ def _listed(keep: str, keys: np.ndarray, whole: Manifest, where: str) -> Ints:
     return np.unique(numbers)
 
 
-def _joined(name: str, sidecar: Sidecar, keys: np.ndarray, whole: Manifest, kept: Ints, where: str) -> tuple[Side, str]:
-    """A sidecar's rows for all samples of the whole, and its fingerprint."""
-    where = f"{where}.sidecar.{name}"
+def _joined(sidecar: Sidecar, keys: np.ndarray, kept: Ints, where: str) -> Side:
+    """A sidecar, with a row for each of the samples of the whole that are kept so far."""
     side = load(sidecar.path)
-    numbers_of(keys[:0], keys, whole.root)  # a key that stands twice here would get the same row twice
-    rows = numbers_of(keys, keys_of(side), f"{where}: {side.root}")
-    absent = kept[rows[kept] < 0]
-    if len(absent) and sidecar.missing == "refuse":
+    rows = np.full(len(keys), -1)
+    rows[kept] = numbers_of(keys[kept], keys_of(side), f"{where}: {side.root}")
+    return Side(side, rows)
+
+
+def _hold_complete(side: Side, keys: np.ndarray, whole: Manifest, kept: Ints, where: str) -> None:
+    """Refuse a sidecar that lacks some of the samples."""
+    absent = kept[side.rows[kept] < 0]
+    if len(absent):
         named = ", ".join(repr(bytes(keys[i]).decode()) for i in absent[:_NAMED].tolist())
         raise DataError(
-            f"{where}: {len(absent)} of {len(kept)} samples of {whole.root} are not in {side.root}, first {named}; "
-            'add them, or set missing = "drop" to leave such samples out, or "allow" to keep them'
+            f"{where}: {len(absent)} of {len(kept)} samples of {whole.root} are not in {side.manifest.root}, first "
+            f'{named}; add them, or set missing = "drop" to leave such samples out, or "allow" to keep them'
         )
-    return Side(side, rows), side.fingerprint
 
 
-def _holds(selection: Selection, condition: str, where: str) -> np.ndarray:
+def _holds(selection: Selection, wanted: Where, where: str) -> np.ndarray:
     """bool[N], for which samples a condition on their metadata holds."""
-    wanted = Where(condition, where)
     members = {_member(column) for column in wanted.columns}
     unknown = sorted(members - set(selection.fields))
     if unknown:

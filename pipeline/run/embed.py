@@ -8,9 +8,10 @@ is killed. Shape letters: B samples, A augmentations.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
@@ -19,18 +20,18 @@ import torch
 
 from data_prep.progress import Progress
 from data_prep.sidecar import SidecarWriter
-from pipeline.config import load
 from pipeline.config.exitcodes import FINISHED
+from pipeline.config.load import load_run
 from pipeline.config.schema import Data, RunConfig
 from pipeline.core import registry
 from pipeline.core.components import OBJECTIVES, check_component
-from pipeline.core.errors import ConfigError
-from pipeline.core.manifest import Joined, Manifest
+from pipeline.core.errors import ConfigError, DataError
+from pipeline.core.manifest import Joined, Manifest, load
 from pipeline.core.protocols import DataFacts, Objective
 from pipeline.data import outputs
 from pipeline.data.assemble import Assembler, Bad
 from pipeline.data.chance import sample_keys
-from pipeline.data.dataset import open_data
+from pipeline.data.dataset import keys_of, open_data
 from pipeline.data.facts import facts
 from pipeline.data.outputs import KIND, LOGITS, Layout
 from pipeline.data.reading import AugmentedReading
@@ -63,7 +64,7 @@ def embed(path: str, overrides: Sequence[str], asked: Asked) -> int:
         ConfigError: no teacher's outputs are to be stored, or they cannot be.
         DataError: the data cannot be read.
     """
-    config = load.load_run(path, overrides)
+    config = load_run(path, overrides)
     with process_group(config.engine.timeout_minutes) as place, ExitStack() as stack:
         settings = check_component(OBJECTIVES, config.objective, path, ("objective",))
         if not isinstance(settings, StoresOutputs) or not (wanted := settings.stored()):
@@ -82,10 +83,13 @@ def embed(path: str, overrides: Sequence[str], asked: Asked) -> int:
         work = _Work(config, data, manifest, objective, place)
         widths = work.widths()
         for teacher, field in wanted.items():
-            made = {outputs.MADE: _made(config, data, asked, widths[teacher], _told(settings, teacher, known, origins))}
+            made = {
+                outputs.MADE: _made(config, data, asked, widths[teacher], _told(settings, teacher, known, origins)),
+                "of": {"samples": manifest.samples, "fingerprint": manifest.fingerprint},
+            }
             shards = -(-manifest.samples // SHARD)
             writer = stack.enter_context(closing(SidecarWriter(places[field], made, shards)))
-            if by_first(writer.begin):
+            if by_first(partial(_serves, places[field], made[outputs.MADE], manifest)) or by_first(writer.begin):
                 _say(place, f"{places[field]}: complete already")
                 continue
             bad = work.write(teacher, writer, Layout(widths[teacher], _top(asked, widths[teacher])), asked.precision)
@@ -102,6 +106,15 @@ def embed(path: str, overrides: Sequence[str], asked: Asked) -> int:
                     f'Set data.sidecar.{field}.missing = "allow", and training replaces them as it does bad ones',
                 )
     return FINISHED
+
+
+def _serves(path: str, made: Mapping[str, Any], manifest: Manifest) -> bool:
+    """Whether outputs that are stored already, perhaps of a larger part of the data set, have all of its samples."""
+    try:
+        there = load(path)
+    except DataError:
+        return False  # nothing, or not finished
+    return there.made.get(outputs.MADE) == made and bool(np.isin(sample_keys(manifest), keys_of(there)).all())
 
 
 def _say(place: Place, text: str) -> None:

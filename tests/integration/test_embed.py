@@ -119,7 +119,27 @@ def test_what_is_stored_does_not_depend_on_ranks_and_deaths(there, tmp_path):
     assert files(tmp_path / "again") == files(folder / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").iterdir()}
     assert embed(1, config, own) == [0]
+    part = [*own, "data.held_out={part='held_out', share=0.3}"]  # all of its samples have outputs already
+    assert embed(1, config, part) == [0]
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "again").iterdir()}
+
+
+@pytest.mark.parametrize("dies_at", [None, 1])
+def test_outputs_of_a_part_are_not_taken_for_those_of_more(there, tmp_path, dies_at):
+    """Neither when all are there, nor to go on from: shards are cut from the part."""
+    _, _, own = there
+    config = str(config_of(tmp_path, stored=str(tmp_path / "part")))
+    body = {"config": config, "dies_at": None, "top": None}
+    part = [*own, "data.held_out={part='held_out', share=0.5}"]
+    if dies_at is None:
+        assert embed(1, Path(config), part) == [0]
+    else:
+        assert embed(1, Path(config), part, dies_at=dies_at) == [-signal.SIGKILL]
+    before = files(tmp_path / "part") if dies_at is None else None
+    said = refused_by(embed_body, tmp_path, settings=own, **body)
+    assert f"{tmp_path / 'part'} was made otherwise (of.fingerprint: " in said and "; of.samples: " in said
+    assert "remove it, or write into a new folder" in said
+    assert before is None or before == files(tmp_path / "part")
 
 
 def test_another_teacher_or_other_crops_are_refused(there, glyphs, tmp_path):

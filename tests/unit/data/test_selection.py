@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.parts import ByLabel, HeldOut
 from pipeline.config.schema import Beside, Captions, Component, Data, Image, Sidecar, Source
 from pipeline.core.errors import CheckpointError, ConfigError, DataError
 from pipeline.data.dataset import numbers_of, open_data
@@ -197,6 +198,54 @@ def test_samples_that_a_sidecar_does_not_know(main, tmp_path):
     assert lengths == {i: 4 if i in absent else 5 for i in range(COUNT)}
 
 
+PARTS = {
+    "where": lambda manifest: {"where": "`size.width` < 32"},
+    "held_out": lambda manifest: {"held_out": HeldOut(part="rest", share=0.4)},
+    "by_label": lambda manifest: {"by_label": ByLabel(per_class=2, seed=1)},
+    "samples": lambda manifest: {"by_label": ByLabel(samples=9)},
+}
+
+
+@pytest.mark.parametrize("rule", PARTS)
+def test_a_sidecar_answers_for_the_samples_of_the_part_alone(main, tmp_path, rule):
+    part = data_of(main, ("label", "teacher"), field=TEACHER, **PARTS[rule](main))
+    kept = open_data(part).kept.tolist()
+    assert 0 < len(kept) < COUNT
+    whole = write_side(tmp_path / "whole")
+    exact = write_side(tmp_path / "exact", kept)
+    for side in (whole, exact):
+        joined = part.model_copy(update={"sidecar": {"extra": Sidecar(path=side.root)}})
+        assert open_data(joined).kept.tolist() == kept
+        (batch,) = batches(joined, 1, batch=len(kept))
+        assert sorted(batch["teacher"][:, 0].tolist()) == kept
+    lacking = write_side(tmp_path / "lacking", kept[1:])
+    with pytest.raises(DataError, match=rf"extra: 1 of {len(kept)} samples .* first '{kept[0]:06d}'; add"):
+        open_data(part.model_copy(update={"sidecar": {"extra": Sidecar(path=lacking.root)}}))
+
+
+def test_a_condition_on_a_sidecar_needs_it_for_all_that_it_judges(main, tmp_path):
+    """Those that a later rule would have left out, too: whether the condition holds for them decides who is drawn."""
+    side = write_side(tmp_path, range(1, COUNT))
+    data = data_of(main, sidecar={"extra": Sidecar(path=side.root)}, where="`extra:score` >= 0.5")
+    few = data.model_copy(update={"by_label": ByLabel(samples=2)})
+    for one in (data, few):
+        with pytest.raises(DataError, match=r"extra: 1 of 24 samples .* first '000000'"):
+            open_data(one)
+
+
+def test_a_key_that_stands_twice_outside_of_the_part_harms_nothing(main, side, tmp_path):
+    samples = [(f"{n:06d}", {"cls": b"1"}) for n in (0, 1, 2, 1)]
+    shard = write_shard(tmp_path / "x-000000.tar", samples, {"label": ("cls",)})
+    twice = Manifest(str(tmp_path), (shard,), {"label": ("cls",)})
+    save(twice, tmp_path)
+    sidecar = {"extra": Sidecar(path=side.root)}
+    part = data_of(twice, keep=write_list(tmp_path, [0, 2]), sidecar=sidecar)
+    assert open_data(part).kept.tolist() == [0, 2]
+    for data in (data_of(twice, sidecar=sidecar), data_of(twice, keep=write_list(tmp_path, [1, 3]), sidecar=sidecar)):
+        with pytest.raises(DataError, match="the key '000001' stands for several samples"):
+            open_data(data)
+
+
 def test_another_part_or_sidecar_is_not_resumed(main, side, tmp_path):
     sidecar = {"extra": Sidecar(path=side.root)}
     data = data_of(main, sidecar=sidecar, where="score > 0.3")
@@ -277,7 +326,8 @@ def test_a_key_that_stands_twice_joins_nothing(main, tmp_path):
     twice = write_data(tmp_path, [3, 3], lambda n: {"txt": b"a"}, FIELDS)
     keys = np.array([b"b", b"a", b"c", b"a"])
     with pytest.raises(DataError, match="the key 'a' stands for several samples"):
-        numbers_of(keys[:1], keys, twice.root)
+        numbers_of(keys[:2], keys, twice.root)
+    assert numbers_of(np.array([b"c", b"z", b"b"]), keys, "").tolist() == [2, -1, 0]  # nobody asks for the other two
     assert numbers_of(np.array([b"c", b"longer", b"b"]), keys[:3], "").tolist() == [2, -1, 0]
 
 
