@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError
 from pipeline.core.registry import suggest
+from pipeline.nn import cifar_resnets  # noqa: F401  timm learns of them
 from pipeline.nn.convolution import PatchProjection
 from pipeline.nn.images import IMAGENET_MEAN, IMAGENET_STD, Normalize
 

@@ -11,6 +11,7 @@ from pipeline.core.files import replace_file
 from pipeline.core.protocols import Export
 from pipeline.dist.group import process_group
 from pipeline.engine.fragments import MODEL
+from pipeline.nn import cifar_resnets
 from pipeline.nn.encoder import EncoderConfig, ImageEncoder
 from pipeline.nn.weights import FACTS, IMAGE_SIZE, export_encoder, save
 from pipeline.record.console import say
@@ -83,7 +84,8 @@ def _write_encoder(
         new_patch_size=patch_size,
     )
     shown = "".join(f", {name}={value!r}" for name, value in args.items())
-    say(f"timm.create_model({settings.encoder!r}, checkpoint_path={str(folder / ENCODER)!r}{shown})")
+    first = f"import {cifar_resnets.__name__}; " if settings.encoder in cifar_resnets.SHAPES else ""
+    say(f"{first}timm.create_model({settings.encoder!r}, checkpoint_path={str(folder / ENCODER)!r}{shown})")
     say(f"input: RGB / 255, mean {settings.mean}, std {settings.std}")
 
 

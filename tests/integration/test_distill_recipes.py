@@ -29,7 +29,11 @@ RECIPES = {
     "resnet18_kd": (8, 0.1, 100 * 5004, 11.7, 21.8),
     "resnet18_dist": (8, 0.1, 100 * 5004, 11.7, 21.8),
     "funmatch_r50": (32, 0.03, 1200 * 312, 25.5, 236.3),
+    "resnet8x4_kd": (1, 0.05, 240 * 781, 1.23, 7.43),
+    "resnet8x4_dkd": (1, 0.05, 240 * 781, 1.23, 7.43),
+    "wrn_16_2_kd": (1, 0.05, 240 * 781, 0.70, 2.26),
 }
+CIFAR100 = (50_000, 100)
 # the same of CLIP's
 OF_CLIP = {
     "tinyclip_b32_half": (16, 1e-4, 128_000_000 // 4096, 89.8, 151.3),
@@ -44,15 +48,16 @@ def test_no_recipe_is_left_out():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_sound_and_as_published(recipe, tmp_path, capsys):
     ranks, peak, steps, own, taught = RECIPES[recipe]
-    overrides = [f"data.train={data_set(tmp_path, *IMAGENET)}"]
+    samples, classes = CIFAR100 if recipe.startswith(("resnet8x4", "wrn")) else IMAGENET
+    overrides = [f"data.train={data_set(tmp_path, samples, classes)}"]
     path = CONFIGS / "distill" / f"{recipe}.toml"
     check(path, overrides, ranks)
     assert "is sound" in capsys.readouterr().out
     config = load_run(path, overrides)
-    plan = resolve(config, IMAGENET[0], ranks)
+    plan = resolve(config, samples, ranks)
     assert (plan.accumulation, plan.total_steps) == (1, steps)
     assert plan.peak_lr == pytest.approx(peak)
-    known = DataFacts(config.data.image.shape, tuple(f"class {i}" for i in range(IMAGENET[1])))
+    known = DataFacts(config.data.image.shape, tuple(f"class {i}" for i in range(classes)))
     with torch.device("meta"):
         objective = Distill(Config(**config.objective.settings), known)
     for parts, millions in (((objective.encoder, objective.head), own), ((objective.teachers,), taught)):
