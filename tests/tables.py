@@ -17,12 +17,17 @@ and ``<!-- end of table -->``; ``python -m tests.figures`` writes it, and a test
     scale = 100.0                       # left out: 1
     digits = 1
     compared = true                     # against the baseline, seed by seed; left out: false
+    run = "/10"                         # left out: none. Of runs whose names end so, after the row's: "kl/10,seed=0"
+
+    [[columns]]
+    title = "mean"
+    mean = ["10 labels", "20 labels"]   # titles of columns: their mean, seed by seed
 
     [rows."KL, T = 4"]                  # the row's title
     run = "kl"                          # left out: the title. Of the sweep's runs, without the seed: "kl,seed=0"
     note = "Hinton et al."              # left out: none. In a column of its own
 
-    [rows."KL, T = 4".values]           # written by:  python -m tests.tables NAME runs/sweep/mine
+    [rows."KL, T = 4".values]           # written by:  python -m tests.tables NAME runs/sweep/mine, or a folder above
     "knn/top1" = [0.61, 0.62, 0.60]     # of seed 0, 1, 2; nan: not there. A number alone: the same for all seeds
 
 Differences are means over seeds of the row less the baseline with the same seed, with Student's interval of 95 %; bold
@@ -34,6 +39,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import statistics
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -44,7 +50,7 @@ from typing import Any
 
 import tomli_w
 
-from pipeline.record import statistics
+from pipeline.record import statistics as intervals
 from pipeline.record.runs import read_run
 from tests.records import ORIGIN, ROOT, RecordError, commit_now
 
@@ -53,7 +59,7 @@ BLOCK = re.compile(
     r"(?P<open>^<!-- table: (?P<name>\w+) -->\n)(?P<body>.*?)(?P<close>^<!-- end of table -->$)",
     re.MULTILINE | re.DOTALL,
 )
-SEED = re.compile(r"^(?P<run>.*?)(?:,seed=(?P<seed>\d+))?$")
+SEED = re.compile(r"^(?P<run>.*?)(?:(?:[,/]|^)seed=(?P<seed>\d+))?$")
 Values = dict[str, float | list[float]]
 
 
@@ -61,11 +67,18 @@ Values = dict[str, float | list[float]]
 class Column:
     """One metric, and how it is shown."""
 
-    name: str
-    title: str
+    name: str = ""
+    title: str = ""
     scale: float = 1.0
     digits: int = 1
     compared: bool = False
+    run: str = ""
+    mean: Sequence[str] = ()
+
+    @property
+    def key(self) -> str:
+        """What a row's values are called by."""
+        return self.name + self.run
 
     def number(self, value: float, *, sign: bool = False) -> str:
         """To the column's digits, thousands set apart."""
@@ -82,9 +95,13 @@ class Row:
     run: str = ""
     note: str = ""
 
-    def seeds(self, column: Column) -> list[float]:
-        """What each seed gave; NaN where it is not there."""
-        found = self.values.get(column.name, [])
+    def seeds(self, column: Column, columns: Sequence[Column]) -> list[float]:
+        """What each seed gave, in one of the table's columns; NaN where it is not there."""
+        if column.mean:
+            parts = [self.seeds(other, columns) for other in columns if other.title in column.mean]
+            together = zip(*parts, strict=True) if len({len(part) for part in parts}) == 1 else ()
+            return [statistics.fmean(values) for values in together]
+        found = self.values.get(column.key, [])
         return found if isinstance(found, list) else [found]
 
 
@@ -130,11 +147,15 @@ def read_table(path: Path) -> Table:
 
 
 def _check(name: str, table: Table) -> None:
-    titles, known = [row.title for row in table.rows], [column.name for column in table.columns]
+    titles, known = [row.title for row in table.rows], [column.key for column in table.columns if not column.mean]
     if table.baseline is not None and table.baseline not in titles:
         raise RecordError(f"{name}: no row is called {table.baseline!r}, the baseline; there are {titles}")
     if table.baseline is None and any(column.compared for column in table.columns):
         raise RecordError(f"{name}: a column is compared, and no row is the baseline")
+    heads = [column.title for column in table.columns if not column.mean]
+    for column in table.columns:
+        if bool(column.name) == bool(column.mean) or set(column.mean) - set(heads) or not column.title:
+            raise RecordError(f"{name}: a column has a title, and a name or the mean of others out of {heads}: {column}")
     for row in table.rows:
         for column, values in row.values.items():
             if column not in known:
@@ -166,10 +187,11 @@ def shown(table: Table) -> str:
 def _cells(columns: Sequence[Column], row: Row, base: Row | None) -> list[str]:
     found: list[str] = []
     for column in columns:
-        found.append(_mean(column, row.seeds(column)))
+        own = row.seeds(column, columns)
+        found.append(_mean(column, own))
         if column.compared:
             assert base is not None
-            found.append("" if row is base else _difference(column, base.seeds(column), row.seeds(column)))
+            found.append("" if row is base else _difference(column, base.seeds(column, columns), own))
     return found
 
 
@@ -178,7 +200,7 @@ def _mean(column: Column, values: Sequence[float]) -> str:
     there = [value for value in values if math.isfinite(value)]
     if not there:
         return "-"
-    mean = statistics.seeds_alone(there, [None] * len(there))
+    mean = intervals.seeds_alone(there, [None] * len(there))
     text = column.number(mean.value) + (f" +- {column.number(mean.error)}" if len(there) > 1 else "")
     return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)} seeds)"
 
@@ -192,7 +214,7 @@ def _difference(column: Column, first: Sequence[float], second: Sequence[float])
         return "-"
     if len(pairs) == 1:
         return column.number(pairs[0][1] - pairs[0][0], sign=True)
-    found = statistics.seeds_unpaired([(a, None) for a, _ in pairs], [(b, None) for _, b in pairs])
+    found = intervals.seeds_unpaired([(a, None) for a, _ in pairs], [(b, None) for _, b in pairs])
     low, high = (column.number(end, sign=True) for end in (found.low, found.high))
     text = f"{column.number(found.value, sign=True)} [{low}, {high}]"
     return f"**{text}**" if found.low > 0 or found.high < 0 else text
@@ -202,7 +224,7 @@ def _origin(table: Table) -> str:
     origin = table.origin
     seeds = f"{origin['seeds']} seeds, +- standard error over them" if origin["seeds"] > 1 else "one seed"
     compared = (
-        f" Differences are paired by seed, with Student's interval of {statistics.LEVEL:.0%}; bold: without nought."
+        f" Differences are paired by seed, with Student's interval of {intervals.LEVEL:.0%}; bold: without nought."
         if any(column.compared for column in table.columns) and origin["seeds"] > 1
         else ""
     )
@@ -245,25 +267,33 @@ def collected(table: Table, folders: Sequence[Path]) -> Table:
         RecordError: a row has no run.
     """
     runs: dict[tuple[str, int], Path] = {}
-    for path in (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir()):
-        name = SEED.match(path.name)
-        assert name is not None
-        runs[name["run"], int(name["seed"] or 0)] = path
+    for folder in folders:
+        for path in sorted(path.parent for path in folder.rglob("metrics.jsonl")):
+            name = SEED.match(str(path.relative_to(folder)))
+            assert name is not None
+            runs[name["run"], int(name["seed"] or 0)] = path
     rows: list[Row] = []
     for row in table.rows:
-        own = {seed: path for (name, seed), path in runs.items() if name == (row.run or row.title)}
-        if not own and not row.values:
+        found = {
+            column.key: _of_runs(runs, (row.run or row.title) + column.run, column.name, table.origin["seeds"])
+            for column in table.columns
+            if not column.mean
+        }
+        measured = {key: values for key, values in found.items() if not all(map(math.isnan, values))}
+        if not measured and not row.values:
             there = ", ".join(sorted({name for name, _ in runs})) or "none"
-            raise RecordError(f"{row.title}: no run is called {row.run or row.title!r}; there are {there}")
-        found = {seed: read_run(path, settings=False).values for seed, path in own.items()}
-        values = dict(row.values)
-        for column in (column.name for column in table.columns):
-            if any(column in one for one in found.values()):
-                values[column] = [
-                    float(found.get(seed, {}).get(column, math.nan)) for seed in range(table.origin["seeds"])
-                ]
-        rows.append(Row(row.title, values, row.run, row.note))
+            raise RecordError(f"{row.title}: no run called {row.run or row.title!r} has the columns; there are {there}")
+        rows.append(Row(row.title, dict(row.values) | measured, row.run, row.note))
     return Table(table.origin, table.columns, rows, table.baseline, table.head)
+
+
+def _of_runs(runs: Mapping[tuple[str, int], Path], name: str, metric: str, seeds: int) -> list[float]:
+    """What each seed's run gave; NaN where it is not there."""
+    paths = [runs.get((name, seed)) for seed in range(seeds)]
+    return [
+        math.nan if path is None else float(read_run(path, settings=False).values.get(metric, math.nan))
+        for path in paths
+    ]
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -277,8 +307,8 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def _without_defaults(column: Column) -> dict[str, Any]:
-    plain = vars(Column("", ""))
-    return {key: value for key, value in vars(column).items() if key in ("name", "title") or value != plain[key]}
+    plain = vars(Column())
+    return {key: value for key, value in vars(column).items() if value != plain[key]}
 
 
 def main() -> int:

@@ -52,7 +52,8 @@ class Sweep(Strict):
     grid: dict[Text, Any] = Field(default_factory=dict)
     """Setting to its values: {"optimizer.lr" = [1e-4, 3e-4]}."""
     list: tuple[dict[Text, Any], ...] = ()
-    """Settings that go together, a table for each run: [[sweep.list]]. ``name`` in it stands for them in the name."""
+    """Settings that go together, a table for each run: [[sweep.list]]. ``name`` in it stands for them in the name, and
+    ``{seed}`` in a text is the run's: ``"start.from" = "runs/source/seed={seed}"``; alone it is the number."""
     seeds: Positive | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """How many, from 0, or which; left out: that of the configuration."""
     suite: Text | None = None
@@ -198,9 +199,16 @@ def _combinations(sweep: Sweep) -> Iterator[_Combination]:
     seeds = [{SEED: seed} for seed in sweep.numbers()] or [{}]
     for entry, values, seed in itertools.product(entries, itertools.product(*grid.values()), seeds):
         title = str(entry.get(NAME, ""))
-        own = {key: value for key, value in entry.items() if key != NAME}
+        own = {key: _of_seed(value, seed) for key, value in entry.items() if key != NAME}
         rest = dict(zip(grid, values, strict=True)) | seed
         yield _Combination(own | rest, rest if title else own | rest, title)
+
+
+def _of_seed(value: Any, seed: Mapping[str, int]) -> Any:
+    """A value of the list, ``{seed}`` in a text replaced by the run's, where the sweep has seeds."""
+    if not seed or not isinstance(value, str):
+        return value
+    return seed[SEED] if value == "{seed}" else value.replace("{seed}", str(seed[SEED]))
 
 
 def _nested(settings: Mapping[str, Any]) -> load.Table:

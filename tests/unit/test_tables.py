@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from datetime import date
 
 import pytest
 
@@ -107,6 +108,8 @@ def test_a_drift_is_seen_and_mended(record):
         (('baseline = "alone"\n', ""), "no row is the baseline"),
         (('name = "parameters"', 'name = "latency"'), "has 'parameters'"),
         (("digits = 0", "digit = 0"), "digit"),
+        (("digits = 0", 'mean = ["kNN, %"]'), "a name or the mean of others"),
+        (('name = "parameters"', 'mean = ["elsewhere"]'), "a name or the mean of others"),
     ],
 )
 def test_a_record_that_is_not_sound_is_refused(record, change, said):
@@ -131,5 +134,31 @@ def test_what_runs_gave_is_taken_over(tmp_path, record):
     assert [row.title for row in again.rows] == ["alone", "KL, T = 4", "hint"] and again.columns == table.columns
     assert again.rows[1].run == "kl" and repr(again.rows[1].values) == repr(table.rows[1].values)
     lacking = Table(table.origin, [Column("knn/top1", "kNN")], [Row("mine", {})])
-    with pytest.raises(RecordError, match=r"mine: no run is called 'mine'; there are alone, kl, other"):
+    with pytest.raises(RecordError, match=r"mine: no run called 'mine' has the columns; there are alone, kl, other"):
         collected(lacking, [sweep])
+
+
+def test_columns_may_be_of_other_runs_and_means_of_columns(tmp_path):
+    """As a sweep of sweeps has it: a folder for each method, in it a run for each part and seed."""
+    values = {("a", "10"): (0.1, 0.2), ("a", "20"): (0.4, 0.6), ("b", "10"): (0.3, 0.5), ("b", "20"): (0.6, 0.7)}
+    for (method, part), seeds in values.items():
+        for seed, value in enumerate(seeds):
+            folder = tmp_path / method / f"{part},seed={seed}"
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "top1": value}) + "\n")
+    (tmp_path / "c" / "seed=1").mkdir(parents=True)
+    (tmp_path / "c" / "seed=1" / "metrics.jsonl").write_text(json.dumps({"step": 3, "top1": 0.9}) + "\n")
+    origin = {"command": "c", "commit": "1a2b3c4", "date": date(2026, 11, 30), "hardware": "h", "seeds": 2}
+    parts = [Column("top1", f"{part} labels", digits=2, run=f"/{part}") for part in (10, 20)]
+    mean = Column(title="mean", digits=3, mean=("10 labels", "20 labels"), compared=True)
+    rows = [Row("first", {}, "a"), Row("second", {}, "b"), Row("third", {"top1/10": [0.0, 0.0]}, "c")]
+    table = collected(Table(origin, [*parts, mean], rows, "first"), [tmp_path])
+    write_table(tmp_path / "again.toml", table)
+    lines = shown(read_table(tmp_path / "again.toml")).split("\n")
+    assert lines[0] == "|  | 10 labels | 20 labels | mean | less first |"
+    # By hand: means of both parts by seed are 0.25, 0.4 and 0.45, 0.6; the differences are 0.2 both times.
+    assert lines[2] == "| first | 0.15 +- 0.05 | 0.50 +- 0.10 | 0.325 +- 0.075 |  |"
+    assert lines[3] == "| second | 0.40 +- 0.10 | 0.65 +- 0.05 | 0.525 +- 0.075 | **+0.200 [+0.200, +0.200]** |"
+    assert lines[4] == "| third | 0.00 +- 0.00 | - | - | - |"
+    whole = collected(Table(origin, [Column("top1", "top-1")], [Row("third", {}, "c")]), [tmp_path])
+    assert repr(whole.rows[0].values) == "{'top1': [nan, 0.9]}"

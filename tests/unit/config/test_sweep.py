@@ -44,6 +44,16 @@ def test_the_product_of_list_grid_and_seeds(tmp_path):
         assert variant.config == load_run(SMOKE, [*settings, *place])
 
 
+def test_a_text_of_the_list_names_the_seed(tmp_path):
+    """So that a second stage starts from the first one with the same seed; the number alone is a number."""
+    entry = {"name": "second", "start.from": "runs/first/seed={seed}", "data.by_label": {"per_class": 1, "seed": "{seed}"}}
+    plan = load_sweep(write(tmp_path, list=[entry], seeds=[3, 7]))
+    found = [(v.name, v.config.start.source, v.config.data.by_label.seed) for v in plan.variants]
+    assert found == [(f"second,seed={n}", f"runs/first/seed={n}", n) for n in (3, 7)]
+    (alone,) = load_sweep(write(tmp_path, list=[{"name": "second", "start.from": "runs/{seed}"}])).variants
+    assert alone.config.start.source == "runs/{seed}"
+
+
 def test_names_say_as_much_of_a_key_as_is_needed(tmp_path):
     grid = {"optimizer.lr": [0.1], "optimizer.groups": [[{"prefix": "head", "lr": 2.0}]], "data.image.size": [32]}
     (name,) = names(write(tmp_path, grid=grid))
