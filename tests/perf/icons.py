@@ -47,21 +47,26 @@ class Icons(NamedTuple):
     names: list[str]
 
 
-def icons(theme: str) -> Iterator[Icon]:
-    """One file of each name and context: that of the size nearest to 48, no links, no symbols of one colour."""
-    found: dict[tuple[str, str], tuple[int, Path]] = {}
+def drawings(theme: str) -> Iterator[Icon]:
+    """All files, several of a name: no links, no symbols of one colour."""
     for path in sorted(path for kind in ("svg", "png") for path in (ROOT / theme).rglob(f"*.{kind}")):
-        parts = path.relative_to(ROOT / theme).parts
-        context = next((part for part in parts if part in CONTEXTS), None)
-        if context is None or path.is_symlink() or "symbolic" in str(path) or "@" in str(path):
-            continue
-        sizes = re.findall(r"(?<!\d)(\d+)(?!\d)", "/".join(parts[:-1]))
-        distance = abs(int(sizes[0]) - 48) if sizes else 0
+        context = next((part for part in path.relative_to(ROOT / theme).parts if part in CONTEXTS), None)
         name = " ".join(re.split(r"[^a-z0-9]+", path.stem.lower())).strip()
-        key = (context, name)
-        if name and (key not in found or distance < found[key][0]):
-            found[key] = (distance, path)
-    chosen = [Icon(path, theme, context, name) for (context, name), (_, path) in sorted(found.items())]
+        if context is None or not name or path.is_symlink() or "symbolic" in str(path) or "@" in str(path):
+            continue
+        yield Icon(path, theme, context, name)
+
+
+def icons(theme: str) -> Iterator[Icon]:
+    """One file of each name and context: that of the size nearest to 48."""
+    found: dict[tuple[str, str], tuple[int, Icon]] = {}
+    for icon in drawings(theme):
+        sizes = re.findall(r"(?<!\d)(\d+)(?!\d)", "/".join(icon.path.relative_to(ROOT / theme).parts[:-1]))
+        distance = abs(int(sizes[0]) - 48) if sizes else 0
+        key = (icon.context, icon.name)
+        if key not in found or distance < found[key][0]:
+            found[key] = (distance, icon)
+    chosen = [icon for _, (_, icon) in sorted(found.items())]
     yield from random.Random(0).sample(chosen, min(MOST, len(chosen)))
 
 
