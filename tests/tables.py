@@ -155,7 +155,7 @@ def _check(name: str, table: Table) -> None:
     heads = [column.title for column in table.columns if not column.mean]
     for column in table.columns:
         if bool(column.name) == bool(column.mean) or set(column.mean) - set(heads) or not column.title:
-            raise RecordError(f"{name}: a column has a title, and a name or the mean of others out of {heads}: {column}")
+            raise RecordError(f"{name}: a column has a title, and a name or the mean of others of {heads}: {column}")
     for row in table.rows:
         for column, values in row.values.items():
             if column not in known:

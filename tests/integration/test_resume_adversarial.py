@@ -23,7 +23,8 @@ def first_stage(file: Path, shards: Path) -> None:
     given = load_run(SMOKE / "adapt_adda.toml", []).objective.settings
     facts = DataFacts((32, 32), tuple(json.loads((shards / "manifest.json").read_text())["classes"]))
     settings = {name: given[name] for name in ("encoder", "encoder_args")}
-    about = {"config": json.dumps({"objective": {"name": "supervised", **settings}}), "facts": json.dumps(facts.plain())}
+    config = {"objective": {"name": "supervised", **settings}}
+    about = {"config": json.dumps(config), "facts": json.dumps(facts.plain())}
     save_file(Supervised(Config(**settings), facts).state_dict(), file, about)
 
 

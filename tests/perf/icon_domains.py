@@ -1,7 +1,7 @@
-"""Themes of icons as domains: a folder for each theme, in it one for each name that all of them have, in it the drawings.
+"""Themes of icons as domains: a folder for each theme, in it one for each name that all have, in it the drawings.
 
-``sluice prep build folder OUT/THEME ...`` takes them. A name counts where every theme has so many different drawings of it
-(other sizes are drawn anew, or scaled). Nothing is kept in the project; packages: :mod:`tests.perf.icons`.
+``sluice prep build folder OUT/THEME ...`` takes them. A name counts where every theme has so many different drawings of
+it (other sizes are drawn anew, or scaled). Nothing is kept in the project; packages: :mod:`tests.perf.icons`.
 
 Run: ``python -m tests.perf.icon_domains OUT [--themes Papirus oxygen] [--least 6] [--names 80] [--size 32]``
 """

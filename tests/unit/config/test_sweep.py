@@ -46,7 +46,8 @@ def test_the_product_of_list_grid_and_seeds(tmp_path):
 
 def test_a_text_of_the_list_names_the_seed(tmp_path):
     """So that a second stage starts from the first one with the same seed; the number alone is a number."""
-    entry = {"name": "second", "start.from": "runs/first/seed={seed}", "data.by_label": {"per_class": 1, "seed": "{seed}"}}
+    labels = {"per_class": 1, "seed": "{seed}"}
+    entry = {"name": "second", "start.from": "runs/first/seed={seed}", "data.by_label": labels}
     plan = load_sweep(write(tmp_path, list=[entry], seeds=[3, 7]))
     found = [(v.name, v.config.start.source, v.config.data.by_label.seed) for v in plan.variants]
     assert found == [(f"second,seed={n}", f"runs/first/seed={n}", n) for n in (3, 7)]

@@ -51,10 +51,11 @@ def test_scores_are_those_of_a_plain_computation(lone_group):
 
 
 def plain_weights(train, source, target):
-    """As You et al., "Towards Accurate Model Selection in Deep Unsupervised Domain Adaptation" (ICML 2019), section 4.1,
-    write the ratio of densities: N_s / N_t * J(target | x) / J(source | x), J a logistic regression of the domains that is
-    fitted here by a general minimiser (features standardised, squared weights as penalty, the intercept free).
+    """N_s / N_t * J(target | x) / J(source | x), as You et al. have it (ICML 2019, "Towards Accurate Model Selection in
+    Deep Unsupervised Domain Adaptation", section 4.1). J is a logistic regression of the domains, fitted here by a
+    general minimiser: features standardised, squared weights as penalty, the intercept free.
     """
+
     both = np.concatenate([train, target])
     mean, scale = both.mean(axis=0), both.std(axis=0)
     x, side = (both - mean) / scale, np.r_[-np.ones(len(train)), np.ones(len(target))]
