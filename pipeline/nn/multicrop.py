@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, DataFacts, StepContext
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, takes_image_size
+from pipeline.nn.encoder import EncoderConfig, ImageEncoder, Pool, takes_image_size
 from pipeline.nn.start import Start
 
 LARGE = 2
@@ -39,7 +39,7 @@ def crop_sizes(facts: DataFacts, objective: str) -> tuple[Size, ...]:
     if len(sizes) < LARGE or len(set(sizes[:LARGE])) > 1:
         listed = ", ".join(f"{height}x{width}" for height, width in sizes)
         raise ConfigError(
-            f"objective {objective!r} compares two large crops, and the data gives crops of {listed}; set "
+            f"objective {objective!r} compares two large crops, and the data gives {listed}; set "
             "data.image.views = 2, or data.image.crops, whose first two have the size of data.image"
         )
     return sizes
@@ -57,18 +57,28 @@ def construct_multicrop(
     name: str,
     *,
     start: Start | None,
+    pool: Pool = "native",
     stem_of_small_images: bool = False,
+    **fixed: Any,
 ) -> ImageEncoder:
     """As :func:`construct_encoder`; a transformer resamples its positions for crops of other sizes than the first.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: as there, or a crop does not fit the encoder's patches.
     """
     mixed = len(set(sizes)) > 1 and takes_image_size(config.encoder)
-    fixed: dict[str, Any] = (
-        {"dynamic_img_size": True} if mixed and "dynamic_img_size" not in config.encoder_args else {}
+    if mixed and "dynamic_img_size" not in config.encoder_args:
+        fixed["dynamic_img_size"] = True
+    encoder = construct_encoder(
+        config, sizes[0], name, start=start, pool=pool, stem_of_small_images=stem_of_small_images, **fixed
     )
-    return construct_encoder(config, sizes[0], name, start=start, stem_of_small_images=stem_of_small_images, **fixed)
+    patch = getattr(getattr(encoder.backbone, "patch_embed", None), "patch_size", (1, 1))
+    for height, width in sizes:
+        if height % patch[0] or width % patch[1]:
+            raise ConfigError(
+                f"data.image.crops: {height}x{width} does not fit the encoder's patches of {patch[0]}x{patch[1]}"
+            )
+    return encoder
 
 
 def encode_crops(encoder: ImageEncoder, crops: Mapping[str, Tensor], batch: Batch, ctx: StepContext) -> Tensor:

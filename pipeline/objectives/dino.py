@@ -7,8 +7,7 @@ Shape letters: B samples, C channels, V crops of each, N patches, M masked ones 
 prototypes.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
@@ -16,24 +15,21 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.config.durations import Duration
-from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Average, Batch, Clock, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.dist.collectives import all_reduce, rank_and_world
 from pipeline.nn.attention import class_attention
 from pipeline.nn.augment import Colour, augment
-from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dino_head import DINOHead
 from pipeline.nn.dropout import dropping_for
-from pipeline.nn.encoder import EncoderConfig, ImageEncoder, takes_image_size, to_weights
+from pipeline.nn.encoder import EncoderConfig, ImageEncoder, to_weights
 from pipeline.nn.followers import cosine_to_one, follower, following
 from pipeline.nn.images import tile
 from pipeline.nn.masked_tokens import MaskedTokens, Masking, Masks
+from pipeline.nn.multicrop import LARGE, construct_multicrop, crop_needs, crop_sizes, encode_crops
 from pipeline.nn.start import start_as_dino
 
 SHOWN = 8
 """Samples in the showcase."""
-LARGE = 2
-"""Crops that the teacher sees, too."""
 JITTER = Colour(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
 Temperature = Annotated[float, Field(gt=0)]
 
@@ -97,21 +93,16 @@ class DINO(Objective):
 
     def __init__(self, config: Config, facts: DataFacts) -> None:
         super().__init__()
-        sizes = facts.views or (facts.image_size,) * LARGE
-        if len(sizes) < LARGE or len(set(sizes[:LARGE])) > 1:
-            given = ", ".join(f"{height}x{width}" for height, width in sizes)
-            raise ConfigError(
-                f"objective 'dino' compares two large crops, and the data gives {given}; set data.image.views = 2, or "
-                "data.image.crops, the first two of which are of one size"
-            )
+        sizes = crop_sizes(facts, "dino")
         self.config, self._epoch = config, facts.samples
-        self.names = ["image" + (str(n) if n > 1 else "") for n in range(1, len(sizes) + 1)]
-        channels = len(config.mean)
-        self.needs = {
-            name: f"uint8[B,{channels},{'H,W' if size == sizes[0] else f'{size[0]},{size[1]}'}]"
-            for name, size in zip(self.names, sizes, strict=True)
-        }
-        self.encoder = _encoder(config, sizes)
+        self.needs = crop_needs(sizes, len(config.mean))
+        self.names = list(self.needs)
+        # Patches are wanted, too, where some are masked. Positions are resampled for small crops: antialiased by timm,
+        # not so by the authors.
+        of_tokens: dict[str, Any] = {} if config.masked is None else {"pool": "cls", "global_pool": ""}
+        self.encoder = construct_multicrop(
+            config, sizes, "dino", start=start_as_dino, stem_of_small_images=config.small_stem, **of_tokens
+        )
         self.head = DINOHead(
             self.encoder.dim,
             hidden=config.hidden,
@@ -146,7 +137,8 @@ class DINO(Objective):
         masks = None if self.tokens is None else self.tokens.draw(batch, ctx, "dino.mask", self.names[:LARGE])
         with dropping_for(batch, ctx, "dropout.image"):
             seen, mine = self._see(self.encoder, large, masks)
-        answers = self.head(torch.cat([seen, *self._small(crops, batch, ctx)]))
+        small = [encode_crops(self.encoder, crops, batch, ctx)] if crops else []
+        answers = self.head(torch.cat([seen, *small]))
         logs = (answers / self.config.temperature).log_softmax(dim=-1).unflatten(0, (len(self.names), -1))
         losses = across(wanted.unflatten(0, (LARGE, -1)), logs)
         metrics = {"entropy": -(wanted * wanted.clamp_min(1e-30).log()).sum(dim=-1).mean()}
@@ -176,15 +168,6 @@ class DINO(Objective):
         with self.tokens.put(encoder.backbone, masks):
             x = encoder.backbone(to_weights(encoder.normalize(views), encoder.backbone))
         return x[:, 0], x[:, encoder.backbone.num_prefix_tokens :]
-
-    def _small(self, crops: dict[str, Tensor], batch: Batch, ctx: StepContext) -> list[Tensor]:
-        """The student's features of small crops; those of one size go through together, as in the authors' code."""
-        found: list[Tensor] = []
-        for _, members in groupby(crops.items(), key=lambda crop: crop[1].shape):
-            names, views = zip(*members, strict=True)
-            with dropping_for(batch, ctx, f"dropout.{names[0]}"):
-                found.append(self._see(self.encoder, torch.cat(views), None)[0])
-        return found
 
     def _wanted(self, centre: str, units: Tensor, everything: Tensor, clock: Clock, last: float) -> Tensor:
         """The teacher's centred and sharpened answers, [...,K]; and takes note of their mean for the centre.
@@ -284,33 +267,3 @@ def across(wanted: Tensor, logs: Tensor) -> Tensor:
     """
     pairs = LARGE * (len(logs) - 1)
     return -(wanted * (logs.sum(dim=0) - logs[:LARGE])).sum(dim=(0, 2)) / pairs
-
-
-def _encoder(config: Config, sizes: Sequence[tuple[int, int]]) -> ImageEncoder:
-    """A timm model for crops of these sizes.
-
-    Raises:
-        ConfigError: it does not take them.
-    """
-    fixed: dict[str, Any] = {}
-    if len(set(sizes)) > 1 and takes_image_size(config.encoder):
-        # Positions are resampled for small crops: antialiased by timm, not so by the authors.
-        fixed["dynamic_img_size"] = True
-    if config.masked is not None:
-        fixed["global_pool"] = ""  # patches are wanted, too
-    encoder = construct_encoder(
-        config,
-        sizes[0],
-        "dino",
-        start=start_as_dino,
-        pool="native" if config.masked is None else "cls",
-        stem_of_small_images=config.small_stem,
-        **fixed,
-    )
-    patch = getattr(getattr(encoder.backbone, "patch_embed", None), "patch_size", (1, 1))
-    for height, width in sizes:
-        if height % patch[0] or width % patch[1]:
-            raise ConfigError(
-                f"data.image.crops: {height}x{width} does not fit the encoder's patches of {patch[0]}x{patch[1]}"
-            )
-    return encoder

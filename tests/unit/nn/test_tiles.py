@@ -71,6 +71,8 @@ def test_dropping_leaves_one_channel_as_it_was_and_noise_for_the_others():
     same = (dropped == tiles).all(dim=(3, 4))
     assert (same.sum(dim=2) == 1).all()
     assert all(0.25 < float(same[:, :, c].float().mean()) < 0.42 for c in range(3))
+    kept = same.int().argmax(dim=2)  # of each tile by itself
+    assert 0.55 < float((kept[:, 1:] != kept[:, :-1]).float().mean()) < 0.78
     noise = dropped[~same]
     assert 0.009 < float(noise.std()) < 0.011 and abs(float(noise.mean())) < 0.001
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.core.protocols import Clock
-from tests.unit.objectives.two_views import CTX, GLOBAL, RESNET, batch, build, check_views
+from tests.unit.objectives.two_views import CTX, GLOBAL, RESNET, batch, build
 
 
 def byol(model: Any, first: Tensor, second: Tensor) -> Tensor:
@@ -72,7 +72,3 @@ def test_byols_target_keeps_more_and_more_of_itself():
     assert {id(m.source) for m in moves} == trained and len(moves) == len(trained)
     assert [m.keep for m in moves] == pytest.approx([1 - 0.1 * (2**-0.5 + 1) / 2] * len(moves))
     assert [next(iter(model.averages(Clock(0, n, 100)))).keep for n in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
-
-
-def test_views_are_coloured_unequally_and_encoded_each_by_itself(lone_group):
-    check_views("byol")

@@ -42,6 +42,13 @@ def test_a_place_holds_the_tile_that_the_permutation_says():
     assert set(which.tolist()) == set(range(12)) and int(which.bincount().max()) < 50
 
 
+def test_what_the_encoder_is_given_has_lost_its_colours_brightness_and_contrast():
+    """Channels of a grey tile differ in nothing but scale and place, which its own statistics take away."""
+    tiles, _ = build(tiles={"size": 8, "grey": 1.0, "standardise": True}).puzzles(batch(), CTX)
+    assert tiles.mean(dim=(3, 4)).abs().max() < 1e-5 and tiles.std(dim=(3, 4)).min() > 0.9
+    torch.testing.assert_close(tiles[:, :, 1:], tiles[:, :, :1].expand(-1, -1, 2, -1, -1), rtol=1e-3, atol=1e-3)
+
+
 def test_permutations_are_drawn_anew_in_each_epoch_and_belong_to_the_sample():
     model, data = build(), batch()
     _, which = model.puzzles(data, CTX)

@@ -47,6 +47,12 @@ def test_the_loss_is_that_of_all_eight_neighbours_of_the_middle():
     torch.testing.assert_close(out.features, middle, rtol=1e-4, atol=1e-5)
 
 
+def test_what_the_encoder_is_given_has_lost_its_colours():
+    """Of each tile, one channel as it was, and noise of a hundredth for the others."""
+    spread = build().tiles(batch(), CTX).std(dim=(3, 4))
+    assert ((spread < 0.02).sum(dim=2) == 2).all() and ((spread > 0.5).sum(dim=2) == 1).all()
+
+
 class Means(nn.Module):
     """The mean of each tile, and nothing else."""
 

@@ -173,3 +173,8 @@ def test_it_needs_two_large_crops(sizes):
 def test_an_encoder_that_takes_one_size_alone_is_refused():
     with pytest.raises(ConfigError, match="timm cannot build 'mixer_s16_224'"):
         build(((32, 32), (32, 32), (16, 16)), encoder="mixer_s16_224", encoder_args={})
+
+
+def test_crops_that_do_not_fit_an_encoders_patches_are_refused():
+    with pytest.raises(ConfigError, match="12x12 does not fit the encoder's patches of 8x8"):
+        build(((16, 16), (16, 16), (12, 12)))
