@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.core.protocols import Batch, DataFacts, PairwiseObjective, Picture, StepContext
@@ -18,6 +18,7 @@ from pipeline.nn.batch_norm import frozen_statistics
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.pictures import Match, pairs
 from pipeline.nn.start import start_as_moco
 
@@ -40,7 +41,7 @@ class TwoViewConfig(EncoderConfig):
     """Of the second."""
 
 
-class TwoViewObjective(PairwiseObjective):
+class TwoViewObjective(OneEncoder, PairwiseObjective):
     """An encoder that sees two views of each sample, each view by itself.
 
     By itself, since views are coloured unequally, and one batch norm over both would mix their statistics: so does the
@@ -79,14 +80,6 @@ class TwoViewObjective(PairwiseObjective):
             with dropping_for(batch, ctx, f"dropout.{name}"):
                 rows |= {kind + number: x for kind, x in self.encode(self.view(batch, ctx, name)).items()}
         return rows
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder, without heads."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """Both crops, and the views that are made of them."""

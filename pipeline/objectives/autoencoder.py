@@ -34,6 +34,7 @@ from pipeline.nn.corruption import Corruption, corrupt
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
 from pipeline.nn.images import tile
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.start import start_as_moco
 from pipeline.nn.upsampling import doublings
 
@@ -72,7 +73,7 @@ class Config(EncoderConfig):
         return self
 
 
-class Autoencoder(PairwiseObjective):
+class Autoencoder(OneEncoder, PairwiseObjective):
     """Encoder with its own pooling, whose features are the code, and a convolutional decoder.
 
     Only the divergence compares samples: the mean activations are those of the global batch.
@@ -148,14 +149,6 @@ class Autoencoder(PairwiseObjective):
             losses, penalty = losses + divergence, penalty + divergence.detach()
         metrics = {"mse": rows["error"].detach().mean(), "penalty": penalty}
         return StepOutput(losses.mean(), metrics, losses.detach(), rows["features"])
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder with its own pooling."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """The image, and what the encoder is given of it where that is damaged."""

@@ -29,6 +29,7 @@ from pipeline.nn.batch_norm import GlobalBatchNorm, frozen_statistics
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.pictures import Line, beneath, verdict
 from pipeline.nn.start import start_as_moco_v2
 
@@ -62,7 +63,7 @@ class Config(EncoderConfig):
         return self
 
 
-class DAIC(PairwiseObjective):
+class DAIC(OneEncoder, PairwiseObjective):
     """Encoder and a head that ends in K label features.
 
     The head is the authors': behind the linear layer that takes the place of their last convolution, two more that
@@ -146,14 +147,6 @@ class DAIC(PairwiseObjective):
         """bool[B,N]: where a sample meets itself."""
         own = torch.arange(len(cosine), device=cosine.device) + rank_and_world()[0] * len(cosine)
         return own[:, None] == torch.arange(cosine.shape[1], device=cosine.device)
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder without the head."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """The image that is labelled, the second crop, and what is made of it."""

@@ -23,6 +23,7 @@ from pipeline.nn.clustering.whitening import whitened
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.pictures import Line, beneath, verdict
 from pipeline.nn.start import start_as_moco_v2
 
@@ -52,7 +53,7 @@ class Config(EncoderConfig):
     """From one clustering to the next."""
 
 
-class DeepCluster(Objective):
+class DeepCluster(OneEncoder, Objective):
     """Encoder, a linear classifier of clusters, and the cluster of every sample.
 
     Clusters count alike: a sample's loss is weighted by N / (K * size of its cluster), which the paper, section 3.3,
@@ -127,14 +128,6 @@ class DeepCluster(Objective):
             "largest": self.sizes.max() / self.sizes.sum(),
         }
         return StepOutput(losses.mean(), metrics, losses.detach(), features.detach())
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder without the classifier."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def layers(self) -> list[list[str]]:
         """Stem and blocks; the classifier comes after the last."""

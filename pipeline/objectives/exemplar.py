@@ -16,6 +16,7 @@ from pipeline.nn.augment import Colour, augment
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.pictures import Line, beneath, verdict
 from pipeline.nn.start import start_as_moco
 
@@ -33,7 +34,7 @@ class Config(EncoderConfig):
     """What is done to the colours of each copy."""
 
 
-class Exemplar(Objective):
+class Exemplar(OneEncoder, Objective):
     """Encoder and a linear classifier with a class for each image, so that the data set's size is the head's.
 
     The paper takes 8,000 to 32,000 images; of a larger set take a part (``data.keep``, ``data.where``).
@@ -75,14 +76,6 @@ class Exemplar(Objective):
     def distorted(self, batch: Batch, ctx: StepContext) -> Tensor:
         """The copies of a step, float32[B,3,H,W] from 0 to 1."""
         return augment(batch["image"], batch, ctx, self.config.colour, "exemplar")
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder with its own pooling."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """The crop, and the copy that is made of it."""

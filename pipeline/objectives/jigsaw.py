@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.encoder import EncoderConfig
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.permutations import distant_permutations
 from pipeline.nn.pictures import Line, beneath, verdict
 from pipeline.nn.projection import hidden_layers
@@ -42,7 +43,7 @@ class Config(EncoderConfig):
     """Batch norm over all ranks inside the head."""
 
 
-class Jigsaw(Objective):
+class Jigsaw(OneEncoder, Objective):
     """Encoder of single tiles, and a head that knows the tiles by their order."""
 
     permutations: Tensor
@@ -84,14 +85,6 @@ class Jigsaw(Objective):
         """Features of the shuffled tiles, float[T,B,D], to float32[B,K]."""
         each = self.each(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         return self.head(each.transpose(0, 1).flatten(1)).float()
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder with its own pooling, on whole images."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """The image, and the puzzle that is made of it."""

@@ -36,6 +36,7 @@ from pipeline.nn.construct import construct_encoder
 from pipeline.nn.contrastive import in_batch_nce, queue_nce
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.pictures import Match, pairs
 from pipeline.nn.projection import projection
 from pipeline.nn.start import start_as_moco, start_as_moco_v2
@@ -80,7 +81,7 @@ class Config(EncoderConfig):
         return self
 
 
-class MoCo(PairwiseObjective):
+class MoCo(OneEncoder, PairwiseObjective):
     """Encoder, heads, momentum copies and queue.
 
     Batch norm: version 2 keeps it per rank, or per ``norm_batch`` images, and shuffles the keys' images over all of
@@ -221,14 +222,6 @@ class MoCo(PairwiseObjective):
         for name, module in (("encoder", self.encoder), ("head", self.head)):
             for target, source in zip(self.momentum[name].parameters(), module.parameters(), strict=True):
                 yield Average(target, source, keep)
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The trained encoder, without heads."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """Both crops, and the views that are made of them: the query's and the key's, in version 3 both at once."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.nn.encoder import EncoderConfig
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.pictures import Line, beneath, verdict
 from pipeline.nn.projection import hidden_layers
 from pipeline.nn.tile_encoder import construct_tile_encoder, encode_tiles, normalised_tiles
@@ -40,7 +41,7 @@ class Config(EncoderConfig):
     """Batch norm over all ranks inside the head."""
 
 
-class RelativePatch(Objective):
+class RelativePatch(OneEncoder, Objective):
     """Encoder of single tiles, and a head that is given two of them side by side."""
 
     def __init__(self, config: Config, facts: DataFacts) -> None:
@@ -72,14 +73,6 @@ class RelativePatch(Objective):
         neighbours = features[AROUND]
         both = torch.cat([features[MIDDLE].expand_as(neighbours), neighbours], dim=2)
         return self.head(both.flatten(0, 1)).float().unflatten(0, both.shape[:2])
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder with its own pooling, on whole images."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """The image, and its tiles as they are seen."""

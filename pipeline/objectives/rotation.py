@@ -14,6 +14,7 @@ from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepCo
 from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.pictures import Line, beneath, verdict
 from pipeline.nn.start import start_as_moco
 
@@ -30,7 +31,7 @@ class Config(EncoderConfig):
     """The stem for images of 32 pixels."""
 
 
-class Rotation(Objective):
+class Rotation(OneEncoder, Objective):
     """Encoder and a linear classifier of four turns; each counts against the clock."""
 
     def __init__(self, config: Config, facts: DataFacts) -> None:
@@ -56,14 +57,6 @@ class Rotation(Objective):
         losses = functional.cross_entropy(logits, turn, reduction="none").view(TURNS, count).mean(dim=0)
         top1 = (logits.detach().argmax(dim=1) == turn).float().mean()
         return StepOutput(losses.mean(), {"top1": top1}, losses.detach(), features.detach()[:count])
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder with its own pooling."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """The image in its four positions."""

@@ -34,6 +34,7 @@ from pipeline.nn.multicrop import (
     crop_sizes,
     encode_crops,
 )
+from pipeline.nn.one_encoder import OneEncoder
 from pipeline.nn.pictures import Line, beneath, verdict
 from pipeline.nn.start import start_as_moco_v2
 
@@ -85,7 +86,7 @@ class Prototypes(nn.Module):
             return functional.linear(z, functional.normalize(self.weight.to(z.dtype), dim=1))
 
 
-class SwAV(PairwiseObjective):
+class SwAV(OneEncoder, PairwiseObjective):
     """Encoder, projection head, prototypes and, for small batches, a queue of projections."""
 
     queue: Tensor
@@ -169,14 +170,6 @@ class SwAV(PairwiseObjective):
         self.queue[(self.filled + torch.arange(len(fresh), device=fresh.device)) % len(self.queue)] = fresh
         self.filled += len(fresh)
         self._fresh = None
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The encoder without the head."""
-        return {"image": self.encoder}
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm names for the backbone: positions and class token."""
-        return self.encoder.no_weight_decay("encoder.")
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """All crops, and the views that are made of them."""
