@@ -1,7 +1,7 @@
 """Killed and resumed, a run goes on as if nothing had happened, with all that its method keeps beside the weights.
 
-Queues, pointers and momentum copies of contrastive methods; pseudo-labels, banks and teachers of adaptation and of
-learning from few labels.
+Queues, pointers and momentum copies of contrastive methods; targets, centres and teachers of those without negatives;
+pseudo-labels, banks and teachers of adaptation and of learning from few labels.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ RUNS = {
     "simclr": ("simclr", [], 4),
     "moco v2": ("moco", ["engine.zero=3"], 4),
     "swav": ("swav", [], 4),
+    "byol": ("byol", ["engine.name=accelerate"], 4),
+    "ibot": ("dino", ["objective.masked.ratio=[0.2, 0.5]", "objective.masked.views=0.8"], 1),
     "moco v3": ("moco", ["objective.version=3", "objective.encoder_args.drop_path_rate=0.2"], 1),
     "shot": ("adapt_shot", ["objective.every='4ba'"], 1),
     "neighbours": ("adapt_neighbours", ["engine.zero=2", "objective.refresh='100%'"], 4),
@@ -34,7 +36,7 @@ RUNS = {
     "fixmatch": ("fixmatch", [BESIDE], 1),
 }
 """Objective, settings, and the number of ranks that a run of two is resumed with."""
-SLOW = {"siglip", "simclr", "moco v2", "shot", "pseudo-labels", "mean teacher", "fixmatch", "swav"}
+SLOW = {"siglip", "simclr", "moco v2", "shot", "pseudo-labels", "mean teacher", "fixmatch", "swav", "byol", "ibot"}
 """Run by make test-all: how an engine saves and resumes is held by the others; what is these methods' own is in the
 contract tests."""
 LAST = 8
