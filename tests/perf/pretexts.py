@@ -46,6 +46,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "byol": ("byol", {}),
     "barlow_twins": ("barlow_twins", {}),
     "vicreg": ("vicreg", {}),
+    "dino": ("dino", {"prototypes": 4096}),
     "swav": ("swav", {}),
     "deep_cluster": ("deep_cluster", {}),
     "daic": ("daic", {}),
