@@ -39,9 +39,10 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] to [B,O,H/stride,W/stride]."""
-        if self.weight.shape[1] == 1 and self.stride == 1:
-            return functional.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return functional.conv2d(x, self.weight.permute(0, 3, 1, 2), self.bias, self.stride, self.padding)
+        weight = self.weight  # once: where it is parametrised, it is computed
+        if weight.shape[1] == 1 and self.stride == 1:
+            return functional.linear(x.permute(0, 2, 3, 1), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return functional.conv2d(x, weight.permute(0, 3, 1, 2), self.bias, self.stride, self.padding)
 
 
 class PatchProjection(nn.Conv2d):
