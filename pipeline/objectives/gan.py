@@ -26,7 +26,14 @@ from pipeline.core.random import SampleRandom
 from pipeline.nn.batch_norm import frozen_statistics
 from pipeline.nn.diffusion.model import to_model, to_pixels
 from pipeline.nn.generative.adversarial import Kind, PenaltyConfig, critic_loss, generator_loss, penalty, unlike
-from pipeline.nn.generative.critics import Critic, CriticConfig, PatchCriticConfig, ResNetCriticConfig, critic_of, pooled
+from pipeline.nn.generative.critics import (
+    CriticConfig,
+    CriticFeatures,
+    PatchCriticConfig,
+    ResNetCriticConfig,
+    critic_of,
+    pooled,
+)
 from pipeline.nn.generative.generators import Generator, GeneratorConfig
 from pipeline.nn.generative.spectral import follow
 from pipeline.nn.images import tile
@@ -49,8 +56,8 @@ class Config(Strict):
     condition: Literal["none", "class"] = "none"
     parts: Positive = 1
     """That a batch is cut into: update n of a phase sees part n, and the generator's one update the first. With as many
-    as the critic makes updates, none of those in a step sees an image that another has seen, as in the papers; 1: all see
-    the whole batch."""
+    as the critic makes updates, none of those in a step sees an image that another has seen, as in the papers; 1: all
+    see the whole batch."""
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -127,7 +134,7 @@ class GAN(Objective):
         return StepOutput(losses.mean(), metrics, losses.detach() if whole else None, features)
 
     def _part(self, batch: Batch, ctx: StepContext) -> Batch:
-        """The samples that an update sees: every ``parts``-th, so that micro-batches and ranks cut as the whole does."""
+        """What an update sees: every ``parts``-th sample, so that micro-batches and ranks are cut as the whole is."""
         parts = self.config.parts
         if len(batch["id"]) % parts:
             raise ConfigError(
@@ -161,18 +168,6 @@ class GAN(Objective):
             "samples": Picture(tile(list(samples.split(SHOWN))), "Samples, of the same noise every time"),
             "between": Picture(tile([between]), "From the noise of the first sample to that of the second"),
         }
-
-
-class CriticFeatures(nn.Module):
-    """Images to the means of the maps of the critic's blocks, side by side: float32[B,D]. Shares the critic."""
-
-    def __init__(self, critic: Critic) -> None:
-        super().__init__()
-        self.critic, self.dim = critic, sum(critic.widths)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """uint8[B,C,H,W] to [B,D]."""
-        return pooled(self.critic.maps(to_model(image)))
 
 
 class GANMaker(nn.Module):

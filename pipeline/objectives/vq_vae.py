@@ -1,9 +1,10 @@
 """The vector-quantised autoencoder: images as maps of numbers of codes, of which few are enough.
 
 Van den Oord et al., "Neural Discrete Representation Learning" (NeurIPS 2017), https://arxiv.org/abs/1711.00937; the
-quantisers are in :mod:`pipeline.nn.generative.codebook`, each with its source. Everything is in bits per dimension of
-the image: the distortion is the decoder's likelihood, so that with the rate of codes that are all as likely it is a
-bound, which a prior over the codes makes smaller.
+quantisers are in :mod:`pipeline.nn.generative.codebook`, each with its source. With a critic of what is decoded it is
+VQGAN (Esser et al. 2021, 2012.09841): each step moves the autoencoder and then the critic. Everything is in bits per
+dimension of the image: the distortion is the decoder's likelihood, so that with the rate of codes that are all as
+likely it is a bound, which a prior over the codes makes smaller.
 Shape letters: B samples, C channels, H height, W width, D = CHW, Z channels of the code, h and w its height and width,
 K codes.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -23,6 +25,7 @@ from pipeline.config.schema import Strict
 from pipeline.core.evaluation import bits_name
 from pipeline.core.protocols import Batch, Clock, DataFacts, Export, Objective, Picture, StepContext, StepOutput
 from pipeline.dist.gather import gather_ragged
+from pipeline.nn.generative.adversary import Adversary, AdversaryConfig
 from pipeline.nn.generative.autoencoder import Autoencoder, AutoencoderConfig, diffusers_settings, to_diffusers
 from pipeline.nn.generative.codebook import Codebook, Quantised, Scalars, perplexity
 from pipeline.nn.generative.observed import Kind, Observed
@@ -54,6 +57,8 @@ class Config(Strict):
     """Codes that stand for fewer places of a step, on average, start anew from what the encoder gives; 0: none does."""
     levels: tuple[Annotated[int, Field(ge=2)], ...] = ()
     """Of each channel, for "scalar", in place of codes: as many as network.latent; (8, 5, 5, 5) are 1,000 codes."""
+    critic: AdversaryConfig | None = None
+    """Of what is decoded; left out: none."""
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -93,6 +98,15 @@ class VQVAE(Objective):
             )
         self.pixels = Observed(config.decoder, self.image_shape)
         self._candidates: list[tuple[Tensor, Tensor]] = []
+        self.critic = None
+        if config.critic is not None:
+            self.critic = Adversary(config.critic, facts.image_size, config.channels)
+
+    def phases(self) -> Mapping[str, Sequence[str]]:
+        """With a critic, the autoencoder first."""
+        return (
+            {} if self.critic is None else {"autoencoder": ["model.", "quantiser.", "pixels."], "critic": ["critic."]}
+        )
 
     def encode(self, image: Tensor) -> tuple[Tensor, Quantised]:
         """What the encoder says of uint8[B,C,H,W], [B,Z,h,w], and its codes."""
@@ -101,10 +115,11 @@ class VQVAE(Objective):
 
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:
         """Distortion and what codes cost; "perplexity" and "dead" are of the codes of the last updates."""
+        if ctx.phase == "critic":
+            return self._critics(batch, ctx)
         x, own = self.encode(batch["image"])
-        likelihood = self.pixels.log_likelihood(
-            batch["image"], self.model.decode(own.z), ctx.random(batch, "vq_vae.dequantise")
-        )
+        decoded = self.model.decode(own.z)
+        likelihood = self.pixels.log_likelihood(batch["image"], decoded, ctx.random(batch, "vq_vae.dequantise"))
         distortion = self.pixels.bits(likelihood)
         losses = distortion + own.losses
         if ctx.training and self.training:
@@ -117,7 +132,19 @@ class VQVAE(Objective):
             "perplexity": perplexity(self.quantiser.counts),
             "dead": (self.quantiser.counts < DEAD).float().mean(),
         }
+        if self.critic is not None:
+            adversarial = self.critic.heard(decoded, distortion, self.model.decoder.conv_out.weight, ctx.clock)
+            losses = losses + adversarial
+            metrics |= {"adversarial": adversarial.detach().mean(), "ratio": self.critic.ratio[0].float()}
         return StepOutput(losses.mean(), metrics, losses.detach(), own.z.detach().flatten(1))
+
+    def _critics(self, batch: Batch, ctx: StepContext) -> StepOutput:
+        """The critic's loss, on images and what the autoencoder, just moved, makes of them."""
+        assert self.critic is not None
+        with torch.no_grad():
+            decoded = self.model.decode(self.encode(batch["image"])[1].z)
+        losses, metrics = self.critic.judged(batch["image"].to(decoded.dtype) / 127.5 - 1, decoded, ctx.clock)
+        return StepOutput(losses.mean(), metrics, losses.detach())
 
     def _propose(self, x: Tensor, batch: Batch, ctx: StepContext) -> None:
         """One place of each sample, that dead codes may be started anew from."""
@@ -137,6 +164,8 @@ class VQVAE(Objective):
             drawn = sorted(range(len(keys)), key=keys.tolist().__getitem__)  # by lot, the same on all ranks
             candidates, self._candidates = rows[drawn], []
         self.quantiser.learn(candidates, self.config.decay)
+        if self.critic is not None:
+            self.critic.learn()
 
     def encoders(self) -> dict[str, nn.Module]:
         """The codes of an image, side by side."""

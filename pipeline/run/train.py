@@ -55,6 +55,7 @@ from pipeline.run.making import make_engine
 from pipeline.run.online import Judge
 from pipeline.run.preflight import preflight
 from pipeline.run.resuming import Beginning, find_beginning, resume
+from pipeline.run.rivalry import RivalryWatch
 
 NONFINITE = "nonfinite.json"
 """In the run folder: the samples of the last step whose loss or gradient was not finite."""
@@ -85,6 +86,7 @@ class Job:
     judge: Judge | None = None
     """Evaluates while it trains; None: nobody does."""
     collapse: CollapseWatch = field(default_factory=CollapseWatch)
+    rivalry: RivalryWatch = field(default_factory=RivalryWatch)
 
     @property
     def folder(self) -> Path:
@@ -106,6 +108,7 @@ class Job:
         if self.recorder is not None:
             self.recorder.log(line.pop("step"), line)
             self.collapse.look(clock.step, line, self.recorder.note)
+            self.rivalry.look(clock.step, line, self.recorder.note)
         bad = [*self.stream.ledger(), *self.surveyor.ledger()]
         if bad:
             with closing(Lines(self.folder / f"ledger-{self.place.rank:05d}.jsonl")) as ledger:

@@ -105,6 +105,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exemplar with batch norm": ("exemplar", RESNET),
     "jigsaw with batch norm": ("jigsaw", SMALL_RESNET | {"head_norm": True}),
+    "gan of convolutions, Wasserstein": (
+        "gan",
+        {
+            "critic": {"name": "dcgan", "widths": [8, 8, 16], "spectral": False},
+            "generator": {"name": "dcgan", "latent": 8, "widths": [16, 8, 8], "norm": "group"},
+            "loss": "wasserstein",
+            "penalty": {"kind": "gradient"},
+            "condition": "none",
+            "parts": 2,
+        },
+    ),
     "group_dro with batch norm": ("group_dro", RESNET),
     "distill_clip with batch norm": ("distill_clip", RESNET),
     "moco 2 with batch norm": ("moco", RESNET | {"small_stem": True, "norm_batch": 2}),
@@ -124,6 +135,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "swav with batch norm": ("swav", RESNET | {"small_stem": True}),
     "supervised with batch norm": ("supervised", RESNET),
+    "vq_vae with a critic": (
+        "vq_vae",
+        {"critic": {"network": {"name": "patch", "channels": 4, "layers": 1, "norm": False}}},
+    ),
 }
 """Objectives in other settings than those of their smoke configs: objective and settings."""
 
@@ -136,6 +151,13 @@ def names() -> list[str]:
 def package_of(name: str) -> str:
     """Where an objective is found."""
     return TOYS if name in registry.names(TOYS) else OBJECTIVES
+
+
+def has_phases(name: str) -> bool:
+    """Of an objective or a variant, as it is set."""
+    own = VARIANTS.get(name, (name, {}))[0]
+    declared = registry.component(package_of(own), own, Objective).phases is not Objective.phases
+    return declared and bool(build_objective(name).phases())
 
 
 def contexts(objective: Objective, seed: int = CONTEXT.seed) -> list[StepContext]:

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config.schema import EngineConfig
 from pipeline.config.schema import Optimizer as OptimizerConfig
-from pipeline.core import registry
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Objective
 from pipeline.dist.group import Place, process_group
@@ -29,9 +28,9 @@ from tests.contracts.components import (
     RESNET,
     VARIANTS,
     build_objective,
+    has_phases,
     make_batch,
     names,
-    package_of,
     stir,
 )
 from tests.ranks import free_port, rank_environment, start_ranks
@@ -52,11 +51,11 @@ EVERY_KIND: dict[int, list[Way]] = {
 late, and of parameters that are whole only inside its forward. How an engine treats a loss does not depend on which."""
 WITH_BATCH_NORM: dict[int, list[Way]] = {4: [("accelerate", 0, 1)], 2: [("deepspeed", 3, 1)]}
 """Without accumulation, since the statistics are those of a micro-batch over all ranks."""
-NAMES = [n for n in names() if registry.component(package_of(n), n, Objective).phases is Objective.phases]
+NAMES = [n for n in names() if not has_phases(n)]
 """Those with phases: ``test_phases.py``."""
 REPRESENTATIVES = {"mae", "clip"}
 """One that is the mean over samples and one that compares them: for them the engines are tried in every way."""
-CASES = [*NAMES, *VARIANTS]
+CASES = [*NAMES, *(n for n in VARIANTS if not has_phases(n))]
 ALIKE = {
     f"{name} with batch norm"
     for name in (

@@ -26,7 +26,7 @@ from tests.contracts.components import (
 )
 
 NAMES = names()
-WITHOUT_FEATURES = {"ddpm"}
+WITHOUT_FEATURES = {"ddpm", "energy"}
 """Methods that are no encoders of images while they are trained."""
 
 

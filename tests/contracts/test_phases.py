@@ -12,18 +12,30 @@ from numpy.typing import NDArray
 
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import RunConfig
-from pipeline.core import registry
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, Objective
 from pipeline.dist.group import process_group
 from pipeline.engine.accumulate import accumulate
 from pipeline.engine.base import BaseEngine
 from pipeline.run.build import build_engine
-from tests.contracts.components import CONTEXT, build_objective, make_batch, names, package_of, smoke_config, stir
+from tests.contracts.components import (
+    CONTEXT,
+    VARIANTS,
+    build_objective,
+    has_phases,
+    make_batch,
+    names,
+    smoke_config,
+    stir,
+)
 from tests.contracts.test_gradients import ENGINES, GLOBAL_BATCH
 from tests.ranks import start_ranks
 
-NAMES = [n for n in names() if registry.component(package_of(n), n, Objective).phases is not Objective.phases]
+CASES = [
+    *((n, world) for n in names() if has_phases(n) for world in (1, 2)),
+    *((n, 2) for n in VARIANTS if has_phases(n)),
+]
+"""Objective and ranks."""
 STEPS, CLIP = 3, 0.3
 RATES = (2e-3, 5e-3)
 """Of the first phase and of the others."""
@@ -36,7 +48,7 @@ HELD = {"toy_gan": ["critic.0"]}
 
 def configured(objective: str, **engine: Any) -> RunConfig:
     """Each phase with settings of its own."""
-    table = smoke_config(objective).model_dump(exclude_none=True)
+    table = smoke_config(VARIANTS.get(objective, (objective, {}))[0]).model_dump(exclude_none=True)
     table["run"] |= {"global_batch": GLOBAL_BATCH}
     table["optimizer"] = {"name": "adamw", "lr": RATES[0], "weight_decay": 0.1}
     table["engine"] = engine
@@ -119,8 +131,7 @@ def plain(name: str) -> list[NDArray[np.float64]]:
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "world"), CASES)
 def test_it_trains_as_a_plain_loop_with_an_optimizer_per_phase_does(name, world):
     expected = plain(name)
     ended = start_ranks(world, all_engines, name=name)

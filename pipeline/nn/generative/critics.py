@@ -1,8 +1,8 @@
 """Networks that tell images from what generators make: SNGAN's ResNet and convolutions, and one that judges patches.
 
 Miyato et al., "Spectral Normalization for Generative Adversarial Networks" (ICLR 2018, arXiv 1802.05957), tables 3 and
-4, with their initial weights; classes by projection: Miyato and Koyama (ICLR 2018, 1802.05637), eq. 3; patches: Isola et
-al. (CVPR 2017, 1611.07004), section 3.2, as VQGAN has it (Esser et al. 2021, 2012.09841).
+4, with their initial weights; classes by projection: Miyato and Koyama (ICLR 2018, 1802.05637), eq. 3; patches: Isola
+et al. (CVPR 2017, 1611.07004), section 3.2, as VQGAN has it (Esser et al. 2021, 2012.09841).
 Shape letters: B samples, C channels, H height, W width, P places that are judged, D features.
 """
 
@@ -106,6 +106,18 @@ class Critic(nn.Module, ABC):
         return Judged(wide(self._scores(maps[-1], label)), maps)
 
 
+class CriticFeatures(nn.Module):
+    """Images to the means of the maps of the critic's blocks, side by side: float32[B,D]. Shares the critic."""
+
+    def __init__(self, critic: Critic) -> None:
+        super().__init__()
+        self.critic, self.dim = critic, sum(critic.widths)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8[B,C,H,W] to [B,D]."""
+        return pooled(self.critic.maps(image.float() / 127.5 - 1))
+
+
 class _DownBlock(nn.Module):
     """ReLU, convolution, twice, then perhaps half the size; around them a shortcut. The first block has no ReLU before.
 
@@ -189,6 +201,8 @@ class ConvCritic(Critic):
         last = config.widths[-1] * (image_size[0] // factor) * (image_size[1] // factor)
         self.answer = _Answer(last, classes)
         nn.init.normal_(self.answer.linear.weight, std=NORMAL)
+        for layer in (*self.same, *self.halve):
+            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
         self.widths = config.widths
         if config.spectral:
             spectrally_normed(self)
@@ -215,7 +229,7 @@ class PatchCritic(Critic):
                 f"place for the last kernels of 4; take fewer, or images of at least {3 * 2**config.layers}"
             )
         if classes:
-            raise ConfigError('a critic of patches is told no classes; set critic.name = "resnet", or leave classes out')
+            raise ConfigError('a critic of patches is told no classes; set critic.name = "resnet"')
         self.widths = tuple(config.channels * min(2**i, 8) for i in range(config.layers + 1))
         self.layers = nn.ModuleList()
         for number, (a, b) in enumerate(pairwise((channels, *self.widths))):
@@ -256,8 +270,6 @@ def _normal(channels: int, out: int, kernel: int, stride: int = 1, bias: bool = 
     """A convolution with DCGAN's initial weights; kernels of four keep, or halve, even sizes."""
     layer = nn.Conv2d(channels, out, kernel, stride, padding=1, bias=bias)
     nn.init.normal_(layer.weight, std=NORMAL)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
     return layer
 
 

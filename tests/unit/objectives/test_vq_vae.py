@@ -113,3 +113,81 @@ def test_settings_that_do_not_go_together_are_named():
     ):
         with pytest.raises(ValidationError, match=message):
             Config(**{"network": NETWORK} | settings)
+
+
+CRITIC = {"network": {"name": "patch", "channels": 4, "layers": 1, "norm": False}, "weight": 0.7}
+AUTOENCODER = StepContext(seed=1, clock=Clock(0, 0, 100), phase="autoencoder")
+
+
+def heard(folder):
+    """The ratio of gradients of this rank's share, in two micro-batches; saved for the tests below."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, share = build(critic=CRITIC), 8 // world
+    mine = {name: value[rank * share : (rank + 1) * share] for name, value in batch().items()}
+    for half in (slice(0, share // 2), slice(share // 2, None)):
+        model({name: value[half] for name, value in mine.items()}, AUTOENCODER)
+    model.after_step(Clock(1, 8, 1000))
+    torch.save(model.critic.ratio, folder / f"ratio-{world}-{rank}.pt")
+
+
+def test_one_rank_weighs_its_critic(folder, lone_group):
+    heard(folder)
+
+
+@pytest.mark.world_size(2)
+def test_two_ranks_weigh_their_critic(folder):
+    with process_group(timeout_minutes=1):
+        heard(folder)
+
+
+def test_the_critics_weight_is_the_papers_over_all_ranks_and_micro_batches(folder):
+    model, data = build(critic=CRITIC), batch()
+    decoded = model.model.decode(model.encode(data["image"])[1].z)
+    distortion = -model.pixels.log_likelihood(data["image"], decoded, None).mean() / (192 * math.log(2))
+    last = model.model.decoder.conv_out.weight
+    (of_distortion,) = torch.autograd.grad(distortion, last, retain_graph=True)
+    (of_critic,) = torch.autograd.grad(-model.critic.critic(decoded).scores.mean(), last)
+    expected = (of_distortion.norm() / (of_critic.norm() + 1e-4)).clamp(0, 1e4)
+    assert 0 < float(expected) < 1e4
+    for part in ("1-0", "2-0", "2-1"):
+        torch.testing.assert_close(torch.load(folder / f"ratio-{part}.pt")[0], expected, rtol=1e-4, atol=0)
+
+
+def test_the_critic_is_heard_with_its_weight_once_the_ratio_is_known():
+    model, data = build(critic=CRITIC), batch()
+    first = model(data, AUTOENCODER)
+    assert float(first.metrics["ratio"]) == 0 == float(first.metrics["adversarial"])
+    model.critic.ratio.fill_(3.0)
+    again = model(data, AUTOENCODER)
+    decoded = model.model.decode(model.encode(data["image"])[1].z)
+    expected = 0.7 * 3 * -model.critic.critic(decoded).scores.mean(dim=1)
+    torch.testing.assert_close(again.losses - first.losses, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_critics_loss_is_the_hinge_of_images_and_what_is_decoded():
+    model, data = build(critic=CRITIC), batch()
+    output = model(data, StepContext(seed=1, clock=Clock(0, 0, 100), phase="critic"))
+    decoded = model.model.decode(model.encode(data["image"])[1].z)
+    real, fake = (model.critic.critic(x).scores for x in (data["image"] / 127.5 - 1, decoded))
+    expected = ((1 - real).clamp(min=0).mean(1) + (1 + fake).clamp(min=0).mean(1)) / 2
+    torch.testing.assert_close(output.losses, expected.detach())
+    output.loss.backward()
+    assert all(p.grad is None for p in model.model.parameters())
+    assert not model.quantiser._fresh
+
+
+def test_before_its_start_the_critic_is_neither_heard_nor_moved():
+    model, data = build(critic=CRITIC | {"start": 5}), batch()
+    model.critic.ratio.fill_(3.0)
+    for phase in ("autoencoder", "critic"):
+        output = model(data, StepContext(seed=1, clock=Clock(4, 0, 100), phase=phase))
+        output.loss.backward()
+    assert float(output.loss.detach()) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.critic.parameters())
+    later = model(data, StepContext(seed=1, clock=Clock(5, 0, 100), phase="critic"))
+    assert float(later.loss.detach()) > 0.5
+
+
+def test_without_a_critic_there_are_no_phases():
+    assert build().phases() == {}
+    assert list(build(critic=CRITIC).phases()) == ["autoencoder", "critic"]
