@@ -77,7 +77,7 @@ class Uses(NamedTuple):
     streams: Mapping[str, Sequence[str]]
     """Stream to the fields of its batches, ``{"val": ("image", "label")}``."""
     encoders: Sequence[str] = ("image",)
-    """"image", "text", "logits", "generator"; those of the run that judges are "judge.NAME"."""
+    """"image", "text", "logits", "generator", "restorer"; those of the run that judges are "judge.NAME"."""
     also: Mapping[str, Sequence[str]] = MappingProxyType({})
     """Fields that are read too where the suite names them and the stream has them: only some models need them."""
 
