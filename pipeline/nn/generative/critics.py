@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,6 +43,14 @@ class ResNetCriticConfig(Strict):
     """Over the places of the last map; WGAN-GP's takes the mean."""
     spectral: bool = True
     """Divide weights by their largest singular value."""
+
+    @model_validator(mode="after")
+    def _enough_blocks(self) -> ResNetCriticConfig:
+        if self.halvings > len(self.widths):
+            raise ValueError(
+                f"halvings = {self.halvings}: there are {len(self.widths)} blocks; give more widths, or fewer"
+            )
+        return self
 
 
 class ConvCriticConfig(Strict):
@@ -168,7 +176,7 @@ class ResNetCritic(Critic):
 
     def __init__(self, config: ResNetCriticConfig, image_size: tuple[int, int], channels: int, classes: int) -> None:
         super().__init__()
-        _check_halvings(image_size, min(config.halvings, len(config.widths)), "critic.halvings")
+        _check_halvings(image_size, config.halvings, "critic.halvings")
         self.pool = config.pool
         self.blocks = nn.ModuleList(
             [

@@ -254,6 +254,8 @@ def test_it_learns_a_colour():
 def test_settings_that_do_not_go_together_are_named():
     with pytest.raises(ValidationError, match=r"set critic.norm = false"):
         Config(critic={"name": "patch"}, penalty={"kind": "r1"})
+    with pytest.raises(ValidationError, match=r"halvings = 3: there are 2 blocks"):
+        Config(critic={"name": "resnet", "widths": [8, 8], "halvings": 3})
     for settings, classes, message in (
         ({"condition": "class"}, 0, "the data set has no classes"),
         ({"generator": {"widths": [8] * 6}}, 0, "multiples of 32 pixels; they are 16x16"),
