@@ -100,6 +100,8 @@ class Objective(nn.Module, ABC):
 
     needs: Mapping[str, str] = {}
     """Fields of the batch and their type, ``{"image": "uint8[B,3,H,W]"}``: checked against the first batch."""
+    second_order: bool = False
+    """Its loss holds a gradient of its own network, which is taken within forward; see ``pipeline.run.build``."""
 
     @abstractmethod
     def forward(self, batch: Batch, ctx: StepContext) -> StepOutput:

@@ -57,6 +57,8 @@ class Config(Strict):
 class EnergyModel(Objective):
     """The energy and how it is trained."""
 
+    second_order = True
+
     def __init__(self, config: Config, facts: DataFacts) -> None:
         super().__init__()
         self.config = config

@@ -15,7 +15,7 @@ from pipeline.config.resolve import Plan, period
 from pipeline.config.schema import RunConfig, Source
 from pipeline.core import registry
 from pipeline.core.components import OBJECTIVES, check_component
-from pipeline.core.errors import CheckpointError
+from pipeline.core.errors import CheckpointError, ConfigError
 from pipeline.core.manifest import Manifest
 from pipeline.core.protocols import Batch, DataFacts, Objective, Stream
 from pipeline.data.stream import open_stream
@@ -62,6 +62,12 @@ def build_engine(config: RunConfig, objective: Objective, plan: Plan, place: Pla
         ConfigError: phases that the objective has not, or that the engine cannot train.
     """
     phases.check(config, objective)
+    if objective.second_order and config.engine.name == "deepspeed" and config.engine.zero == 3:
+        raise ConfigError(
+            f"engine.zero = 3: objective {config.objective.name!r} takes a gradient of its network within its forward, "
+            "and ZeRO 3 takes the parameters away as soon as a layer has run. Set engine.zero = 2, where gradients and "
+            "optimizer state are still shared out over the ranks"
+        )
     if objective.phases():
         updates = {name: phase.updates for name, phase in config.phases.items()}
 

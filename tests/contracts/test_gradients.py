@@ -49,6 +49,8 @@ EVERY_KIND: dict[int, list[Way]] = {
 }
 """What an objective of its own can get wrong: what it makes of parts of a batch, of other ranks, of averages that come
 late, and of parameters that are whole only inside its forward. How an engine treats a loss does not depend on which."""
+SECOND_ORDER = EVERY_KIND | {2: [("accelerate", 0, 2), ("deepspeed", 1, 1)]}
+"""A gradient within the forward needs whole parameters: ZeRO 3 is refused."""
 WITH_BATCH_NORM: dict[int, list[Way]] = {4: [("accelerate", 0, 1)], 2: [("deepspeed", 3, 1)]}
 """Without accumulation, since the statistics are those of a micro-batch over all ranks."""
 NAMES = [n for n in names() if not has_phases(n)]
@@ -154,6 +156,8 @@ def has_batch_norm(name: str) -> bool:
 
 
 def ways_of(name: str) -> dict[int, list[Way]]:
+    if build_objective(name).second_order:
+        return SECOND_ORDER
     return EVERY_WAY if name in REPRESENTATIVES else WITH_BATCH_NORM if has_batch_norm(name) else EVERY_KIND
 
 

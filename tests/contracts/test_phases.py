@@ -158,13 +158,18 @@ def refusals(name: str) -> list[str]:
         with pytest.raises(ConfigError) as raised:
             build_engine(config, build_objective("supervised"), resolve(config, 64, 1), place)
         said.append(str(raised.value))
+        config = configured("energy", name="deepspeed", zero=3, micro_batch=8)
+        with pytest.raises(ConfigError) as raised:
+            build_engine(config, build_objective("energy"), resolve(config, 64, 1), place)
+        said.append(str(raised.value))
     return said
 
 
 def test_zero_3_and_unknown_phases_are_refused_with_the_reason():
     (end,) = start_ranks(1, refusals, name="toy_gan")
     assert end.problem is None, end.problem
-    stage, unknown, none = end.value
+    stage, unknown, none, second_order = end.value
+    assert "engine.zero = 3" in second_order and "'energy'" in second_order and "Set engine.zero = 2" in second_order
     assert "engine.zero = 3" in stage and "generator, critic" in stage and "Set engine.zero = 2" in stage
     assert unknown == "phases.critik: no such phase of 'toy_gan'; did you mean 'critic'?"
     assert none == "phases.critic: objective 'toy_gan' has no phases; remove [phases]"
