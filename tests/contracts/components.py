@@ -138,7 +138,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vq_vae with a critic": (
         "vq_vae",
         {
-            # Without attention: the bias of its keys has no gradient but rounding, which Adam makes large.
+            # Where a gradient is nothing but rounding, AdamW makes it large: attention's keys have a bias without one, and
+            # an untrained hinge's gradients of data and samples are each other's opposite.
             "network": {
                 "channels": 8,
                 "multipliers": [1, 2],
@@ -147,7 +148,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 "latent": 4,
                 "attention": False,
             },
-            "critic": {"network": {"name": "patch", "channels": 4, "layers": 1, "norm": False}},
+            "critic": {
+                "network": {"name": "patch", "channels": 4, "layers": 1, "norm": False},
+                "loss": "non_saturating",
+            },
         },
     ),
 }
