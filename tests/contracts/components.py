@@ -138,8 +138,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vq_vae with a critic": (
         "vq_vae",
         {
-            # Where a gradient is nothing but rounding, AdamW makes it large: attention's keys have a bias without one, and
-            # an untrained hinge's gradients of data and samples are each other's opposite.
+            # Where a gradient is nothing but rounding, AdamW makes it large: attention's keys have a bias without one,
+            # and an untrained hinge's gradients of data and samples are each other's opposite.
             "network": {
                 "channels": 8,
                 "multipliers": [1, 2],
