@@ -203,12 +203,14 @@ class Objective(nn.Module, ABC):
 
 
 class Survey(NamedTuple):
-    """A look at a whole data set with the weights of that moment."""
+    """A look at a data set with the weights of that moment."""
 
     every: Duration
     """From one to the next; the first is before the first update. Zero: never."""
     data: str = ""
     """Which data set: one beside the first, or ""; with its fields, and images cut out of the centre."""
+    samples: int | None = None
+    """So many, drawn once for all; at least one for each rank. None: all."""
 
 
 class Origin(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -75,9 +76,19 @@ class SurveyReading:
     """This rank's part of all samples in order, each once; one that cannot be used is replaced by the next."""
 
     samples: int
+    """Of the data set."""
     size: int
     rank: int
     world: int
+    wanted: int | None = None
+    """So many, drawn once for all; None: all."""
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        """The samples that all ranks look at together, in order."""
+        if self.wanted is None or self.wanted >= self.samples:
+            return np.arange(self.samples)
+        return np.sort(np.random.default_rng(0).choice(self.samples, self.wanted, replace=False))
 
     @property
     def count(self) -> int:
@@ -87,10 +98,10 @@ class SurveyReading:
     @property
     def most(self) -> int:
         """Number of micro-batches on the rank that has the most."""
-        return math.ceil(math.ceil(self.samples / self.world) / self.size)
+        return math.ceil(math.ceil(len(self._ids) / self.world) / self.size)
 
     def _first(self, rank: int) -> int:
-        return rank * self.samples // self.world
+        return rank * len(self._ids) // self.world
 
     def step(self, number: int) -> int:
         """A survey has no steps; micro-batches count."""
@@ -99,7 +110,7 @@ class SurveyReading:
     def draw(self, number: int) -> Draw:
         """The samples of a micro-batch."""
         begin = self._first(self.rank) + number * self.size
-        ids = np.arange(begin, min(begin + self.size, self._first(self.rank + 1)))
+        ids = self._ids[begin : min(begin + self.size, self._first(self.rank + 1))]
         return Draw(np.zeros_like(ids), ids)
 
     def substitute(self, number: int, index: int, attempt: int) -> int | None:

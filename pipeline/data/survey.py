@@ -68,7 +68,15 @@ class SurveyStream:
 
 
 def open_survey(
-    data: Data, manifest: Manifest, name: str, *, batch: int, seed: int, rank: int, world: int
+    data: Data,
+    manifest: Manifest,
+    name: str,
+    *,
+    batch: int,
+    seed: int,
+    rank: int,
+    world: int,
+    samples: int | None = None,
 ) -> SurveyStream:
     """The samples that one rank looks at. Ids are those of training batches.
 
@@ -80,6 +88,7 @@ def open_survey(
         seed: of the run.
         rank: this rank.
         world: number of ranks.
+        samples: how many are looked at, at least one for each rank; None: all.
 
     Raises:
         ConfigError: no such data set, or fewer samples than ranks.
@@ -101,4 +110,6 @@ def open_survey(
         raise ConfigError(f"a survey of {manifest.samples} samples cannot be shared out to {world} ranks; use fewer")
     whole = Image(size=image.size, crop="center")
     own = data.model_copy(update={**changes, "image": whole, "decode": "loader", "beside": {}, "lanes": None})
-    return SurveyStream(own, manifest, SurveyReading(manifest.samples, batch, rank, world), first, seed)
+    wanted = None if samples is None else max(samples, world)
+    reading = SurveyReading(manifest.samples, batch, rank, world, wanted)
+    return SurveyStream(own, manifest, reading, first, seed)

@@ -15,14 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.config.schema import Strict
-from pipeline.core.errors import ConfigError
-from pipeline.core.evaluation import EvalContext, EvalStream, Evaluation, Likely, Maker, Number, Uses
-from pipeline.core.protocols import Batch
-from pipeline.dist.group import gather_objects, sum_over_ranks
-from pipeline.evals._samples import chosen, in_order, maker_of
-
-TOLD = {"label": ("label",), "text": ("text", "text_length"), None: ()}
-"""Fields of what a model is told."""
+from pipeline.core.evaluation import EvalContext, EvalStream, Evaluation, Number, Uses
+from pipeline.dist.group import sum_over_ranks
+from pipeline.evals._bits import TOLD, likely, measure
 
 
 class Config(Strict):
@@ -63,7 +58,7 @@ class Likelihood(Evaluation):
 
     def check(self, ctx: EvalContext) -> None:
         """A model that knows, and steps that it can be measured in."""
-        _likely(ctx).check_likelihood(self.config.steps)
+        likely(ctx).check_likelihood(self.config.steps)
 
     def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Measure; every rank its share.
@@ -71,55 +66,16 @@ class Likelihood(Evaluation):
         Raises:
             ConfigError: the suite's fields lack what the model is told.
         """
-        own, test, train = self.config, ctx.streams[self.config.test], ctx.streams[self.config.train]
-        model, told, device = _likely(ctx), TOLD[maker_of(ctx).told], ctx.place.device
-        table, names = histogram(train, model.image_shape), list[str]()  # of the total, and of its parts
-        rows: list[tuple[Tensor, ...]] = []
-        for batch in test:
-            mine = self._chosen(batch["id"], test.samples)
-            if not mine.any():
-                continue
-            part = {name: value[mine].to(device) for name, value in batch.items()}
-            prompt = _prompt(part, told)
-            bits = model.likelihood(part["image"], part["id"], prompt, own.seed, own.steps)
-            names = [bits.name, *(f"{bits.name}_{part}" for part in bits.parts if part)]
-            columns = [bits.total, *(value for part, value in bits.parts.items() if part)]
-            pixels = part["image"].flatten(1).long().cpu()
-            counted = -table.gather(1, pixels.T).mean(dim=0)
-            rows.append((part["id"].cpu(), torch.stack(columns, dim=1).double().cpu(), counted))
-        _, bits, counted = in_order(rows)
-        names = next(known for known in gather_objects(names) if known)  # a rank may have measured nothing
-        for number, (name, values) in enumerate(zip(names, bits.T, strict=True)):
+        own = self.config
+        table = histogram(ctx.streams[own.train], likely(ctx).image_shape)
+
+        def counted(image: Tensor) -> Tensor:
+            return -table.gather(1, image.flatten(1).long().T).mean(dim=0)
+
+        found = measure(ctx, own.test, counted, seed=own.seed, steps=own.steps, samples=own.samples)
+        for number, (name, values) in enumerate(zip(found.names, found.bits.T, strict=True)):
             yield _mean(name, values, own.test, None if number else "lower")
-        yield _mean("histogram", counted, own.test)
-
-    def _chosen(self, ids: Tensor, size: int) -> Tensor:
-        """Which samples are measured, bool[B]: a function of their numbers alone."""
-        wanted = size if self.config.samples is None else min(size, self.config.samples)
-        return chosen(ids, size, wanted)
-
-
-def _likely(ctx: EvalContext) -> Likely:
-    """The generator, which must know how likely images are.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    model: Maker = maker_of(ctx)
-    if not isinstance(model, Likely):
-        raise ConfigError("this evaluation needs a model that knows how likely images are; this one only makes them")
-    return model
-
-
-def _prompt(batch: Batch, fields: tuple[str, ...]) -> Batch:
-    """What the images of a batch are of.
-
-    Raises:
-        ConfigError: the suite's fields lack it.
-    """
-    if missing := [name for name in fields if name not in batch]:
-        raise ConfigError(f'the model is told "{missing[0]}": the suite\'s fields, or the data, lack it')
-    return {name: batch[name] for name in fields}
+        yield _mean("histogram", found.beside, own.test)
 
 
 def _mean(name: str, values: Tensor, split: str, better: Literal["lower"] | None = None) -> Number:

@@ -7,15 +7,25 @@ arXiv 2306.09301): AUROC, and the share of unknown samples that pass where 95 % 
 - "knn": minus the distance of unit vectors to the k-th nearest training sample (Sun et al. 2022).
 - "mahalanobis": minus the smallest distance to a class mean under the covariance that classes share (Lee et al. 2018).
 
+Of a model of images that knows how likely they are, bits per dimension:
+
+- "likelihood": minus the bits. Models find simple images of another kind likelier than their own (Nalisnick et al.
+  2019, "Do Deep Generative Models Know What They Don't Know?", arXiv 1810.09136): an AUROC below a half.
+- "complexity": the bits of the image as PNG minus the model's (Serra et al. 2020, 1909.11480, eq. 2).
+- "typicality": minus the distance from the mean bits of training images (Nalisnick et al. 2019, 1906.02994, of one
+  image at a time).
+
 Shape letters: N samples, D width, K classes.
 """
 
+import io
 import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import Field, model_validator
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -24,9 +34,13 @@ from torch.nn import functional
 from pipeline.config.schema import Strict
 from pipeline.core.errors import ConfigError, DataError
 from pipeline.core.evaluation import EvalContext, Evaluation, Features, Number, Uses
+from pipeline.evals._bits import Measured, likely, measure
+from pipeline.evals._samples import maker_of
 
-Way = Literal["msp", "energy", "knn", "mahalanobis"]
+Way = Literal["msp", "energy", "knn", "mahalanobis", "likelihood", "complexity", "typicality"]
 OF_LOGITS: tuple[Way, ...] = ("msp", "energy")
+OF_FEATURES: tuple[Way, ...] = ("knn", "mahalanobis")
+OF_BITS: tuple[Way, ...] = ("likelihood", "complexity", "typicality")
 PASSES = 0.95
 """Share of the known samples that is let through."""
 QUERIES = 1024
@@ -36,7 +50,7 @@ class Config(Strict):
     """Settings of the detection of unknown samples."""
 
     train: str = "train"
-    """Stream that distances are to; used by "knn" and "mahalanobis" alone."""
+    """Stream that distances are to; used by "knn", "mahalanobis" and "typicality" alone."""
     test: str = "val"
     """Stream of known classes."""
     unknown: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -44,6 +58,10 @@ class Config(Strict):
     ways: Annotated[tuple[Way, ...], Field(min_length=1)] = ("knn", "mahalanobis")
     k: Annotated[int, Field(ge=1)] = 50
     """Of "knn"."""
+    steps: Annotated[int, Field(ge=2)] | None = None
+    """Of likelihoods; see the evaluation of that name."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of likelihoods."""
 
     @model_validator(mode="after")
     def _apart(self) -> "Config":
@@ -53,23 +71,33 @@ class Config(Strict):
 
 
 class OOD(Evaluation):
-    """Reports "ood/auroc_WAY_STREAM" and "ood/fpr95_WAY_STREAM"."""
+    """Reports "ood/auroc_WAY_STREAM" and "ood/fpr95_WAY_STREAM"; by bits also "ood/bits_per_dim_KIND_STREAM" itself."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def uses(self) -> Uses:
         """The streams, and of the encoders those that the ways need; labels where classes have means."""
-        distances = set(self.config.ways) - set(OF_LOGITS)
+        ways = set(self.config.ways)
+        distances, bits = ways & set(OF_FEATURES), ways & set(OF_BITS)
         streams: dict[str, tuple[str, ...]] = dict.fromkeys((self.config.test, *self.config.unknown), ("image",))
         if distances:
             labelled = ("image", "label") if "mahalanobis" in distances else ("image",)
             streams[self.config.train] = labelled
-        encoders = ("image",) * bool(distances) + ("logits",) * bool(set(self.config.ways) & set(OF_LOGITS))
-        return Uses(streams, encoders)
+        elif "typicality" in bits:
+            streams[self.config.train] = ("image",)
+        encoders = ("image",) * bool(distances) + ("logits",) * bool(ways & set(OF_LOGITS))
+        return Uses(streams, encoders + ("generator",) * bool(bits))
 
     def check(self, ctx: EvalContext) -> None:
-        """No farther neighbour than there are, and other data than the known."""
+        """No farther neighbour than there are, other data than the known, and a model that knows any image's bits."""
+        if set(self.config.ways) & set(OF_BITS):
+            likely(ctx).check_likelihood(self.config.steps)
+            if told := maker_of(ctx).told:
+                raise ConfigError(
+                    f'ood.ways: the model is told the "{told}" of an image, which an unknown one has not; train one '
+                    "without conditions, or leave out " + ", ".join(OF_BITS)
+                )
         if "knn" in self.config.ways and self.config.k > ctx.streams[self.config.train].samples:
             raise ConfigError(f"ood.k: stream {self.config.train!r} has no {self.config.k} samples; set fewer")
         for name in self.config.unknown:
@@ -78,8 +106,9 @@ class OOD(Evaluation):
 
     def run(self, ctx: EvalContext) -> Iterator[Number]:
         """Extract on all ranks, and measure what all know."""
+        bits = ModelBits(self.config, ctx)
         for way in self.config.ways:
-            score = self._scorer(way, ctx)
+            score = bits.scorer(way) if way in OF_BITS else self._scorer(way, ctx)
             known = score(self.config.test).numpy()
             for name in self.config.unknown:
                 unknown = score(name).numpy()
@@ -88,6 +117,7 @@ class OOD(Evaluation):
                 error = math.sqrt(share * (1 - share) / n)
                 yield Number(f"ood/auroc_{way}_{name}", auroc, len(known) + n, split)
                 yield Number(f"ood/fpr95_{way}_{name}", share, n, split, error, better="lower", samples=passes)
+        yield from bits.numbers()
 
     def _scorer(self, way: Way, ctx: EvalContext) -> Callable[[str], Tensor]:
         """What gives each sample of a stream its number, float64[N]."""
@@ -98,6 +128,48 @@ class OOD(Evaluation):
         train = ctx.features("image", self.config.train, fields=fields)
         near = Gaussians(train) if way == "mahalanobis" else Neighbours(train, self.config.k)
         return lambda stream: near(ctx.features("image", stream, fields=()).x)
+
+
+class ModelBits:
+    """How many bits images take, each stream measured once."""
+
+    def __init__(self, config: Config, ctx: EvalContext) -> None:
+        self.config, self.ctx = config, ctx
+        self._found: dict[str, Measured] = {}
+
+    def of(self, stream: str) -> Measured:
+        """Of a stream, with the bits of each image as PNG beside them."""
+        if stream not in self._found:
+            own = self.config
+            self._found[stream] = measure(self.ctx, stream, png_bits, seed=own.seed, steps=own.steps)
+        return self._found[stream]
+
+    def scorer(self, way: Way) -> Callable[[str], Tensor]:
+        """What gives each sample of a stream its number, float64[N]."""
+        if way == "typicality":
+            usual = self.of(self.config.train).bits[:, 0].mean()
+            return lambda stream: -(self.of(stream).bits[:, 0] - usual).abs()
+        if way == "complexity":
+            return lambda stream: self.of(stream).beside - self.of(stream).bits[:, 0]
+        return lambda stream: -self.of(stream).bits[:, 0]
+
+    def numbers(self) -> Iterator[Number]:
+        """The mean of each stream."""
+        for stream, found in self._found.items():
+            bits = found.bits[:, 0]
+            error = float(bits.std(correction=0)) / math.sqrt(len(bits))
+            kept = bits.float().numpy()
+            yield Number(f"ood/{found.names[0]}_{stream}", float(bits.mean()), len(bits), stream, error, None, kept)
+
+
+def png_bits(image: Tensor) -> Tensor:
+    """Bits per dimension of images as PNG files, as small as they get: uint8[B,C,H,W] to float64[B]."""
+    sizes = []
+    for pixels in image.permute(0, 2, 3, 1).numpy():
+        file = io.BytesIO()
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG", optimize=True)
+        sizes.append(8 * file.tell() / pixels.size)
+    return torch.tensor(sizes, dtype=torch.float64)
 
 
 class Neighbours:

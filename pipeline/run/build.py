@@ -131,6 +131,7 @@ def build_surveys(
             seed=config.run.seed,
             rank=place.rank,
             world=place.world_size,
+            samples=survey.samples,
         )
         stack.enter_context(closing(samples))
         found.append(surveyor.action(name, period(plan, survey.every), samples))

@@ -107,7 +107,7 @@ class Job:
         line |= dict(zip(events, counts, strict=True))
         if self.recorder is not None:
             self.recorder.log(line.pop("step"), line)
-            self.collapse.look(clock.step, line, self.recorder.note)
+            self.collapse.look(clock, line, self.recorder.note)
             self.rivalry.look(clock.step, line, self.recorder.note)
         bad = [*self.stream.ledger(), *self.surveyor.ledger()]
         if bad:

@@ -85,6 +85,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "clip with batch norm": ("clip", RESNET | {"keep_patches": 1.0}),
     "coral_sources with batch norm": ("coral_sources", RESNET | {"bottleneck": 16}),
     "ddpm by flow matching": ("ddpm", {"schedule": "flow", "target": "flow", "variance": "large"}),
+    "flow of transformers": (
+        "flow",
+        {"network": {"name": "transformer", "patch": 4, "dim": 16, "blocks": 2, "layers": 1, "head_dim": 8}},
+    ),
     "autoencoder, sparse and contractive": ("autoencoder", {"sparsity": "kl", "contraction": 0.1}),
     "autoencoder with batch norm": ("autoencoder", RESNET | {"sparsity": "kl", "contraction": 0.1}),
     "colorization with batch norm": ("colorization", RESNET | {"split_brain": True}),

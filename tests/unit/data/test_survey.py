@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +63,21 @@ def test_every_sample_comes_once_in_order_with_the_ids_of_training(folder, name,
     assert torch.cat([b["id"] for b in batches]).tolist() == [*ids]
     assert {tuple(b["image"].shape[1:]) for b in batches} == {(3, *shape)}
     assert all(("label" in b) == (name == "") for b in batches)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_part_is_drawn_once_for_all_ranks(folder, world):
+    data, ids = settings(folder), list[int]()
+    for rank in range(world):
+        stream = open_survey(data, load(data.train), "far", batch=2, seed=1, rank=rank, world=world, samples=3)
+        with closing(stream):
+            batches = [*stream]
+        assert batches and len(batches) in (stream.batches, stream.batches - 1)
+        ids += torch.cat([b["id"] for b in batches]).tolist()
+    drawn = sorted(np.random.default_rng(0).choice(13, max(3, world), replace=False) + 15)
+    assert ids == [number + (number == 23) for number in drawn]  # 23 cannot be read, and 24 follows it
+    with closing(open_survey(data, load(data.train), "far", batch=2, seed=1, rank=0, world=1, samples=99)) as stream:
+        assert sum(len(b["id"]) for b in stream) == 13
 
 
 def test_pixels_do_not_depend_on_ranks_batches_or_workers(folder):
