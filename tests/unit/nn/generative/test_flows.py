@@ -93,10 +93,10 @@ def test_a_density_of_couplings_integrates_to_one():
     noise = torch.randn(40_000, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with torch.no_grad():
         x = network.inverse(noise)
-        law = torch.distributions.Normal(x.flatten(1).median(dim=0).values, 0.5)
+        law = torch.distributions.Normal(x.flatten(1).median(dim=0).values, 1.2)
         weights = (law.log_prob(x.flatten(1)).sum(dim=1) - network(x).log_density).exp()
     error = float(weights.std()) / math.sqrt(len(weights))
-    assert error < 0.03 and abs(float(weights.mean()) - 1) < 4 * error
+    assert error < 0.015 and abs(float(weights.mean()) - 1) < 4 * error
 
 
 def test_layers_without_a_network_are_a_gaussian_in_closed_form():
@@ -122,10 +122,10 @@ def test_layers_without_a_network_are_a_gaussian_in_closed_form():
 
 def test_a_1x1_convolution_begins_as_a_rotation():
     torch.manual_seed(5)
-    matrix = InvertibleConv(12).matrix()
+    matrix = InvertibleConv(12).matrix().detach()
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(12), rtol=0, atol=1e-5)
     assert float((matrix - torch.eye(12)).abs().max()) > 0.3
-    other = InvertibleConv(12).matrix()
+    other = InvertibleConv(12).matrix().detach()
     assert not torch.allclose(matrix, other)
 
 
