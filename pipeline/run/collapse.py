@@ -21,6 +21,7 @@ class Sign(NamedTuple):
     """A metric that shows a collapse."""
 
     metric: str
+    """Its name; with the phase before it, "autoencoder/dead", where there are phases."""
     collapsed: Callable[[float], bool]
     what: str
     """What has happened, with ``{value}``."""
@@ -61,8 +62,7 @@ class CollapseWatch:
             )
             self._note("features", problem if spread.collapsed else None, clock.step, say)
         for sign in SIGNS if clock.samples >= BEGUN * clock.total_samples else ():
-            if sign.metric in line:
-                value = float(line[sign.metric])
+            for value in (float(v) for name, v in line.items() if name.rpartition("/")[2] == sign.metric):
                 problem = (sign.what.format(value=value), sign.advice) if sign.collapsed(value) else None
                 self._note(sign.metric, problem, clock.step, say)
 

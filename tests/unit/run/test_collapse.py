@@ -50,7 +50,7 @@ def test_posteriors_and_codes_that_collapse_are_noted_once_the_run_has_begun():
     said: list[str] = []
     watch = CollapseWatch()
     for samples, active, dead in course:
-        watch.look(Clock(samples, samples, 100), {"active": active, "dead": dead}, said.append)
+        watch.look(Clock(samples, samples, 100), {"active": active, "autoencoder/dead": dead}, said.append)
     assert [note.split(":")[0] for note in said] == ["step 30", "step 40", "step 60"]
     assert "the posterior has collapsed: 5% of the code's channels" in said[0] and "free_bits" in said[0]
     assert "the codebook has collapsed: 60% of the codes" in said[1] and "objective.revive" in said[1]
