@@ -49,6 +49,9 @@ def test_what_is_damaged_is_to_be_made_whole():
     expected = (model.decoder(model.encoder.backbone(seen)) - clean).square().mean()
     torch.testing.assert_close(model(data, CTX).loss, expected, rtol=1e-4, atol=1e-5)
     assert set(model.inputs(data, CTX)) == {"image", "seen"}
+    later, alone = data | {"epoch": data["epoch"] + 1}, {name: value[1:2] for name, value in data.items()}
+    assert not torch.equal(model.seen(later, CTX), seen), "damaged anew in each epoch"
+    torch.testing.assert_close(model.seen(alone, CTX)[0], seen[1])
 
 
 def test_l1_is_the_mean_of_absolute_values():
@@ -81,6 +84,44 @@ def test_the_divergence_in_closed_form():
     other = torch.distributions.Bernoulli(means[:3])
     torch.testing.assert_close(found[:3], torch.distributions.kl_divergence(coins, other))
     assert abs(float(found[0])) < 1e-12 and found.isfinite().all()
+
+
+def l1(code: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    return 0.7 * code.abs().mean()
+
+
+def kl(code: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    mean = code.mean(dim=0)
+    return 0.7 * (0.2 * (0.2 / mean).log() + 0.8 * (0.8 / (1 - mean)).log()).sum()
+
+
+def contraction(code: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    return 0.7 * ((moved - code) / 0.5).square().sum(dim=1).mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ({"sparsity": "l1", "sparsity_weight": 0.7}, l1),
+        ({"sparsity": "kl", "sparsity_weight": 0.7, "activity": 0.2}, kl),
+        ({"contraction": 0.7, "step": 0.5}, contraction),
+    ],
+    ids=["l1", "kl", "contraction"],
+)
+def test_penalties_move_the_encoder(settings, written):
+    """Through all of their parts: gradients are those of the loss as it is written here."""
+    model, data = build(**settings).eval(), batch()
+    model(data, CTX).loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    clean, noise = model.encoder.normalize(data["image"]), CTX.random(data, "autoencoder.contraction").normal(3, 16, 16)
+    codes = [model.encoder.backbone(x) for x in (clean, clean + 0.5 * noise)]
+    code, moved = (x.sigmoid() for x in codes) if written is kl else codes
+    ((model.decoder(code) - clean).square().mean() + written(code, moved)).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (name not in found), name
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def jacobian(model: Autoencoder, data: Batch) -> torch.Tensor:

@@ -28,7 +28,9 @@ def test_the_class_of_an_image_is_its_number():
     model, data = build(), batch(3, 11, 0)
     out = model(data, CTX)
     with torch.no_grad():
-        logits = model.head(model.encoder(model.distorted(data, CTX))).double()
+        features = model.encoder(model.distorted(data, CTX))
+        logits = model.head(features).double()
+    torch.testing.assert_close(out.features, features)
     expected = [float(row.logsumexp(0) - row[own]) for row, own in zip(logits, (3, 11, 0), strict=True)]
     assert out.losses is not None and out.losses.tolist() == pytest.approx(expected, rel=1e-5)
     assert logits.shape[1] == 12

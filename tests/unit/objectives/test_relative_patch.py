@@ -49,8 +49,11 @@ def test_the_loss_is_that_of_all_eight_neighbours_of_the_middle():
 
 def test_what_the_encoder_is_given_has_lost_its_colours():
     """Of each tile, one channel as it was, and noise of a hundredth for the others."""
-    spread = build().tiles(batch(), CTX).std(dim=(3, 4))
+    model, data = build(), batch()
+    spread = model.tiles(data, CTX).std(dim=(3, 4))
     assert ((spread < 0.02).sum(dim=2) == 2).all() and ((spread > 0.5).sum(dim=2) == 1).all()
+    later = model.tiles(data | {"epoch": data["epoch"] + 1}, CTX).std(dim=(3, 4))
+    assert not torch.equal(later.argmax(dim=2), spread.argmax(dim=2)), "others in each epoch"
 
 
 class Means(nn.Module):
