@@ -144,7 +144,8 @@ class Objective(nn.Module, ABC):
         """Submodules that are never trained and come from a file, such as a teacher: ``{"teacher": Origin(path)}``.
 
         The constructor builds them, without gradient; training fills them from their files, checkpoints name these by
-        their hash. Evaluation and export do without the files, so no encoder may use such a part.
+        their hash. Evaluation and export do without the files, so no encoder may use such a part, unless its origin
+        says that it is kept.
         """
         return {}
 
@@ -224,6 +225,8 @@ class Origin(NamedTuple):
     """Fills the part from the file; None: the file holds the part's tensors under their names, and no others."""
     stored: bool = False
     """Its outputs are read in place of the file, which has ``sha256``: it need not be there, but may not be another."""
+    kept: bool = False
+    """It is in checkpoints and exports too, for encoders that use it: an autoencoder that samples are decoded by."""
 
 
 class Export(NamedTuple):

@@ -71,11 +71,12 @@ def share(fragment: Fragment, rank: int, world_size: int) -> Fragment | None:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers that checkpoints hold: not those of parts that are rebuilt from their origin.
+    """Parameters and persistent buffers that checkpoints hold: not those of parts that only their origin holds.
 
     What is shared under several names is there under the first.
     """
-    rebuilt = tuple(f"{part}." for part in module.frozen()) if isinstance(module, Objective) else ()
+    frozen = module.frozen() if isinstance(module, Objective) else {}
+    rebuilt = tuple(f"{part}." for part, origin in frozen.items() if not origin.kept)
     tensors = {n: t for n, t in module.state_dict(keep_vars=True).items() if not n.startswith(rebuilt)}
     seen: dict[int, str] = {}
     for name, tensor in tensors.items():

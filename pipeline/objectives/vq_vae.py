@@ -14,20 +14,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.config.schema import Strict
 from pipeline.core.evaluation import bits_name
 from pipeline.core.protocols import Batch, Clock, DataFacts, Export, Objective, Picture, StepContext, StepOutput
 from pipeline.dist.gather import gather_ragged
 from pipeline.nn.generative.adversary import Adversary, AdversaryConfig
-from pipeline.nn.generative.autoencoder import Autoencoder, AutoencoderConfig, diffusers_settings, to_diffusers
-from pipeline.nn.generative.codebook import Codebook, Quantised, Scalars, perplexity
+from pipeline.nn.generative.autoencoder import Autoencoder, diffusers_settings, to_diffusers
+from pipeline.nn.generative.codebook import Codebook, CodesConfig, Quantised, Scalars, perplexity
 from pipeline.nn.generative.observed import Kind, Observed
 from pipeline.nn.images import tile
 
@@ -37,38 +36,22 @@ DEAD = 0.01
 """A code that stands for fewer places of a step, on average, is dead."""
 
 
-class Config(Strict):
+class Config(CodesConfig):
     """Settings; the defaults are the paper's, with codes as moving averages."""
 
-    network: AutoencoderConfig = AutoencoderConfig()
     channels: Annotated[int, Field(ge=1)] = 3
     decoder: Kind = "logistic"
-    quantiser: Literal["average", "gradient", "scalar"] = "average"
-    """Codes are moving averages of what they stand for, or parameters; or each channel is rounded (FSQ)."""
-    codes: Annotated[int, Field(ge=2)] = 512
-    """K."""
     commitment: Annotated[float, Field(ge=0)] = 0.25
     """Weight of the encoder's distance to its codes."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """Of moving averages: codes, and how often each is used."""
-    cosine: bool = False
-    """Codes and what they stand for have length one."""
     revive: Annotated[float, Field(ge=0)] = 0.0
     """Codes that stand for fewer places of a step, on average, start anew from what the encoder gives; 0: none does."""
-    levels: tuple[Annotated[int, Field(ge=2)], ...] = ()
-    """Of each channel, for "scalar", in place of codes: as many as network.latent; (8, 5, 5, 5) are 1,000 codes."""
     critic: AdversaryConfig | None = None
     """Of what is decoded; left out: none."""
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        scalar = self.quantiser == "scalar"
-        if scalar != bool(self.levels):
-            raise ValueError('"levels" are for quantiser = "scalar", which needs them; set both or neither')
-        if scalar and len(self.levels) != self.network.latent:
-            raise ValueError(f"{len(self.levels)} levels for network.latent = {self.network.latent}; give one for each")
-        if scalar and self.cosine:
-            raise ValueError('"cosine" is of codes that are learned; leave it out where quantiser = "scalar"')
         if self.revive and self.quantiser != "average":
             raise ValueError('"revive" is of codes that are moving averages: set quantiser = "average", or revive = 0')
         return self

@@ -1,4 +1,7 @@
-"""Frozen parts of an objective: filled from their files, named by hash in checkpoints, left out after training."""
+"""Frozen parts of an objective: filled from their files, named by hash in checkpoints, left out after training.
+
+Those that encoders use are in checkpoints themselves, and stay.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +125,7 @@ class Absent(nn.Module):
 
 
 def leave_out(objective: Objective) -> None:
-    """Take the frozen parts out, for evaluation and export, which have not got their files."""
-    for name in objective.frozen():
+    """Take the frozen parts out that no checkpoint holds, for evaluation and export, which have not got their files."""
+    for name in (part for part, origin in objective.frozen().items() if not origin.kept):
         parent, _, own = name.rpartition(".")
         setattr(objective.get_submodule(parent), own, Absent(name))

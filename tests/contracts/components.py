@@ -73,6 +73,19 @@ ALIGNED: dict[str, Any] = RESNET | {"layers": ["features", "logits"], "bottlenec
 """Batch norm in the encoder and behind it."""
 STARTED: dict[str, Any] = {"weights": "START"}
 """Weights that an encoder starts from, in a file that is made; it is moved away from them a little."""
+FROZEN: dict[str, Any] = {
+    "weights": "nowhere.safetensors",
+    "network": {"channels": 4, "multipliers": [1, 2], "blocks": 1, "groups": 2, "latent": 4},
+}
+"""An autoencoder that was trained before; its weights are random until a run fills them."""
+ALIGN: dict[str, Any] = {
+    "weights": "nowhere.safetensors",
+    "encoder": "vit_tiny_patch16_224",
+    "encoder_args": {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    "block": "block_0",
+    "hidden": 8,
+}
+"""An encoder that a denoiser is drawn to."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapt_coral with batch norm by domain": ("adapt_coral", ALIGNED | {"batch_norm": "domain"}),
     "adapt_dan with batch norm": ("adapt_dan", ALIGNED),
@@ -82,8 +95,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapt_neighbours with batch norm": ("adapt_neighbours", RESNET | {"bottleneck": 8}),
     "adapt_shot with batch norm": ("adapt_shot", RESNET | {"bottleneck": 8}),
     "adapt_wdan with batch norm": ("adapt_wdan", RESNET),
+    "autoregressive, of codes": (
+        "autoregressive",
+        {
+            "network": {"name": "transformer", "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2},
+            "autoencoder": FROZEN | {"kind": "vq_vae", "codes": 12},
+        },
+    ),
     "clip with batch norm": ("clip", RESNET | {"keep_patches": 1.0}),
     "coral_sources with batch norm": ("coral_sources", RESNET | {"bottleneck": 16}),
+    "ddpm of latents": (
+        "ddpm",
+        {"latent": FROZEN | {"kind": "vae"}, "variance": "large", "schedule": "linear", "target": "noise"}
+        | {"network": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4]}},
+    ),
+    "ddpm drawn to an encoder": (
+        "ddpm",
+        {"network": {"name": "dit", "patch": 4, "dim": 16, "depth": 2, "heads": 2}, "feature_block": "block_1"}
+        | {"variance": "large", "align": ALIGN},
+    ),
     "ddpm by flow matching": ("ddpm", {"schedule": "flow", "target": "flow", "variance": "large"}),
     "flow of transformers": (
         "flow",

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.core.protocols import DataFacts
 from pipeline.nn.generative.autoencoder import from_diffusers
+from pipeline.nn.generative.frozen import FrozenAutoencoder, FrozenConfig
 from pipeline.objectives import vq_vae
 from pipeline.objectives.vae import VAE, Config
 from pipeline.run.export import write
@@ -50,3 +51,27 @@ def test_codes_are_those_of_vq_model(tmp_path):
         assert torch.equal(index.flatten(), own.index.flatten())
         torch.testing.assert_close(model.model.decode(own.z), peer.decode(latents).sample, rtol=1e-4, atol=1e-5)
     assert found.shape == own.z.shape
+
+
+@pytest.mark.parametrize("kind", ["vae", "vq_vae"])
+def test_a_frozen_autoencoder_is_read_from_diffusers_own_file(tmp_path, kind):
+    torch.manual_seed(0)
+    config = FrozenConfig(kind=kind, weights=str(tmp_path), network=NETWORK)
+    settings = {
+        "block_out_channels": (16, 32, 32), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 8,
+        "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
+    }  # fmt: skip
+    peer = (
+        diffusers.AutoencoderKL(**settings) if kind == "vae" else diffusers.VQModel(num_vq_embeddings=512, **settings)
+    )
+    peer.eval().save_pretrained(tmp_path)
+    own = FrozenAutoencoder(config, (3, 32, 32))
+    own.fill(str(tmp_path / "diffusion_pytorch_model.safetensors"))
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        coded = peer.encode(image.float() / 127.5 - 1)
+        latents = coded.latent_dist.mean if kind == "vae" else coded.latents
+        decoded = peer.decode(latents).sample
+    torch.testing.assert_close(own.latents(image, None), latents, rtol=1e-4, atol=1e-5)
+    expected = ((decoded.clamp(-1, 1) + 1) * 127.5).round()
+    assert (own.image(latents).float() - expected).abs().max() <= 1

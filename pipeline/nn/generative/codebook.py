@@ -11,18 +11,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.config.schema import Strict
 from pipeline.dist.collectives import all_reduce
+from pipeline.nn.generative.autoencoder import AutoencoderConfig
 
 ROWS = 2**24
 """Distances that are computed at a time."""
 SMOOTH = 1e-5
 """Added to the counts of codes, so that none is divided by nothing (the paper's code)."""
+
+
+class CodesConfig(Strict):
+    """What decides the codes of an image, once they have been learned."""
+
+    network: AutoencoderConfig = AutoencoderConfig()
+    quantiser: Literal["average", "gradient", "scalar"] = "average"
+    """Codes are moving averages of what they stand for, or parameters; or each channel is rounded (FSQ)."""
+    codes: Annotated[int, Field(ge=2)] = 512
+    """K."""
+    cosine: bool = False
+    """Codes and what they stand for have length one."""
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = ()
+    """Of each channel, for "scalar", in place of codes: as many as network.latent; (8, 5, 5, 5) are 1,000 codes."""
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> CodesConfig:
+        scalar = self.quantiser == "scalar"
+        if scalar != bool(self.levels):
+            raise ValueError('"levels" are for quantiser = "scalar", which needs them; set both or neither')
+        if scalar and len(self.levels) != self.network.latent:
+            raise ValueError(f"{len(self.levels)} levels for network.latent = {self.network.latent}; give one for each")
+        if scalar and self.cosine:
+            raise ValueError('"cosine" is of codes that are learned; leave it out where quantiser = "scalar"')
+        return self
 
 
 class Quantised(NamedTuple):

@@ -19,6 +19,9 @@ HALF_BIN = 1 / 255
 DEQUANTISED = math.log2(128)
 """Bits per dimension between a density on the scale from -1 to 1 and one of the 256 values, which lie 1/128 apart."""
 
+NARROW = 1e-4
+"""Bins of this width on the scale of a distribution: log(1 - exp(-w)) is log(w) - w / 2 to 4e-10."""
+
 
 def dequantise(image: Tensor, uniform: Tensor) -> Tensor:
     """uint8[B,C,H,W] and numbers from 0 to 1 in its shape to (image + uniform) / 128 - 1, float32, from -1 to 1."""
@@ -45,19 +48,26 @@ def normal(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     return -0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
 
 
-def logistic(image: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+def logistic(image: Tensor, mean: Tensor, log_scale: Tensor, half_bin: float = HALF_BIN) -> Tensor:
     """Logarithm of the probability of each value under a discretised logistic distribution, elementwise, in nats.
 
     Args:
-        image: values 0 to 255 as k / 127.5 - 1.
+        image: values 0 to 255 as k / 127.5 - 1; of other numbers of values likewise, from -1 to 1.
         mean: on the same scale.
         log_scale: of the logistic distribution.
+        half_bin: half the distance of neighbouring values.
 
-    With s = sigmoid, s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)): exact however improbable the bin, without a floor. The
-    outermost bins are open.
+    With s = sigmoid, s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)): exact however improbable the bin, without a floor, and
+    with a finite gradient however wide the distribution. The outermost bins are open.
     """
     inverse = torch.exp(-log_scale)
-    low, high = (image - mean - HALF_BIN) * inverse, (image - mean + HALF_BIN) * inverse
+    low, high = (image - mean - half_bin) * inverse, (image - mean + half_bin) * inverse
     below, above = functional.logsigmoid(high), functional.logsigmoid(-low)
-    inside = below + above + torch.log(-torch.expm1(-2 * HALF_BIN * inverse))
+    inside = below + above + _log_width(math.log(2 * half_bin) - log_scale)
     return torch.where(image < -0.999, below, torch.where(image > 0.999, above, inside))
+
+
+def _log_width(log_width: Tensor) -> Tensor:
+    """log(1 - exp(-w)) for log(w); of small w by log(w) - w / 2, to w^2 / 24, since w itself may be rounded to zero."""
+    width = torch.exp(log_width)
+    return torch.where(width < NARROW, log_width - width / 2, torch.log(-torch.expm1(-width.clamp(min=NARROW))))

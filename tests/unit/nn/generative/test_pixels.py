@@ -61,3 +61,21 @@ def test_a_density_of_dequantised_values_bounds_their_probability():
     bound = pixels.bits_of_density(density.flatten(1).sum(dim=1), 2500)
     exact = -np.log2(inside).mean()
     assert exact < float(bound) < exact + 1e-3
+
+
+def test_however_wide_a_logistic_is_its_gradient_is_finite():
+    """Of the widest, bins are as likely as the density says: 2 half_bin / (4 scale) at the mean."""
+    log_scale = torch.tensor([-7.0, -3.0, 3.0, 20.0, 60.0, 100.0, 1e4], requires_grad=True)
+    image, mean = torch.tensor([-1.0, 0.2, 1.0])[:, None], torch.zeros(1, requires_grad=True)
+    found = pixels.logistic(image, mean, log_scale)
+    found.sum().backward()
+    assert found.isfinite().all() and log_scale.grad.isfinite().all() and mean.grad.isfinite().all()
+    expected = math.log(2 / 255 / 4) - log_scale.detach()[3:]
+    torch.testing.assert_close(found.detach()[1, 3:], expected, rtol=1e-5, atol=0)
+    exact = torch.tensor(1e-4 * 0.999), torch.tensor(1e-4 * 1.001)
+    for width in exact:  # on both sides of where the formula changes
+        narrow = torch.log(255 / 2 * width.double())
+        own = pixels.logistic(torch.zeros(1).double(), torch.zeros(1).double(), -narrow)
+        half = width.double() / 2
+        known = torch.log(torch.sigmoid(half) - torch.sigmoid(-half))
+        torch.testing.assert_close(own[0], known, rtol=1e-8, atol=0)
