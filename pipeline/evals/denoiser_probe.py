@@ -69,7 +69,7 @@ class DenoiserProbe(Evaluation):
         blocks = self._blocks(generator)
         found: dict[tuple[str, float], Sequence[Features]] = {}
         for noise in self.config.noise:
-            encoder = DenoiserFeatures(generator.denoiser, generator.process, tuple(blocks), noise)
+            encoder = DenoiserFeatures(generator.denoiser, generator.process, tuple(blocks), noise, generator.space)
             name = f"generator.{'+'.join(blocks)}@{noise!r}"
             train, test = (ctx.features(name, s, module=encoder) for s in (self.config.train, self.config.test))
             test = in_classes_of(test, train.classes, self.config.test, f"stream {self.config.train!r}")

@@ -248,6 +248,11 @@ class UNet(nn.Module):
             return Resample(channels, up=scale > 1)
         return Step(ResBlock(channels, channels, self.width, self.config, name, scale), None)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """In the order of their names in ``taps``."""
+        return [*self.down.values(), *self.middle.values(), *self.up.values()]
+
     def walk(self, x: Tensor, given: Conditions) -> Iterator[tuple[str, Tensor]]:
         """Each block's name and what comes out of it, [B,C,H,W]."""
         x = x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last)

@@ -3,11 +3,12 @@
 Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), https://arxiv.org/abs/2006.11239; learned
 variance, hybrid loss and importance-sampled levels of Nichol and Dhariwal 2021 (2102.09672); continuous levels of
 Karras et al. 2022 (2206.00364); a learned schedule of Kingma et al. 2021 (2107.00630); flow matching of Lipman et al.
-2023 (2210.02747) as Ma et al. 2024 (2401.08740) have it.
-Shape letters: B samples, C channels, H height, W width, L tokens.
+2023 (2210.02747) as Ma et al. 2024 (2401.08740) have it; on latents, as Rombach et al. 2022 (2112.10752); drawn to an
+encoder's patches, as Yu et al. 2024 (2410.06940).
+Shape letters: B samples, C channels, H height, W width (of latents, where these are diffused), L tokens.
 """
 
-import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Annotated, Literal, NamedTuple
 
@@ -15,22 +16,37 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pipeline.config.durations import Duration
 from pipeline.config.schema import Strict
-from pipeline.core.errors import ConfigError, DataError
-from pipeline.core.protocols import Batch, Clock, DataFacts, Export, Objective, Picture, StepContext, StepOutput
+from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import (
+    Batch,
+    Clock,
+    DataFacts,
+    Export,
+    Objective,
+    Origin,
+    Picture,
+    StepContext,
+    StepOutput,
+    Survey,
+)
 from pipeline.dist.collectives import all_gather
 from pipeline.nn.conditioning import Prompt, Text, TextConfig, TextReader, Told
 from pipeline.nn.diffusion import exchange, likelihood, samplers, targets
+from pipeline.nn.diffusion.alignment import AlignConfig, Alignment, Caught
 from pipeline.nn.diffusion.features import DenoiserFeatures
 from pipeline.nn.diffusion.importance import Importance
 from pipeline.nn.diffusion.levels import Level, add_noise, schedule
-from pipeline.nn.diffusion.model import Denoiser, Generator, SamplerConfig, to_model, to_pixels
+from pipeline.nn.diffusion.model import Denoiser, Generator, SamplerConfig
 from pipeline.nn.diffusion.process import Discrete, Learned, LogNormal, Process, Scheduled, Straight
 from pipeline.nn.diffusion.samplers import Variance
+from pipeline.nn.diffusion.space import LatentConfig, Latents, Pixels, Space
 from pipeline.nn.diffusion.targets import Target, Weight
 from pipeline.nn.dit import DiT, DiTConfig
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.images import tile
+from pipeline.nn.labels import check_labels
 from pipeline.nn.unet import UNet, UNetConfig
 
 SHOWN = 8
@@ -77,6 +93,12 @@ class Config(Strict):
     """Block whose output is the image's features."""
     feature_noise: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Quantile of the noise levels at which features are taken."""
+    latent: LatentConfig | None = None
+    """An autoencoder whose latents are diffused in place of pixels."""
+    compile: bool = False
+    """Compile each block of the network with torch.compile; but one that is aligned."""
+    align: AlignConfig | None = None
+    """An encoder that a block of a transformer is drawn to (REPA)."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
@@ -89,6 +111,11 @@ class Config(Strict):
             )
         if self.condition == "text" and isinstance(self.network, DiTConfig):
             raise ValueError('condition = "text" needs attention from places to tokens; set network.name = "unet"')
+        if self.latent is not None and (self.weight == "bound" or self.variance == "learned"):
+            raise ValueError(
+                "the variational bound ends in the probabilities of pixels' values, which latents have not got; with "
+                '"latent" leave out weight = "bound" and variance = "learned"'
+            )
         return self
 
     def _fits_continuous(self) -> None:
@@ -120,12 +147,14 @@ class Noised(NamedTuple):
     """Of the noise level, [B]."""
     level: Level
     x: Tensor
-    """Noised images, float32[B,C,H,W]."""
+    """Noised, float32[B,C,H,W]."""
     noise: Tensor
     """float32[B,C,H,W]."""
     factor: Tensor
     """Of the loss, float64[B], for levels that were drawn more often than others."""
-    learned: Scheduled | None = None
+    learned: Scheduled | None
+    clean: Tensor
+    """Images, or latents: float32[B,C,H,W]."""
 
 
 class DDPM(Objective):
@@ -136,14 +165,20 @@ class DDPM(Objective):
         self.config = config
         self.needs = {"image": f"uint8[B,{config.channels},H,W]"} | _fields(config, facts)
         self.image_shape = (config.channels, *facts.image_size)
+        self.space: Space = (
+            Pixels(self.image_shape) if config.latent is None else Latents(config.latent, self.image_shape)
+        )
         self.process = _process(config)
         self.importance = None
         if config.draw == "importance":
             assert isinstance(self.process, Discrete)
             self.importance = Importance(len(self.process.levels))
         self._fresh: list[Tensor] = []
-        self.denoiser = _denoiser(config, facts)
-        self._labels_checked = False
+        self.denoiser = _denoiser(config, facts, self.space.shape)
+        self.alignment = (
+            None if config.align is None else Alignment(config.align, self.denoiser.network, facts.image_size)
+        )
+        self._names, self._labels_checked = facts.classes, False
         # Mistakes in the sampler and in feature_block are found before training.
         self.generator().chain(config.sampler)
         self.encoders()
@@ -154,9 +189,11 @@ class DDPM(Objective):
         A quarter's mean is taken as four times the mean of what falls into it, which is right in expectation and
         stays a mean over samples, however they are spread over ranks and micro-batches.
         """
-        image, own = to_model(batch["image"]), self.noised(batch, ctx)
-        with dropping_for(batch, ctx) if ctx.training else nullcontext():
-            answer, part = self.denoiser(own.x, own.level, self._told(batch, ctx))
+        own = self.noised(batch, ctx)
+        image, align, told = own.clean, self.alignment, self._told(batch, ctx)
+        dropping = dropping_for(batch, ctx) if ctx.training else nullcontext()
+        with dropping, nullcontext([]) if align is None else Caught(self.denoiser.network, align.number) as tokens:
+            answer, part = self.denoiser(own.x, own.level, told)
         aim = targets.of_training(self.config.target, image, own.noise, own.x, own.level)
         error = (answer - aim).square().flatten(1).mean(dim=1)
         metrics = {"mse": (error.detach() * own.factor).float().mean()}
@@ -176,6 +213,10 @@ class DDPM(Objective):
             level = (own.quantile * len(self.importance.seen)).long()
             self._fresh.append(torch.stack([batch["id"].double(), level.double(), loss.detach().double()], dim=1))
         loss = (loss * own.factor).float()
+        if align is not None:
+            aligned = align(batch["image"], tokens[0])
+            metrics["align"] = aligned.detach().mean()
+            loss = loss + align.config.weight * aligned
         quarter = (own.quantile * 4).long()
         for q in range(4):
             metrics[f"loss_q{q}"] = 4 * loss.detach().where(quarter == q, 0.0).mean()
@@ -184,7 +225,8 @@ class DDPM(Objective):
     def noised(self, batch: Batch, ctx: StepContext) -> Noised:
         """The images of a batch, each with a noise level and noise of its own."""
         quantile = ctx.random(batch, "ddpm.level").uniform(1)[:, 0]
-        noise = ctx.random(batch, "ddpm.noise").normal(*batch["image"].shape[1:])
+        clean = self.space.clean(batch["image"], ctx.random(batch, "ddpm.latent"))
+        noise = ctx.random(batch, "ddpm.noise").normal(*clean.shape[1:])
         factor, learned = torch.ones_like(quantile, dtype=torch.float64), None
         if self.importance is not None:
             quantile, factor = self.importance.draw(quantile)
@@ -193,7 +235,27 @@ class DDPM(Objective):
             level = learned.level
         else:
             level = self.process.draw(quantile)
-        return Noised(quantile, level, add_noise(to_model(batch["image"]), noise, level), noise, factor, learned)
+        return Noised(quantile, level, add_noise(clean, noise, level), noise, factor, learned, clean)
+
+    def frozen(self) -> Mapping[str, Origin]:
+        """The autoencoder of latents, and the encoder that a block is drawn to."""
+        found = {} if isinstance(self.space, Pixels) else {"space.autoencoder": self.space.autoencoder.origin}
+        return found if self.alignment is None else found | {"alignment.teacher": self.alignment.origin}
+
+    def surveys(self) -> Mapping[str, Survey]:
+        """The scale of latents, once."""
+        measured = isinstance(self.space, Latents) and self.space.measured
+        return {"scale": Survey(Duration(100, "%"))} if measured else {}
+
+    def look(self, survey: str, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
+        """Moments of latents."""
+        assert isinstance(self.space, Latents)
+        return self.space.look(batch, ctx)
+
+    def surveyed(self, survey: str, rows: dict[str, Tensor], ctx: StepContext) -> None:
+        """Their scale."""
+        assert isinstance(self.space, Latents)
+        self.space.surveyed(rows)
 
     def _told(self, batch: Batch, ctx: StepContext) -> Told:
         """What the network is told of each sample; in training, nothing of some."""
@@ -204,17 +266,9 @@ class DDPM(Objective):
         if self.denoiser.reader is not None:
             return self.denoiser.reader(Text(batch["text"], batch["text_length"].where(~dropped, 0)))
         if not self._labels_checked:  # once: it waits for the device
-            self._check_labels(batch["label"])
+            check_labels(batch["label"], self._names)
+            self._labels_checked = True
         return Told(batch["label"].where(~dropped, self.denoiser.classes))
-
-    def _check_labels(self, label: Tensor) -> None:
-        low, high, classes = int(label.min()), int(label.max()), self.denoiser.classes
-        if low < 0 or high >= classes:
-            raise DataError(
-                f"labels run from {low} to {high}, but the manifest names {classes} classes "
-                f"(0 to {classes - 1}); rebuild the shards or mend the manifest's classes"
-            )
-        self._labels_checked = True
 
     def _bound(self, image: Tensor, own: Noised, answer: Tensor, part: Tensor | None) -> Tensor:
         """The bound in bits per dimension as one level estimates it: its term times the number of levels; [B]."""
@@ -242,35 +296,24 @@ class DDPM(Objective):
 
     def generator(self) -> Generator:
         """What makes images."""
-        return Generator(self.denoiser, self.process, self.image_shape, self.config.variance, self.config.sampler)
+        own = self.config
+        return Generator(self.denoiser, self.process, self.image_shape, own.variance, own.sampler, self.space)
 
     def encoders(self) -> dict[str, nn.Module]:
         """ "image" is a block's output at a little noise; "generator" makes images and measures likelihood."""
         features = DenoiserFeatures(
-            self.denoiser, self.process, (self.config.feature_block,), self.config.feature_noise
+            self.denoiser, self.process, (self.config.feature_block,), self.config.feature_noise, self.space
         )
         return {"image": features, "generator": self.generator()}
 
     def exports(self) -> dict[str, Export]:
         """The model for diffusers, which reads a folder of weights and configuration."""
-        weights = "diffusers/unet/diffusion_pytorch_model.safetensors"
-        try:
-            net, process = exchange.check(self.denoiser, self.process)
-        except ConfigError as error:
-            return {weights: Export(None, f"not written: {error}")}
-        unet = exchange.unet_settings(net, self.image_shape[1:], self.config.channels)
-        scheduler = exchange.scheduler_settings(self.denoiser, process, self.config.variance)
-        return {
-            weights: Export(exchange.unet_weights(net), "diffusers.UNet2DModel.from_pretrained('FOLDER/unet')"),
-            "diffusers/unet/config.json": Export(json.dumps(unet, indent=2), "its configuration"),
-            "diffusers/scheduler/scheduler_config.json": Export(
-                json.dumps(scheduler), "diffusers.DDPMScheduler.from_pretrained('FOLDER/scheduler')"
-            ),
-        }
+        return exchange.offered(self.denoiser, self.process, self.space.shape, self.config.variance)
 
     def inputs(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
-        """The image, and with the noise of its level."""
-        return {"image": batch["image"], "noised": to_pixels(self.noised(batch, ctx).x)}
+        """The image, and with the noise of its level; latents would be seen by a decoder that a run has yet to fill."""
+        noised = {"noised": self.space.image(self.noised(batch, ctx).x)} if self.space.bounded else {}
+        return {"image": batch["image"]} | noised
 
     def showcase(self, batch: Batch, ctx: StepContext) -> dict[str, Picture]:
         """Samples from the same noise every time, how one row of them came about, and what guidance does."""
@@ -278,22 +321,22 @@ class DDPM(Objective):
         self.eval()
         ids = torch.arange(4 * SHOWN, device=batch["image"].device)
         prompt, generator, seen = self._prompt(batch, ids), self.generator(), []
-        samples = generator.sample(ids, prompt, ctx.seed, watch=lambda image: seen.append(to_pixels(image[:SHOWN])))
+        samples = generator.sample(ids, prompt, ctx.seed, watch=lambda image: seen.append(image[:SHOWN]))
         moments = torch.linspace(0, len(seen) - 1, MOMENTS).round().long().tolist()
         said = self.config.sampler
         pictures = {
             "samples": Picture(
-                tile(list(to_pixels(samples).split(SHOWN))), f"Samples: {said.name}, {said.steps} steps"
+                tile(list(self.space.image(samples).split(SHOWN))), f"Samples: {said.name}, {said.steps} steps"
             ),
             "trajectory": Picture(
-                tile([seen[m] for m in moments]), "Expected image, from pure noise down to the sample"
+                tile([self.space.image(seen[m]) for m in moments]), "Expected image, from pure noise down to the sample"
             ),
         }
         if self.denoiser.conditional and not self.denoiser.always_told:
             first = self._prompt(batch, ids[:SHOWN])
             rows = [
-                to_pixels(generator.sample(ids[:SHOWN], first, ctx.seed, said.model_copy(update={"guidance": scale})))
-                for scale in SWEEP
+                self.space.image(generator.sample(ids[:SHOWN], first, ctx.seed, how))
+                for how in (said.model_copy(update={"guidance": scale}) for scale in SWEEP)
             ]
             scales = ", ".join(f"{scale:g}" for scale in SWEEP)
             pictures["guidance"] = Picture(tile(rows), f"The same noise and conditions with guidance {scales}")
@@ -332,18 +375,22 @@ def _process(config: Config) -> Process:
     return Discrete(schedule(config.schedule, config.steps, zero_terminal_snr=config.zero_terminal_snr))
 
 
-def _denoiser(config: Config, facts: DataFacts) -> Denoiser:
-    """The network with its reader of texts, if there is one."""
+def _denoiser(config: Config, facts: DataFacts, space: tuple[int, int, int]) -> Denoiser:
+    """The network with its reader of texts, if there is one; of what has the shape ``space``."""
     learned = config.variance == "learned"
-    out = config.channels * (2 if learned else 1)
+    out = space[0] * (2 if learned else 1)
     classes = len(facts.classes) if config.condition == "class" else 0
     reader = TextReader(config.text) if config.condition == "text" else None
-    shape = {"channels": config.channels, "out": out, "classes": classes}
+    shape = {"channels": space[0], "out": out, "classes": classes}
     if isinstance(config.network, UNetConfig):
         width = None if reader is None else config.text.width
-        network = UNet(config.network, facts.image_size, **shape, token_width=width)
+        network = UNet(config.network, space[1:], **shape, token_width=width)
     else:
-        network = DiT(config.network, facts.image_size, **shape)
+        network = DiT(config.network, space[1:], **shape)
+    if config.compile:
+        for name, block in zip(network.taps, network.blocks, strict=True):
+            if config.align is None or name != config.align.block:
+                block.compile()
     always_told = config.drop_condition == 0
     if always_told and network.embedding.label is not None:
         # Features are taken without a class. Its row is never trained then, and zero is nearer to the classes' mean.

@@ -1,6 +1,6 @@
 """Training step of the 35.7M-parameter CIFAR-10 U-Net against diffusers' UNet2DModel of the same size; and sampling.
 
-Command: python -m tests.perf.ddpm_step [--batch 8] [--repeats 5] [--steps 1] [--processor-time]
+Command: python -m tests.perf.ddpm_step [--batch 8] [--repeats 5] [--steps 1] [--compile] [--processor-time]
 Both train in one bare loop (noise, squared error, backward, Adam), in turn, in the same process; ours with the fused
 Adam that the engines build, theirs with torch's default. Prints seconds per step, the ratio theirs / ours over the
 repeats, and what sampling costs beside as many evaluations of the bare network; on a GPU all in bf16, with images/s,
@@ -103,6 +103,14 @@ def forward_flops(net: nn.Module) -> int:
     return counter.get_total_flops()
 
 
+def compiled() -> UNet:
+    """Ours with its blocks compiled, as ``objective.compile`` does it."""
+    net = build_ours()
+    for block in net.blocks:
+        block.compile()
+    return net
+
+
 def prepared(name: str, build: Callable[[], nn.Module], batch: int) -> tuple[nn.Module, Callable[[], object]]:
     """A network and its training step, warmed up; says what it takes."""
     held = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
@@ -119,10 +127,12 @@ def prepared(name: str, build: Callable[[], nn.Module], batch: int) -> tuple[nn.
     return net, step
 
 
-def train(batch: int, repeats: int, times: int) -> UNet:
+def train(batch: int, repeats: int, times: int, with_compiled: bool) -> UNet:
     """Measure and print training; returns our network."""
     net, step = prepared("ours", build_ours, batch)
     work = {"ours": step}
+    if with_compiled:
+        work["compiled"] = prepared("compiled", compiled, batch)[1]
     if importlib.util.find_spec("diffusers"):
         work["theirs"] = prepared("theirs", build_theirs, batch)[1]
     found = dict(zip(work, in_turn(list(work.values()), repeats, times), strict=True))
@@ -135,9 +145,9 @@ def train(batch: int, repeats: int, times: int) -> UNet:
             f"{name}: {middle:.4f} s a step ({min(taken):.4f} to {max(taken):.4f}), {batch / middle:.1f} images/s, "
             f"{flops / middle / 1e12:.2f} TFLOP/s{used}"
         )
-    if "theirs" in found:
-        ratios = [b / a for a, b in zip(found["ours"], found["theirs"], strict=True)]
-        print(f"ratio theirs / ours: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for name in set(found) - {"theirs"} if "theirs" in found else ():
+        ratios = [b / a for a, b in zip(found[name], found["theirs"], strict=True)]
+        print(f"ratio theirs / {name}: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     assert isinstance(net, UNet)
     return net
 
@@ -167,6 +177,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128 if DEVICE == "cuda" else 8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10 if DEVICE == "cuda" else 1, help="timed together")
+    parser.add_argument("--compile", action="store_true", help="also with compiled blocks")
     parser.add_argument("--processor-time", action="store_true", help="where other work shares the machine")
     args = parser.parse_args()
     if args.processor_time:
@@ -174,7 +185,7 @@ def main() -> None:
         clock = time.process_time
     where = torch.cuda.get_device_name() + ", bf16" if DEVICE == "cuda" else f"{torch.get_num_threads()} threads, fp32"
     print(f"{where}, torch {torch.__version__}, batch {args.batch}")
-    net = train(args.batch, args.repeats, args.steps)
+    net = train(args.batch, args.repeats, args.steps, args.compile)
     sample(net, args.batch, args.repeats, args.steps)
 
 

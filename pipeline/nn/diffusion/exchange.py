@@ -5,12 +5,14 @@ Nothing of diffusers is imported: names and settings are those that its 0.42 rea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.core.errors import ConfigError
+from pipeline.core.protocols import Export
 from pipeline.nn.convolution import Conv
 from pipeline.nn.diffusion.levels import TIME_SCALE
 from pipeline.nn.diffusion.model import Denoiser
@@ -49,6 +51,25 @@ def check(denoiser: Denoiser, process: Process) -> tuple[UNet, Discrete]:
             f"{len(process.levels)} steps that is not a time out of {TIME_SCALE:g}"
         )
     return net, process
+
+
+def offered(denoiser: Denoiser, process: Process, shape: tuple[int, int, int], variance: Variance) -> dict[str, Export]:
+    """The files, which diffusers reads as a folder, or why there are none; ``shape``: C, H, W of what is diffused."""
+    weights = "diffusers/unet/diffusion_pytorch_model.safetensors"
+    try:
+        net, discrete = check(denoiser, process)
+    except ConfigError as error:
+        return {weights: Export(None, f"not written: {error}")}
+    return {
+        weights: Export(unet_weights(net), "diffusers.UNet2DModel.from_pretrained('FOLDER/unet')"),
+        "diffusers/unet/config.json": Export(
+            json.dumps(unet_settings(net, shape[1:], shape[0]), indent=2), "its configuration"
+        ),
+        "diffusers/scheduler/scheduler_config.json": Export(
+            json.dumps(scheduler_settings(denoiser, discrete, variance)),
+            "diffusers.DDPMScheduler.from_pretrained('FOLDER/scheduler')",
+        ),
+    }
 
 
 def unet_settings(net: UNet, image_size: tuple[int, int], channels: int) -> dict[str, Any]:

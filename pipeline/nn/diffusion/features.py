@@ -15,8 +15,9 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.random import SampleRandom
 from pipeline.nn.conditioning import Conditions
 from pipeline.nn.diffusion.levels import add_noise
-from pipeline.nn.diffusion.model import Denoiser, to_model
+from pipeline.nn.diffusion.model import Denoiser
 from pipeline.nn.diffusion.process import Process
+from pipeline.nn.diffusion.space import Space
 from pipeline.nn.diffusion.targets import to_input
 
 
@@ -31,23 +32,27 @@ class DenoiserFeatures(nn.Module):
         process: the noise levels that it was trained on.
         blocks: of ``denoiser.network.taps``, whose features are joined in this order.
         quantile: noise level, 0 the cleanest to 1 the noisiest.
+        space: what is diffused.
 
     Raises:
         ConfigError: no such block.
     """
 
-    def __init__(self, denoiser: Denoiser, process: Process, blocks: Sequence[str], quantile: float) -> None:
+    def __init__(
+        self, denoiser: Denoiser, process: Process, blocks: Sequence[str], quantile: float, space: Space
+    ) -> None:
         super().__init__()
         taps: dict[str, int] = denoiser.network.taps  # pyright: ignore[reportAssignmentType]
         for block in blocks:
             if block not in taps:
                 raise ConfigError(f"there is no block {block!r} to take features from; there are {', '.join(taps)}")
         self.denoiser, self.process, self.blocks, self.quantile = denoiser, process, tuple(blocks), quantile
+        self.space = space
         self.dim = sum(taps[block] for block in blocks)
 
     def forward(self, image: Tensor) -> Tensor:
         """Features of a batch, at least float32."""
-        clean = to_model(image)
+        clean = self.space.clean(image, None)
         zeros = torch.zeros(1, dtype=torch.int64, device=image.device)
         noise = SampleRandom(0, "diffusion.features", zeros, zeros).normal(*clean.shape[1:])
         level = self.process.draw(torch.full((len(clean),), self.quantile, device=image.device))

@@ -26,6 +26,7 @@ from pipeline.nn.diffusion import likelihood, samplers
 from pipeline.nn.diffusion.levels import Level, Levels, Spacing, add_noise
 from pipeline.nn.diffusion.process import Discrete, Process, Straight
 from pipeline.nn.diffusion.samplers import Denoised, Variance
+from pipeline.nn.diffusion.space import Pixels, Space, refuse_likelihood, to_model
 from pipeline.nn.diffusion.targets import Target, to_image, to_input
 
 AHEAD = 2**15
@@ -50,18 +51,8 @@ class SamplerConfig(Strict):
     """Largest sigma with guidance; left out: no limit."""
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the guided image's standard deviation is brought back to that of the image without guidance."""
-    clip: bool = True
-    """Clip the expected image of every step to what pixels can be."""
-
-
-def to_model(image: Tensor) -> Tensor:
-    """uint8[B,C,H,W] to float32 from -1 to 1."""
-    return image.float() / 127.5 - 1
-
-
-def to_pixels(x: Tensor) -> Tensor:
-    """From -1 to 1 to uint8, rounded to the nearest."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    clip: bool | None = None
+    """Clip the expected image of every step to what pixels can be; left out: of pixels so, of latents not."""
 
 
 class Denoiser(nn.Module):
@@ -145,6 +136,7 @@ class Generator(nn.Module):
         image_shape: C, H, W.
         variance: of the reverse process.
         sampler: how samples are made where nothing else is said.
+        space: what is diffused; None: pixels.
     """
 
     def __init__(
@@ -154,9 +146,11 @@ class Generator(nn.Module):
         image_shape: tuple[int, int, int],
         variance: Variance,
         sampler: SamplerConfig,
+        space: Space | None = None,
     ) -> None:
         super().__init__()
         self.denoiser, self.process, self.image_shape = denoiser, process, image_shape
+        self.space: Space = space or Pixels(image_shape)
         self.sampler = sampler
         self.variance: Variance = variance
 
@@ -182,7 +176,7 @@ class Generator(nn.Module):
 
     def make(self, ids: Tensor, prompt: Batch, seed: int, settings: SamplerConfig) -> Tensor:
         """Images uint8[B,C,H,W] for ids int64[B]; see :class:`pipeline.core.evaluation.Maker`."""
-        return to_pixels(self.sample(ids, prompt_of(prompt), seed, settings))
+        return self.space.image(self.sample(ids, prompt_of(prompt), seed, settings), ids)
 
     def chain(self, config: SamplerConfig) -> Levels:
         """The levels that ``config`` visits.
@@ -200,6 +194,8 @@ class Generator(nn.Module):
                 f"guidance = {config.guidance}: this model was always told its class or text, so it does not know what "
                 "to be guided away from; leave guidance out, or train with drop_condition = 0.1"
             )
+        if config.clip and not self.space.bounded:
+            raise ConfigError("sampler.clip = true: latents have no bounds that they could be clipped to; leave it out")
         levels = self.process.chain(config.steps, config.spacing)
         if config.name == "heun" and isinstance(self.process, Discrete) and not levels.a.all():
             raise ConfigError(
@@ -226,7 +222,7 @@ class Generator(nn.Module):
             watch: is shown the expected images of each evaluation, [B,C,H,W].
 
         Returns:
-            float64[B,C,H,W], about -1 to 1.
+            float64[B,C,H,W], about -1 to 1; of latents [B,Z,h,w].
 
         Raises:
             ConfigError: classes that there are not, or what ``chain`` raises.
@@ -237,11 +233,12 @@ class Generator(nn.Module):
         told = self.denoiser.read(prompt, len(ids), ids.device)
         random = SampleRandom(seed, "diffusion.sample", torch.zeros_like(ids), ids)
         has_noise = config.name == "ancestral" or (config.name == "ddim" and config.eta > 0)
-        noise = _draws(random, self.image_shape, len(levels) if has_noise else 1, ids.device).__next__
+        noise = _draws(random, self.space.shape, len(levels) if has_noise else 1, ids.device).__next__
+        clip = self.space.bounded if config.clip is None else config.clip
 
         def denoise(x: Tensor, level: Level) -> Denoised:
             found = self._guided(x, level, told, config, guided=prompt is not None)
-            image = found.image.clamp(-1, 1) if config.clip else found.image
+            image = found.image.clamp(-1, 1) if clip else found.image
             watch(image)
             return found._replace(image=image)
 
@@ -300,7 +297,11 @@ class Generator(nn.Module):
         return torch.stack([*terms, likelihood.prior(clean, levels)], dim=1)
 
     def check_likelihood(self, steps: int | None) -> None:
-        """Refuse a number of levels that the process has not; see :class:`pipeline.core.evaluation.Likely`."""
+        """Refuse latents, or a number of levels that the process has not.
+
+        See :class:`pipeline.core.evaluation.Likely`.
+        """
+        refuse_likelihood(self.space)
         self.process.likelihood_chain(steps)
 
     def likelihood(self, image: Tensor, ids: Tensor, prompt: Batch, seed: int, steps: int | None) -> Bits:

@@ -8,8 +8,9 @@ from pipeline.core.protocols import Clock, DataFacts, StepContext
 from pipeline.nn.conditioning import Conditions, Told
 from pipeline.nn.diffusion import likelihood
 from pipeline.nn.diffusion.levels import add_noise
-from pipeline.nn.diffusion.model import SamplerConfig, to_model, to_pixels
+from pipeline.nn.diffusion.model import SamplerConfig
 from pipeline.nn.diffusion.samplers import log_variance
+from pipeline.nn.diffusion.space import to_model, to_pixels
 from pipeline.objectives.ddpm import DDPM, Config
 
 CTX = StepContext(seed=1, clock=Clock(0, 0, 100))

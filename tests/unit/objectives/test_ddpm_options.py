@@ -12,7 +12,8 @@ from pipeline.core.protocols import Clock, DataFacts, StepContext
 from pipeline.dist.group import process_group
 from pipeline.nn.conditioning import Text, Told
 from pipeline.nn.diffusion.importance import REMEMBERED
-from pipeline.nn.diffusion.model import SamplerConfig, to_model
+from pipeline.nn.diffusion.model import SamplerConfig
+from pipeline.nn.diffusion.space import to_model
 from pipeline.objectives.ddpm import DDPM, Config
 from tests.unit.objectives.test_ddpm import CTX, SAMPLER, batch, build
 
@@ -74,7 +75,7 @@ def test_importance_draws_hard_levels_more_often_and_keeps_the_expectation():
     p = model.importance.probabilities()
     assert p.max() > p.min()
     many = batch((8, 8), samples=2000)
-    quantile, level, x, noise, factor, _ = model.noised(many, CTX)
+    quantile, level, x, noise, factor, *_ = model.noised(many, CTX)
     index = model.process.index(quantile)
     torch.testing.assert_close(factor, 1 / (8 * p[index]))
     share = torch.bincount(index, minlength=8).double() / 2000
