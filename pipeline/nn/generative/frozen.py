@@ -27,6 +27,8 @@ from pipeline.nn.weights import FACTS, read
 
 OLD_NAMES = {"query.": "to_q.", "key.": "to_k.", "value.": "to_v.", "proj_attn.": "to_out.0."}
 """Of the attention in diffusers' files of before 2023, such as those of Stable Diffusion's autoencoders."""
+OWN = ("model.", "quantiser.", "pixels.")
+"""Beginnings of what is read of an objective's weights."""
 CODES = "quantize.embedding.weight"
 """The codes by diffusers' name."""
 
@@ -127,6 +129,7 @@ class FrozenAutoencoder(nn.Module):
             self._hold(path, json.loads(metadata["config"])["objective"])
         elif not any(name.startswith("model.") for name in stored):
             stored = _of_diffusers(stored)
+        stored = {name: value for name, value in stored.items() if name.startswith(OWN)}  # a critic stays behind
         wanted = self.state_dict()
         spare = {"quantiser.sums", "quantiser.counts", "pixels.log_scale"}
         for name in sorted((stored.keys() | wanted.keys()) - spare):
