@@ -55,6 +55,7 @@ def finish(run_folder: str, out: str, suite: str) -> None:
     assert evaluate([run_folder], suite) == 0
 
 
+@pytest.mark.slow
 def test_it_is_in_checkpoints_and_exports_and_the_scale_is_measured_once(glyphs, tmp_path, weights):
     shards, whole, killed = glyphs / "train", tmp_path / "whole", tmp_path / "killed"
     assert codes(run(1, "ddpm", settings(whole, shards, weights, "engine.micro_batch=4"))) == [0]

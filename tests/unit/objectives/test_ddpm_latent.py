@@ -185,7 +185,9 @@ def test_a_block_is_drawn_to_the_encoders_patches():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, while it traces
-@pytest.mark.parametrize("network", [PIXELS, DIT | {"patch": 4}], ids=["unet", "dit"])
+@pytest.mark.parametrize(
+    "network", [pytest.param(PIXELS, marks=pytest.mark.slow), DIT | {"patch": 4}], ids=["unet", "dit"]
+)
 def test_compiled_blocks_give_the_same_gradient_and_the_aligned_one_is_left(network, monkeypatch):
     """By torch's tracer alone, since generating kernels takes a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
