@@ -169,6 +169,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "swav with batch norm": ("swav", RESNET | {"small_stem": True}),
     "supervised with batch norm": ("supervised", RESNET),
+    "vq_vae with a critic": (
+        "vq_vae",
+        {
+            # Where a gradient is nothing but rounding, AdamW makes it large: attention's keys have a bias without one,
+            # and an untrained hinge's gradients of data and samples are each other's opposite.
+            "network": {
+                "channels": 8,
+                "multipliers": [1, 2],
+                "blocks": 1,
+                "groups": 4,
+                "latent": 4,
+                "attention": False,
+            },
+            "critic": {
+                "network": {"name": "patch", "channels": 4, "layers": 1, "norm": False},
+                "loss": "non_saturating",
+            },
+        },
+    ),
 }
 """Objectives in other settings than those of their smoke configs: objective and settings."""
 
