@@ -1,7 +1,8 @@
 """Killed and resumed, a run goes on as if nothing had happened, with all that its method keeps beside the weights.
 
 Queues, pointers and momentum copies of contrastive methods; targets, centres and teachers of those without negatives;
-pseudo-labels, banks and teachers of adaptation and of learning from few labels.
+the queue and the usual sizes of losses of distillation; pseudo-labels, banks and teachers of adaptation and of learning
+from few labels.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from data_prep.tokenizer import train_tokenizer
 from pipeline.engine.checkpoint import read_manifest
 from pipeline.engine.fragments import MODEL, Spec, whole
 from tests.integration.runs import codes, die_at, metrics, overrides, run, same_course, steps_of
+from tests.integration.test_embed import write_teacher
 
 BESIDE = "data.beside.unlabelled.path='{shards}'"
+DISTILLED = ["objective.teachers.only.weights='{teacher}'", "objective.balance=true"]
+DISTILLED += ["objective.losses.queue={{kind='queue', size=12}}"]
 RUNS = {
     "clip": ("clip", ["engine.zero=2"], 4),
     "siglip": ("clip", ["objective.loss=sigmoid", "objective.share=blocks", "engine.name=accelerate"], 1),
@@ -34,9 +38,11 @@ RUNS = {
     "pseudo-labels": ("pseudo_label", [BESIDE, "objective.alternate=[2, 1]"], 4),
     "mean teacher": ("mean_teacher", [BESIDE, "engine.zero=3"], 4),
     "fixmatch": ("fixmatch", [BESIDE], 1),
+    "distillation": ("distill", [*DISTILLED, "engine.name=deepspeed", "engine.zero=2"], 4),
 }
 """Objective, settings, and the number of ranks that a run of two is resumed with."""
 SLOW = {"siglip", "simclr", "moco v2", "shot", "pseudo-labels", "mean teacher", "fixmatch", "swav", "byol", "ibot"}
+SLOW.add("distillation")
 """Run by make test-all: how an engine saves and resumes is held by the others; what is these methods' own is in the
 contract tests."""
 LAST = 8
@@ -70,7 +76,11 @@ def test_it_resumes_bit_for_bit_and_at_another_world_size(name, captioned, tmp_p
     def settings(folder: Path, world: int) -> list[str]:
         # Batch norm takes the statistics of one forward over all ranks, so there is no accumulation at any size.
         quick = [f"run.length={LAST}ba", f"engine.micro_batch={8 // world}", "engine.precision=fp32"]
-        return overrides(folder, captioned, *quick, *(word.format(shards=captioned) for word in more))
+        given = {"shards": captioned, "teacher": tmp_path / "teacher.safetensors"}
+        return overrides(folder, captioned, *quick, *(word.format(**given) for word in more))
+
+    if objective == "distill":
+        write_teacher(tmp_path / "teacher.safetensors", captioned)
 
     straight, killed, elsewhere = (tmp_path / n for n in ("straight", "killed", "elsewhere"))
     assert codes(run(2, objective, settings(straight, 2))) == [0, 0]
@@ -90,3 +100,5 @@ def test_it_resumes_bit_for_bit_and_at_another_world_size(name, captioned, tmp_p
         torch.testing.assert_close(found[key], expected, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
     if name == "moco v2":
         assert int(found[f"{MODEL}/filled"]) == LAST * 8 % 24
+    if name == "distillation":
+        assert int(found[f"{MODEL}/filled_queue"]) == LAST * 8 % 12 and int(found[f"{MODEL}/seen"]) == LAST
