@@ -48,6 +48,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
 from pipeline.record import statistics as intervals
@@ -261,17 +262,18 @@ def collected(table: Table, folders: Sequence[Path]) -> Table:
 
     Args:
         table: its rows and columns say what is looked for.
-        folders: of the sweeps; the runs lie below. What a later one has takes the place of an earlier one's.
+        folders: of the sweeps; the runs lie below. What a later one has takes the place of an earlier one's. A run
+            whose name tells no seed stands for all seeds, as a teacher that several students follow.
 
     Raises:
         RecordError: a row has no run.
     """
-    runs: dict[tuple[str, int], Path] = {}
+    runs: dict[tuple[str, int | None], Path] = {}
     for folder in folders:
         for path in sorted(path.parent for path in folder.rglob("metrics.jsonl")):
             name = SEED.match(str(path.relative_to(folder)))
             assert name is not None
-            runs[name["run"], int(name["seed"] or 0)] = path
+            runs[name["run"], None if name["seed"] is None else int(name["seed"])] = path
     rows: list[Row] = []
     for row in table.rows:
         found = {
@@ -279,7 +281,7 @@ def collected(table: Table, folders: Sequence[Path]) -> Table:
             for column in table.columns
             if not column.mean
         }
-        measured = {key: values for key, values in found.items() if not all(map(math.isnan, values))}
+        measured = {key: values for key, values in found.items() if not np.isnan(values).all()}
         if not measured and not row.values:
             there = ", ".join(sorted({name for name, _ in runs})) or "none"
             raise RecordError(f"{row.title}: no run called {row.run or row.title!r} has the columns; there are {there}")
@@ -287,13 +289,15 @@ def collected(table: Table, folders: Sequence[Path]) -> Table:
     return Table(table.origin, table.columns, rows, table.baseline, table.head)
 
 
-def _of_runs(runs: Mapping[tuple[str, int], Path], name: str, metric: str, seeds: int) -> list[float]:
-    """What each seed's run gave; NaN where it is not there."""
-    paths = [runs.get((name, seed)) for seed in range(seeds)]
-    return [
-        math.nan if path is None else float(read_run(path, settings=False).values.get(metric, math.nan))
-        for path in paths
-    ]
+def _of_runs(runs: Mapping[tuple[str, int | None], Path], name: str, metric: str, seeds: int) -> float | list[float]:
+    """What each seed's run gave, or the one run for all; NaN where it is not there."""
+
+    def of(path: Path | None) -> float:
+        return math.nan if path is None else float(read_run(path, settings=False).values.get(metric, math.nan))
+
+    if (name, None) in runs:
+        return of(runs[name, None])
+    return [of(runs.get((name, seed))) for seed in range(seeds)]
 
 
 def write_table(path: Path, table: Table) -> None:

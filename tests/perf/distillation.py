@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -77,8 +76,8 @@ def bare(model: Distill, batch: Batch, optimizer: torch.optim.Optimizer) -> Call
     return once
 
 
-def times(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """CPU seconds of each, the median over rounds; one of each in turn, so that all see the same machine."""
+def times(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, np.ndarray]:
+    """CPU seconds of each, by round; one of each in turn, so that all see the same machine."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 2):
         for name, work in works.items():
@@ -86,7 +85,12 @@ def times(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]
             work()
             if number >= 2:
                 found[name].append(time.process_time() - begun)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def shown(values: np.ndarray, digits: int) -> str:
+    """The median over rounds, and their range."""
+    return f"{np.median(values):.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
 
 def steps(batch: int, rounds: int) -> None:
@@ -115,13 +119,9 @@ def steps(batch: int, rounds: int) -> None:
         rounds,
     )
     parts = found["teacher"] + found["student"]
-    print(
-        f"live step: {found['live']:.3f} s, teacher and student alone {parts:.3f} s, ratio {found['live'] / parts:.3f}"
-    )
-    print(
-        f"stored step: {found['stored']:.3f} s, student alone {found['student']:.3f} s, "
-        f"ratio {found['stored'] / found['student']:.3f}"
-    )
+    print(f"live step: {shown(found['live'], 3)} s; over teacher and student alone {shown(found['live'] / parts, 3)}")
+    student = found["stored"] / found["student"]
+    print(f"stored step: {shown(found['stored'], 3)} s; over student alone {shown(student, 3)}")
 
 
 def write_outputs(main: Manifest, folder: Path) -> None:
@@ -173,8 +173,8 @@ def loader(batch: int, rounds: int) -> None:
         found = times({name: some(walk) for name, walk in walks.items()}, rounds)
     rates = {name: 4 * batch / seconds for name, seconds in found.items()}
     print(
-        f"loader: {rates['images']:,.0f} images/s alone, {rates['both']:,.0f} images/s with stored outputs, "
-        f"ratio {rates['both'] / rates['images']:.3f}"
+        f"loader: {shown(rates['both'], 0)} images/s with stored outputs; over images alone "
+        f"{shown(rates['both'] / rates['images'], 3)}"
     )
 
 

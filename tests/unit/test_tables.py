@@ -133,6 +133,10 @@ def test_what_runs_gave_is_taken_over(tmp_path, record):
     again = read_table(record)
     assert [row.title for row in again.rows] == ["alone", "KL, T = 4", "hint"] and again.columns == table.columns
     assert again.rows[1].run == "kl" and repr(again.rows[1].values) == repr(table.rows[1].values)
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)  # trained once: it stands beside every seed's student
+    (tmp_path / "runs" / "teacher" / "metrics.jsonl").write_text(json.dumps({"step": 3, "knn/top1": 0.9}) + "\n")
+    both = Table(table.origin, table.columns, [*table.rows, Row("Teacher", {}, "teacher")], "alone")
+    assert collected(both, [sweep, tmp_path / "runs"]).rows[-1].values == {"knn/top1": 0.9}
     lacking = Table(table.origin, [Column("knn/top1", "kNN")], [Row("mine", {})])
     with pytest.raises(RecordError, match=r"mine: no run called 'mine' has the columns; there are alone, kl, other"):
         collected(lacking, [sweep])
