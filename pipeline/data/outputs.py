@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,8 @@ KIND = "stored"
 """Of fields that hold such outputs."""
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """Where the outputs stand in a row."""
 
     widths: Mapping[str, int]
@@ -35,7 +38,7 @@ class Layout(NamedTuple):
     top: int | None = None
     """Logits that are stored of the K; None: all."""
 
-    @property
+    @cached_property
     def columns(self) -> dict[str, slice]:
         """Where each output stands in a stored row."""
         found, at = dict[str, slice](), 0
@@ -45,7 +48,7 @@ class Layout(NamedTuple):
             at += stored
         return found
 
-    @property
+    @cached_property
     def width(self) -> int:
         """W."""
         return max(place.stop for place in self.columns.values())

@@ -6,6 +6,8 @@ Several at once are ``[data.field.NAME]`` tables with ``name = "vector"``; NAME 
 from __future__ import annotations
 
 import io
+import math
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -59,19 +61,27 @@ def read_npy(data: memoryview, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         ValueError: no such file, an array of another shape, or of something else than numbers.
     """
-    file = io.BytesIO(data)
-    try:
-        found, is_fortran, dtype = _HEADERS[npy.read_magic(file)](file)
-    except Exception as error:  # numpy reads the header as a line of Python, which fails in many ways
-        raise ValueError(f"not a readable .npy ({error!r:.80})") from error
+    wide = 4 if data[6:7] == b"\x02" else 2  # bytes of the header's length, behind magic and version
+    start = 8 + wide + int.from_bytes(data[8 : 8 + wide], "little")
+    found, is_fortran, dtype = _header(bytes(data[:start]))
     if dtype.kind not in "fiu":
         raise ValueError(f"an array of {dtype}, not of numbers")
     if found != shape:
         raise ValueError(f"an array of {list(found)}, not of {list(shape)}")
-    rest = data[file.tell() :]
-    if len(rest) != int(np.prod(shape)) * dtype.itemsize:
+    rest = data[start:]
+    if len(rest) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{len(rest)} bytes of numbers, which is not what its header says")
     return np.frombuffer(rest, dtype).reshape(shape, order="F" if is_fortran else "C")
+
+
+@lru_cache(maxsize=64)
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, order and type. Numpy reads a header as a line of Python, and those of a data set are all alike."""
+    file = io.BytesIO(data)
+    try:
+        return _HEADERS[npy.read_magic(file)](file)
+    except Exception as error:  # in many ways
+        raise ValueError(f"not a readable .npy ({error!r:.80})") from error
 
 
 def converted(stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
