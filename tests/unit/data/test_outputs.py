@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.config.schema import Captions, Data, Image
 from pipeline.core.errors import ConfigError
-from pipeline.data.outputs import Layout, facts_of, hold, plain
+from pipeline.data.field import Sample, make_fields
+from pipeline.data.outputs import MEMBER, Layout, facts_of, hold, plain
 from tests.unit.data.shards import write_data
+from tests.unit.data.wide import AUGMENTATIONS, outputs_of, wide_data, with_outputs, write_wide
 
 
 def draw(*shape, seed=0, scale=3.0):
@@ -46,6 +50,19 @@ def test_of_the_top_logits_probabilities_are_exact_and_the_others_share_what_is_
         assert own.tolist() == best
         left = 1 - sum(wanted[c] for c in best)
         assert found == pytest.approx([wanted[c] if c in best else left / 6 for c in range(9)], rel=1e-5)
+
+
+def test_a_sample_has_the_row_of_its_augmentation(tmp_path):
+    manifest = write_wide(tmp_path, [2])
+    data = wide_data(manifest, ("big",), {"big": {"name": "stored", "sidecar": "teacher"}})
+    field = make_fields(with_outputs(manifest, data), data, 3, lambda: b"")["big"]
+    members = outputs_of(1)
+    rows = np.load(io.BytesIO(members[f"teacher:{MEMBER}"]))
+    assert len(rows) == AUGMENTATIONS == 2 and not np.isclose(rows[0, :3], rows[1, :3]).any()
+    for epoch, drawn in zip(range(5), field.draw(torch.arange(5), torch.ones(5, dtype=torch.int64)), strict=True):
+        arrays = {name: np.zeros((1, *column.shape), column.dtype) for name, column in field.columns.items()}
+        field.decode(Sample({name: memoryview(content) for name, content in members.items()}), drawn, arrays, 0)
+        np.testing.assert_array_equal(arrays["big_features"][0], rows[epoch % 2, :3].astype(np.float32))
 
 
 def test_what_does_not_fit_is_said():
