@@ -22,7 +22,7 @@ from pipeline.config.strict import Positive, PositiveFloat, Strict
 from pipeline.core.errors import NonFiniteError
 from pipeline.core.protocols import Batch, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.core.random import SampleRandom
-from pipeline.nn.diffusion.model import to_model, to_pixels
+from pipeline.nn.diffusion.space import to_model, to_pixels
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.generative.energy import Energy, LangevinConfig, each, geometric, langevin
 from pipeline.nn.images import tile

@@ -24,7 +24,7 @@ from pipeline.core.errors import ConfigError, NonFiniteError
 from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.core.random import SampleRandom
 from pipeline.nn.batch_norm import frozen_statistics
-from pipeline.nn.diffusion.model import to_model, to_pixels
+from pipeline.nn.diffusion.space import to_model, to_pixels
 from pipeline.nn.generative.adversarial import Kind, PenaltyConfig, critic_loss, generator_loss, penalty, unlike
 from pipeline.nn.generative.critics import (
     CriticConfig,

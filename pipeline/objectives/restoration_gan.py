@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.config.strict import Positive, Strict
 from pipeline.core.protocols import Batch, Clock, DataFacts, Objective, Picture, StepContext, StepOutput
 from pipeline.core.random import SampleRandom
-from pipeline.nn.diffusion.model import to_model, to_pixels
+from pipeline.nn.diffusion.space import to_model, to_pixels
 from pipeline.nn.generative.adversarial import critic_loss, generator_loss, silent
 from pipeline.nn.generative.critics import ConvCriticConfig, CriticConfig, CriticFeatures, Judged, critic_of, pooled
 from pipeline.nn.generative.restoring import (

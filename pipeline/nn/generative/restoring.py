@@ -21,7 +21,7 @@ from pipeline.config.strict import Positive, Strict
 from pipeline.core.errors import ConfigError
 from pipeline.core.random import SampleRandom
 from pipeline.nn.convolution import Conv
-from pipeline.nn.diffusion.model import to_model, to_pixels
+from pipeline.nn.diffusion.space import to_model, to_pixels
 from pipeline.nn.encoder import to_weights
 from pipeline.nn.images import unpatchify
 from pipeline.nn.masking import draw_masks
