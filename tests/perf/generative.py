@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.core.protocols import Clock, DataFacts, Objective, StepContext
 from pipeline.nn.generative import pixels
+from pipeline.nn.generative.causal_transformer import CausalTransformer
 from pipeline.nn.generative.gaussian import Posterior
-from pipeline.objectives import flow, vae, vq_vae
+from pipeline.nn.generative.pixelcnn import PixelCNN
+from pipeline.objectives import autoregressive, flow, vae, vq_vae
 
 IMAGES, SIZE = 32, 32
 STEPS = 2
@@ -55,6 +58,22 @@ def bare_flow(model: flow.Flow, x: Tensor) -> Tensor:
     return -model.network(x + torch.rand_like(x) / 128).log_density.mean()
 
 
+def bare_pixelcnn(model: autoregressive.Autoregressive, x: Tensor) -> Tensor:
+    """Minus the logarithm of the probability."""
+    network, image = model.model, ((x + 1) * 127.5).round().to(torch.uint8)
+    assert isinstance(network, PixelCNN)
+    return -network.log_likelihood(image, network(image)[0]).mean()
+
+
+def bare_prior(model: autoregressive.Autoregressive, x: Tensor) -> Tensor:
+    """Cross-entropy of the codes of a frozen autoencoder."""
+    network, own = model.model, model.autoencoder
+    assert isinstance(network, CausalTransformer) and own is not None and own.quantiser is not None
+    with torch.no_grad():
+        code = own.quantiser(own.model.encode(x)).index.flatten(1)
+    return functional.cross_entropy(network(code)[0].flatten(0, 1), code.flatten())
+
+
 def with_normal_decoder(config: type[Any], **settings: Any) -> Any:
     """Settings of an autoencoder."""
     return config(network=NETWORK, decoder="normal", **settings)
@@ -63,6 +82,22 @@ def with_normal_decoder(config: type[Any], **settings: Any) -> Any:
 ROWS: Mapping[str, tuple[Callable[[], Objective], Bare]] = {
     "vae": (lambda: vae.VAE(with_normal_decoder(vae.Config), FACTS), bare_vae),
     "vq_vae": (lambda: vq_vae.VQVAE(with_normal_decoder(vq_vae.Config), FACTS), bare_vq_vae),
+    "pixelcnn": (
+        lambda: autoregressive.Autoregressive(
+            autoregressive.Config(network={"filters": 32, "blocks": 1, "dropout": 0.0}), FACTS
+        ),
+        bare_pixelcnn,
+    ),
+    "codes": (
+        lambda: autoregressive.Autoregressive(
+            autoregressive.Config(
+                network={"name": "transformer", "dim": 128, "depth": 4, "heads": 4, "dropout": 0.0},
+                autoencoder={"kind": "vq_vae", "weights": "random", "network": NETWORK},
+            ),
+            FACTS,
+        ),
+        bare_prior,
+    ),
     "flow": (
         lambda: flow.Flow(flow.Config(network={"name": "coupling", "levels": 2, "steps": 4, "width": 64}), FACTS),
         bare_flow,
@@ -78,7 +113,7 @@ ROWS: Mapping[str, tuple[Callable[[], Objective], Bare]] = {
 
 def trained(model: nn.Module, loss: Callable[[], Tensor], after: Callable[[], object]) -> Callable[[], None]:
     """A training step."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
