@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INCHES, DOTS = (7.5, 4.5), 100
-COLOURS = "tab20"
-"""Of matplotlib's colour maps; the first twenty kinds differ."""
+COLOURS = {10: "tab10", 20: "tab20"}
+"""Of matplotlib's colour maps, by how many kinds they tell apart; the larger one has pale colours too."""
 
 
 class Line(NamedTuple):
@@ -68,9 +68,10 @@ def colour(number: int, kinds: int) -> tuple[float, float, float]:
     import matplotlib
     from matplotlib.colors import hsv_to_rgb
 
-    if kinds <= 20:
-        red, green, blue, _ = matplotlib.colormaps[COLOURS](number)
-        return red, green, blue
+    for most, name in COLOURS.items():
+        if kinds <= most:
+            red, green, blue, _ = matplotlib.colormaps[name](number)
+            return red, green, blue
     turn = (number * 0.618034) % 1  # neighbours differ: the golden section
     red, green, blue = hsv_to_rgb((turn, 0.55 + 0.45 * (number % 2), 0.65 + 0.35 * (number % 3 == 0))).tolist()
     return red, green, blue

@@ -21,6 +21,7 @@ from pipeline.nn.construct import construct_encoder
 from pipeline.nn.dropout import dropping_for
 from pipeline.nn.encoder import EncoderConfig, ImageClassifier
 from pipeline.nn.images import tile
+from pipeline.nn.labels import check_labels
 from pipeline.nn.start import start_as_big_vision
 
 SHOWN = 8
@@ -106,6 +107,18 @@ class Classifier(Objective):
         self.norm = bottleneck(self.encoder.dim, config.bottleneck) if config.bottleneck else nn.Identity()
         width = config.bottleneck or self.encoder.dim
         self.head = classifying_head(width, len(facts.classes), config.head_std, config.weight_norm)
+        self._labels_checked = False
+
+    def labels_of(self, batch: Batch) -> Tensor:
+        """int64[B]; looked at once, since that waits for the device.
+
+        Raises:
+            DataError: a label is of no class.
+        """
+        if not self._labels_checked:
+            check_labels(batch["label"], self.classes)
+            self._labels_checked = True
+        return batch["label"]
 
     def seen(self, image: Tensor, batch: Batch, ctx: StepContext, purpose: str = "dropout") -> tuple[Tensor, Tensor]:
         """uint8[B,C,H,W] of the samples of ``batch`` to what the classifier reads [B,D], and logits float32[B,K]."""

@@ -17,7 +17,6 @@ from pipeline.core.batch import batch_of
 from pipeline.core.protocols import Batch, DataFacts, Picture, StepContext
 from pipeline.core.random import SampleRandom
 from pipeline.nn.classifier import Classifier, ClassifierConfig
-from pipeline.nn.labels import check_labels
 
 UNLABELLED = "unlabelled"
 """Name of the data set beside the first."""
@@ -74,7 +73,6 @@ class FewLabels(Classifier):
         image = f"uint8[B,{len(config.mean)},H,W]"
         self.needs = {"image": image, "label": "int64[B]", f"{UNLABELLED}_image": image}
         self.needs |= {f"{UNLABELLED}_image{n}": image for n in range(2, views + 1)}
-        self._labels_checked = False
 
     def both(self, batch: Batch) -> tuple[Batch, Batch]:
         """The labelled samples and the unlabelled ones.
@@ -84,9 +82,7 @@ class FewLabels(Classifier):
             DataError: a label is of no class.
         """
         known = batch_of(batch)
-        if not self._labels_checked:  # once: it waits for the device
-            check_labels(known["label"], self.classes)
-            self._labels_checked = True
+        self.labels_of(known)
         return known, batch_of(batch, UNLABELLED)
 
     def together(self, groups: Sequence[tuple[Batch, Tensor]], ctx: StepContext) -> tuple[list[Tensor], Tensor]:

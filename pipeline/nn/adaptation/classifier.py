@@ -18,7 +18,6 @@ from pipeline.core.batch import batch_of
 from pipeline.core.errors import ConfigError
 from pipeline.core.protocols import Batch, DataFacts, Embeddings, PairwiseObjective, Picture, StepContext, StepOutput
 from pipeline.nn import classifier
-from pipeline.nn.labels import check_labels
 from pipeline.nn.teacher import Seen, see
 
 FEATURES, LOGITS = "features", "logits"
@@ -44,7 +43,6 @@ class Classifying(classifier.Classifier, PairwiseObjective):
         self.base, self.facts = config, facts
         self.image_spec = f"uint8[B,{len(config.mean)},H,W]"
         self.needs = {"image": self.image_spec, "label": "int64[B]"}
-        self._labels_checked = False
 
     @property
     def width(self) -> int:
@@ -87,13 +85,6 @@ class Classifying(classifier.Classifier, PairwiseObjective):
     def cross_entropy(self, logits: Tensor, label: Tensor) -> Tensor:
         """Of each sample, float32[B]."""
         return functional.cross_entropy(logits, label, label_smoothing=self.base.label_smoothing, reduction="none")
-
-    def labels_of(self, batch: Batch) -> Tensor:
-        """int64[B]; looked at once, since that waits for the device."""
-        if not self._labels_checked:
-            check_labels(batch["label"], self.classes)
-            self._labels_checked = True
-        return batch["label"]
 
     def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
         """Cross-entropy and what is beside it; both stand in the metrics, before weights."""

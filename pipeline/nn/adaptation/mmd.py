@@ -135,13 +135,12 @@ class _Mmd(torch.autograd.Function):
         n = len(own)
         centred = rows - all_reduce(rows.mean(0)) / world
         kernels = _Kernels.of(centred, bandwidths)
-        source, target = all_gather(centred[:n]), all_gather(centred[n:])
-        columns = torch.cat([source, target])
+        columns = torch.cat([all_gather(centred[:n]), all_gather(centred[n:])])
         total = all_reduce(own.sum())
         weights = own / total.clamp_min(torch.finfo(own.dtype).tiny)
-        weights = torch.cat([weights, weights.new_full((n,), 1 / len(target))])
+        many = len(columns) // 2
+        weights = torch.cat([weights, weights.new_full((n,), 1 / many)])
         by_column = torch.cat([all_gather(weights[:n]), all_gather(weights[n:])])
-        many = len(source)
         apart = [1 - by_column[half].square().sum() for half in (slice(0, many), slice(many, None))]
         sides = [1 / a.clamp_min(LEAST) if unbiased else torch.ones_like(a) for a in apart]
         there = (total > 0) & (apart[0] > LEAST if unbiased else total > 0)
@@ -151,7 +150,7 @@ class _Mmd(torch.autograd.Function):
         blocks += [_Block(halves[0], places[1], cross, None), _Block(halves[1], places[0], cross, None)]
         walk = _Walk(centred, columns, weights, by_column, kernels, tile or TILES.get(rows.device.type, TILES["cpu"]))
         value, gradient = walk.over(blocks, slope=ctx.needs_input_grad[0])
-        ctx.gradient = None if gradient is None else gradient * (there * world)
+        ctx.gradient = None if gradient is None else gradient.mul_(there * world)
         return value * there * world
 
     @staticmethod
@@ -174,7 +173,8 @@ class _Walk(NamedTuple):
         squares = self.rows.square().sum(1), self.columns.square().sum(1)
         value = self.rows.new_zeros(())
         # Each column times its weight, and the weight: one product gives both sums that the gradient needs.
-        weighted = torch.cat([self.columns, self.columns.new_ones(len(self.columns), 1)], 1) * self.by_column[:, None]
+        weighted = torch.cat([self.columns, self.columns.new_ones(len(self.columns), 1)], 1)
+        weighted.mul_(self.by_column[:, None])
         sums = torch.zeros(len(self.rows), weighted.shape[1], dtype=self.rows.dtype, device=self.rows.device)
         for block in blocks:
             for r, c in self._tiles(block):
@@ -191,8 +191,8 @@ class _Walk(NamedTuple):
         if not slope:
             return value, None
         # Both (i, j) and (j, i) hold the pair, and |x - y|^2 has the derivative 2 (x - y).
-        pulls = sums[:, -1:] * self.rows - sums[:, :-1]
-        return value, pulls * (-4 * self.kernels.rates * self.weights[:, None])
+        pulls = sums[:, :-1].neg_().addcmul_(sums[:, -1:], self.rows)  # in place: these are the largest matrices here
+        return value, pulls.mul_(-4 * self.kernels.rates * self.weights[:, None])
 
     def _tiles(self, block: _Block) -> Iterator[tuple[slice, slice]]:
         ends = block.rows.stop or len(self.rows), block.columns.stop or len(self.columns)
