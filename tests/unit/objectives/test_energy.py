@@ -77,6 +77,17 @@ def test_an_untrained_energy_is_that_of_a_normal_distribution():
     torch.testing.assert_close(model.energy.score(x, sigma), expected)
 
 
+def test_what_the_network_adds_is_scaled_by_the_level():
+    """A network that answers with one number everywhere: the score in closed form."""
+    model = build().double()
+    with torch.no_grad():
+        model.energy.network.conv_out.bias.fill_(0.3)
+    x, sigma = torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.tensor([0.02, 0.1, 0.5, 1, 2], dtype=torch.float64)
+    level = sigma.view(-1, 1, 1, 1)
+    c = (level**2 + SIGMA_DATA**2).rsqrt()
+    torch.testing.assert_close(model.energy.score(x, sigma), -(c**2 * x + SIGMA_DATA / level * c * 0.3))
+
+
 def test_the_score_is_the_energys_slope():
     """By differences, with a network that says something; and its own gradient by differences, too."""
     model = build().double().eval()
