@@ -138,7 +138,9 @@ class Flow(Objective):
         """Samples, as they are and cool, and what lies between the noise of two images."""
         few, generator = {name: value[:SHOWN] for name, value in batch.items()}, Generator(self)
         ids = torch.arange(SHOWN, device=few["id"].device)
-        rows = [generator.make(ids, {}, ctx.seed, Drawing(temperature=warmth)) for warmth in (1.0, COOL)]
+        # One sample far out in the tail is no reason to end a run: what is not finite is shown grey.
+        drawn = [generator.draw(ids, ctx.seed, Drawing(temperature=warmth)) for warmth in (1.0, COOL)]
+        rows = [generator.image(x.nan_to_num(0.0, 0.0, 0.0)) for x in drawn]
         noise = self.network(self.dequantised(few["image"], ctx.random(few, "flow.dequantise"))).noise
         between = generator.image(self.network.inverse(walk(noise[0], noise[-1], SHOWN)))
         return {
@@ -188,16 +190,20 @@ class Generator(nn.Module):
         Raises:
             NonFiniteError: a sample is not finite.
         """
-        noise = SampleRandom(seed, "flow.sample", torch.zeros_like(ids), ids).normal(self.flow.dims)
-        # The inverse is exact only if the networks see what they saw in training, so never in half precision.
-        with torch.autocast(ids.device.type, enabled=False):
-            x = self.flow.network.inverse(settings.temperature * noise)
-            if settings.denoise and self.flow.config.noise:
-                x = self._denoised(x)
+        x = self.draw(ids, seed, settings)
         if not x.isfinite().all():
             bad = ids[~x.flatten(1).isfinite().all(dim=1)].tolist()
             raise NonFiniteError(f"sample {bad[0]} (one of {len(bad)}) is not finite; the flow has diverged")
         return self.image(x)
+
+    @torch.no_grad()
+    def draw(self, ids: Tensor, seed: int, settings: Drawing) -> Tensor:
+        """The same as numbers from -1 to 1, float32[B,C,H,W], whether finite or not."""
+        noise = SampleRandom(seed, "flow.sample", torch.zeros_like(ids), ids).normal(self.flow.dims)
+        # The inverse is exact only if the networks see what they saw in training, so never in half precision.
+        with torch.autocast(ids.device.type, enabled=False):
+            x = self.flow.network.inverse(settings.temperature * noise)
+            return self._denoised(x) if settings.denoise and self.flow.config.noise else x
 
     def image(self, x: Tensor) -> Tensor:
         """The values nearest to [B,C,H,W]: uint8."""

@@ -112,6 +112,18 @@ def test_a_flow_that_has_diverged_names_the_sample():
         flow.encoders()["generator"].make(torch.tensor([4, 9]), {}, 0, Drawing())
 
 
+def test_a_run_is_not_ended_by_a_sample_that_is_shown():
+    """What is not finite is grey in the showcase; the other samples are there."""
+    flow = build()
+    whole = flow.showcase(batch(), CTX)["samples"].image
+    inverse = flow.network.inverse
+    flow.network.inverse = lambda noise: inverse(noise).index_fill(0, torch.tensor([1]), float("nan"))
+    torn = flow.showcase(batch(), CTX)["samples"].image
+    changed = (torn != whole).any(axis=-1)
+    assert changed.any() and set(changed.nonzero()[1] // 10) == {1}  # of samples of 8 pixels, 2 apart
+    assert set(torn[changed].ravel().tolist()) == {128}
+
+
 def test_between_two_noises_lies_an_arc_as_long_as_they_are():
     torch.manual_seed(1)
     first, last = torch.randn(2, 3000)
