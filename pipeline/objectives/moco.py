@@ -132,6 +132,8 @@ class MoCo(OneEncoder, PairwiseObjective):
     def embed(self, batch: Batch, ctx: StepContext) -> dict[str, Tensor]:
         """Unit vectors float32[B,E]: queries with gradient, keys without.
 
+        "features", float[B,D], are the encoder's of the first view, without gradient.
+
         Raises:
             ConfigError: ``norm_batch`` does not divide the micro-batch.
         """
@@ -142,46 +144,49 @@ class MoCo(OneEncoder, PairwiseObjective):
                 "objective.norm_batch and engine.micro_batch"
             )
         if self.predictor is None:
-            queries = {"query": self._in_parts(self._query, batch, ctx, "image")}
-            return queries | {"key": self._shuffled_keys(batch, ctx)}
+            return self._in_parts(self._query, batch, ctx, "image") | {"key": self._shuffled_keys(batch, ctx)}
         rows: dict[str, Tensor] = {}
         # Each view by itself: views are coloured unequally, and one batch norm over both would mix their statistics.
         for number, name in (("", "image"), ("2", "image2")):
             view = self.view(batch, ctx, name)
             for kind, encode in (("query", self._query), ("key", self._key)):
                 with dropping_for(batch, ctx, f"dropout.{kind}.{name}"):
-                    rows[kind + number] = encode(view)
+                    rows |= {row + number: x for row, x in encode(view).items()}
         return rows
 
-    def _query(self, x: Tensor) -> Tensor:
-        z = self.head(self.encoder(x))
-        return functional.normalize((z if self.predictor is None else self.predictor(z)).float(), dim=1)
+    def _query(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.encoder(x)
+        z = self.head(features)
+        query = functional.normalize((z if self.predictor is None else self.predictor(z)).float(), dim=1)
+        return {"query": query, "features": features.detach()}
 
     @torch.no_grad()
-    def _key(self, x: Tensor) -> Tensor:
-        return functional.normalize(self.momentum["head"](self.momentum["encoder"](x)).float(), dim=1)
+    def _key(self, x: Tensor) -> dict[str, Tensor]:
+        return {"key": functional.normalize(self.momentum["head"](self.momentum["encoder"](x)).float(), dim=1)}
 
-    def _in_parts(self, encode: Callable[[Tensor], Tensor], batch: Batch, ctx: StepContext, name: str) -> Tensor:
-        """Unit vectors of a view of each sample, float32[B,E]; what goes through batch norm together is a part."""
+    def _in_parts(
+        self, encode: Callable[[Tensor], dict[str, Tensor]], batch: Batch, ctx: StepContext, name: str
+    ) -> dict[str, Tensor]:
+        """What is made of a view of each sample, [B,...]; what goes through batch norm together is a part."""
         count = len(batch["id"])
         size = self.config.norm_batch or count
-        vectors = []
+        parts: list[dict[str, Tensor]] = []
         for first in range(0, count, size):
             part = {field: value[first : first + size] for field, value in batch.items()}
             with dropping_for(part, ctx, f"dropout.{name}"):
-                vectors.append(encode(self.view(part, ctx, name)))
-        return torch.cat(vectors)
+                parts.append(encode(self.view(part, ctx, name)))
+        return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 
     def _shuffled_keys(self, batch: Batch, ctx: StepContext) -> Tensor:
         """Keys of the second views, each made on a rank that chance decides, in the company that chance decides."""
         rank, world = rank_and_world()
         if world == 1 and self.config.norm_batch is None:
-            return self._in_parts(self._key, batch, ctx, "image2")
+            return self._in_parts(self._key, batch, ctx, "image2")["key"]
         everyone = {name: all_gather(batch[name]) for name in ("id", "epoch", "image2")}
         # A random number of each sample sorts them: the same order on all ranks, without a message.
         order = ctx.random(everyone, "moco.shuffle").uniform().argsort(stable=True)
         mine = {name: value[order.chunk(world)[rank]] for name, value in everyone.items()}
-        keys = all_gather(self._in_parts(self._key, mine, ctx, "image2"))
+        keys = all_gather(self._in_parts(self._key, mine, ctx, "image2")["key"])
         return keys[order.argsort().chunk(world)[rank]]
 
     def loss(self, embeddings: Embeddings, ctx: StepContext) -> StepOutput:
@@ -198,9 +203,8 @@ class MoCo(OneEncoder, PairwiseObjective):
             # 2 T: the paper's code makes the gradient's size independent of the temperature.
             losses = (parts[0] + parts[1]) * (2 * self.config.temperature)
             agreement = (rows["query"] * rows["key2"]).sum(dim=1)
-        return StepOutput(
-            losses.mean(), {"agreement": agreement.detach().mean()}, losses.detach(), rows["query"].detach()
-        )
+        told = {"agreement": agreement.detach().mean()}
+        return StepOutput(losses.mean(), told, losses.detach(), rows["features"])
 
     def after_step(self, clock: Clock) -> None:
         """Put the step's keys into the queue, in the order of the global batch, in place of the oldest."""
@@ -234,8 +238,8 @@ class MoCo(OneEncoder, PairwiseObjective):
         views = [self.view(batch, ctx, name) for name in ("image", "image2")]
         with frozen_statistics(self):
             with dropping_for(batch, ctx, "dropout.image"):
-                queries = self._query(views[0])
+                queries = self._query(views[0])["query"]
             with dropping_for(batch, ctx, "dropout.image2"):
-                cosines = queries @ self._key(views[1]).T
+                cosines = queries @ self._key(views[1])["key"].T
         first, second = ((view * 255).round().to(torch.uint8) for view in views)
         return {"views": Picture(*pairs(Match(first, second, cosines)))}

@@ -129,6 +129,8 @@ def test_features_are_told_so_that_a_collapse_is_seen(name):
         assert known or package_of(name) != OBJECTIVES, "StepOutput.features: what the encoder gave"
         return
     assert features.ndim == 2 and len(features) == 8 and not features.requires_grad
+    widths = {encoder.dim for kind, encoder in objective.encoders().items() if kind.startswith("image")}
+    assert features.shape[1] in widths, "of an encoder, and not of its head"
 
 
 @pytest.mark.parametrize("name", NAMES)

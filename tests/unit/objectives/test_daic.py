@@ -86,6 +86,16 @@ def test_labels_come_from_the_first_crop_and_gradients_from_the_second(lone_grou
         assert (value >= 0).all()
 
 
+def test_what_is_learnt_from_is_distorted_anew_in_each_epoch():
+    model, data = build(), batch()
+    view = model.view(data, CTX)
+    assert (view - data["image2"].float() / 255).abs().mean() > 0.01
+    assert not torch.equal(view, model.view(data | {"epoch": data["epoch"] + 1}, CTX))
+    torch.testing.assert_close(model.view({name: x[3:4] for name, x in data.items()}, CTX)[0], view[3])
+    plain = build(colour={"jitter": 0.0, "grey": 0.0, "blur": 0.0}).view(data, CTX)
+    torch.testing.assert_close(plain, data["image2"].float() / 255)
+
+
 def test_images_as_they_are_do_not_enter_the_running_statistics(lone_group):
     model = build()
     model.embed(batch(), CTX)

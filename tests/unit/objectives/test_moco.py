@@ -220,7 +220,7 @@ def test_keys_are_normalised_in_other_company_than_their_queries():
     model = build(encoder="resnet18", encoder_args=RESNET, small_stem=True)
     for half in (order[: GLOBAL // 2], order[GLOBAL // 2 :]):
         part = {n: v[half] for n, v in whole.items()}
-        keys[half] = model._key(model.view(part, ctx, "image2"))
+        keys[half] = model._key(model.view(part, ctx, "image2"))["key"]
     found = np.concatenate([e.value["key"] for e in ended])
     np.testing.assert_allclose(found, keys.numpy(), rtol=1e-4, atol=1e-5)
     assert sorted(order[: GLOBAL // 2]) not in ([0, 1, 2, 3], [4, 5, 6, 7])
