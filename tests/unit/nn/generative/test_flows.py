@@ -123,6 +123,9 @@ def test_layers_without_a_network_are_a_gaussian_in_closed_form():
 def test_a_1x1_convolution_begins_as_a_rotation():
     torch.manual_seed(5)
     matrix = InvertibleConv(12).matrix().detach()
+    torch.manual_seed(5)
+    drawn = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0].float()
+    torch.testing.assert_close(matrix, drawn, rtol=0, atol=1e-5)  # rows that the decomposition has moved are back
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(12), rtol=0, atol=1e-5)
     assert float((matrix - torch.eye(12)).abs().max()) > 0.3
     other = InvertibleConv(12).matrix().detach()
