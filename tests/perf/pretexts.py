@@ -48,7 +48,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "vicreg": ("vicreg", {}),
     "dino": ("dino", {"prototypes": 4096}),
     "swav": ("swav", {}),
-    "deep_cluster": ("deep_cluster", {}),
+    "deep_cluster": ("deep_cluster", {"clusters": 100, "components": 64}),
     "daic": ("daic", {}),
 }
 """Objective and settings, beside the encoder. Those that the folder has not got are passed over."""
