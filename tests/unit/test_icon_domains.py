@@ -23,14 +23,15 @@ def themes(tmp_path, monkeypatch):
                 folder = tmp_path / theme / f"{16 * (place + 1)}x" / "actions"
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.new("RGBA", (4, 4), (20 * grey,) * 3).save(folder / f"{name}.png")
-    link = tmp_path / "two" / "16x" / "actions" / "only-here.png"
-    link.symlink_to(tmp_path / "two" / "16x" / "actions" / "open.png")
+    for size in ("16x", "32x"):
+        folder = tmp_path / "two" / size / "actions"
+        (folder / "only-here.png").symlink_to(folder / "open.png")
     monkeypatch.setattr(icons, "ROOT", tmp_path)
     return ["one", "two"]
 
 
 def test_names_are_shared_and_have_enough_drawings_that_differ(themes):
-    """ "undo" of the second theme is one drawing twice, and a link is none."""
+    """ "undo" of the second theme is one drawing twice, and links are none."""
     found = domains(themes, 2, 40, 4)
     assert {theme: {name: len(images) for name, images in names.items()} for theme, names in found.items()} == {
         "one": {"open": 3, "print": 3, "save": 2},
