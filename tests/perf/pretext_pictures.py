@@ -1,7 +1,8 @@
 """What each pretext sees, asks and answers: the last showcases of the runs of a sweep, a few methods to a picture.
 
-Run: ``python -m tests.perf.pretext_pictures runs/pretext/table [--seed 0] [--out configs/pretext]``. Rows that the
-sweep has not got are passed over. Pictures have 64 colours, so that they stay small.
+Run: ``python -m tests.perf.pretext_pictures runs/pretext/table [--seed 0] [--out configs/pretext]``; the samples of
+generative models: ``runs/generative/table --out configs/generative``. Rows that the sweep has not got are passed over.
+Pictures have 64 colours, so that they stay small.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ GROUPS = {
     "views": ("simclr", "moco", "byol", "barlow_twins", "vicreg", "clip"),
 }
 """Name of a picture, and rows of the sweep that it shows."""
+SAMPLES = {"samples": ("vae", "codes_prior", "flow", "pixelcnn", "gan", "ddpm", "flow_matching")}
+"""The same of configs/generative/table.toml."""
 WIDTH, GAP, LETTER, COLOURS, LIMIT = 640, 12, 13, 64, 150_000
 """Pixels of a column, between pictures and of a letter; colours; bytes of a file at most."""
 SMALL = 320
@@ -35,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("configs/pretext"))
     args = parser.parse_args()
-    for group, rows in GROUPS.items():
+    for group, rows in (SAMPLES if "generative" in args.out.parts else GROUPS).items():
         cells = [cell for row in rows if (cell := shown(args.runs / f"{row},seed={args.seed}", row)) is not None]
         if not cells:
             continue
@@ -53,7 +56,7 @@ def shown(run: Path, title: str) -> Image.Image | None:
     if not folders:
         return None
     captions: dict[str, str] = json.loads((folders[-1] / "index.json").read_text())
-    name, caption = next(iter(captions.items()))
+    name, caption = next(((n, c) for n, c in captions.items() if n == "samples"), next(iter(captions.items())))
     picture = Image.open(folders[-1] / f"{name}.png").convert("RGB")
     if picture.width < SMALL:
         picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
