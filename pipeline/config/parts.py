@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.strict import Positive, Strict, Text
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+def _as_tuple(given: object) -> object:
+    """Behind the validator of a suite's stream values are not JSON to pydantic any more, and strict about lists."""
+    return tuple(cast("list[object]", given)) if isinstance(given, list) else given
+
+
+Classes = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
 
 
 class HeldOut(Strict):
@@ -38,9 +46,9 @@ class ByLabel(Strict):
     """Samples of each class."""
     samples: Positive | None = None
     """Samples in all, of whatever classes they are."""
-    classes: tuple[Text, ...] = ()
+    classes: Classes = ()
     """Names of the classes that there are; left out: all of the data set. Their numbers stay what they are."""
-    without: tuple[Text, ...] = ()
+    without: Classes = ()
     """Names of classes that are left out."""
     seed: Seed = 0
 

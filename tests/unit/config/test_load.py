@@ -230,6 +230,20 @@ def test_dump_of_a_suite_loads_back(write):
     assert load_suite(write("again.toml", dump(suite))) == suite
 
 
+def test_a_suites_stream_may_be_of_some_classes(write):
+    """A stream may be a path alone, and a table of one holds whatever a run's data does: lists too."""
+    some = '{path = "shards/val", by_label = {classes = ["cat", "dog"]}}'
+    others = '{path = "shards/val", by_label = {without = ["cat"], per_class = 2}}'
+    text = SUITE.replace('val = "shards/val"', f'val = "shards/val", some = {some}, others = {others}')
+    suite = load_suite(write("suite.toml", text))
+    parts = [suite.streams[name].by_label for name in ("some", "others")]
+    assert parts[0] is not None and parts[0].classes == ("cat", "dog")
+    assert parts[1] is not None and parts[1].without == ("cat",) and parts[1].per_class == 2
+    assert load_suite(write("again.toml", dump(suite))) == suite
+    with pytest.raises(Mistakes, match="classes: expected a list"):
+        load_suite(write("wrong.toml", text.replace('["cat", "dog"]', '"cat"')))
+
+
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
     (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf" + RUN.encode())
     assert load_run(tmp_path / "run.toml") == load_run(written(tmp_path / "plain.toml"))
