@@ -62,6 +62,13 @@ class Rounding(nn.Module):
         return found + 1e-6 * len(image) * found.roll(1, dims=1)
 
 
+class Restorer(nn.Module):
+    """Gives a darker image, other for each sample and seed, and makes of it one that is nearly right."""
+
+    def forward(self, image: Tensor, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        return image // 2 + (ids + seed).remainder(5).to(torch.uint8).view(-1, 1, 1, 1), image - image % 7
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
@@ -76,6 +83,7 @@ def measured(folder: Path, name: str, batch: int = 16, kept: bool = False, round
     encoders = build_objective("supervised").eval().encoders()
     if rounds:
         encoders = {name: Rounding(encoder).eval() for name, encoder in encoders.items()}
+    encoders["restorer"] = Restorer()
     with ExitStack() as stack, torch.no_grad():
         streams = {
             split: stack.enter_context(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ pytestmark = pytest.mark.slurm
 
 def ranks(cluster: Cluster, task: int) -> list[int]:
     """Processes that evaluate in a task of the array."""
-    found = cluster.processes("SLURM_ARRAY_TASK_ID", str(task))
-    return [
-        pid for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[2] == b"tests.slurm.held_eval"
-    ]
+    found: list[int] = []
+    for pid in cluster.processes("SLURM_ARRAY_TASK_ID", str(task)):
+        with suppress(OSError):  # it may have ended by now; of one that is just ending the command line is empty
+            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[2:3] == [b"tests.slurm.held_eval"]:
+                found.append(pid)
+    return found
 
 
 def test_tasks_that_are_killed_or_queued_again_do_what_is_left_and_failures_are_no_crash(

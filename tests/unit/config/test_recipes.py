@@ -374,7 +374,8 @@ def test_every_recipe_has_a_table():
     recipes = {
         f"{p.parent.name}/{p.stem}" for kind in ("pretrain", "finetune") for p in (CONFIGS / kind).glob("*.toml")
     }
-    assert recipes == PUBLISHED.keys()
+    # tests/integration/test_pretext_recipes.py holds those of papers with networks of another time.
+    assert recipes - {f"pretrain/{name}_rn18_cifar10" for name in ("autoencoder", "exemplar")} == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
