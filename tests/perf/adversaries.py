@@ -11,9 +11,6 @@ Run: ``python -m tests.perf.adversaries [NAME...] [--rounds 9] [--threads 1]``
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,6 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from pipeline.core.protocols import Clock, DataFacts, StepContext
 from pipeline.objectives import energy, gan
+from tests.perf.generative import compare, measure_asked
 
 IMAGES, SIZE = 32, 32
 FACTS = DataFacts((SIZE, SIZE), ())
@@ -108,34 +106,8 @@ ROWS = {
 
 def measure(name: str, rounds: int) -> None:
     """Print the ratio of one row."""
-    sides = ROWS[name](torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8))
-    ratios, seconds = list[float](), list[float]()
-    for number in range(rounds + 1):
-        taken = []
-        for step in sides if number % 2 else sides[::-1]:
-            began = time.process_time()
-            for _ in range(2):
-                step()
-            taken.append((time.process_time() - began) / 2)
-        own, other = taken if number % 2 else taken[::-1]
-        if number:  # the first is to warm up
-            ratios.append(own / other)
-            seconds.append(own)
-    middle = statistics.median(ratios)
-    print(f"{name}: {statistics.median(seconds):.3f} s a step, {middle:.3f} of the bare loop's, bound 1.05", flush=True)
-
-
-def main() -> None:
-    """Print all rows, or those that are named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *ROWS], help="rows; left out: all")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    for name in args.names or ROWS:
-        measure(name, args.rounds)
+    compare(name, ROWS[name](torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)), rounds)
 
 
 if __name__ == "__main__":
-    main()
+    measure_asked(__doc__, ROWS, measure)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -136,6 +136,11 @@ def measure(name: str, rounds: int) -> None:
         trained(ours, lambda: ours(batch, ctx).loss, lambda: ours.after_step(clock)),
         trained(theirs, lambda: bare(theirs, image.float() / 127.5 - 1), lambda: None),
     )
+    compare(name, sides, rounds)
+
+
+def compare(name: str, sides: tuple[Callable[[], object], Callable[[], object]], rounds: int) -> None:
+    """Print the median over rounds of the ratio of a step of the first to one of the second, in turn."""
     ratios, seconds = list[float](), list[float]()
     for number in range(rounds + 1):
         taken = []
@@ -152,17 +157,17 @@ def measure(name: str, rounds: int) -> None:
     print(f"{name}: {statistics.median(seconds):.3f} s a step, {middle:.3f} of the bare loop's, bound 1.05", flush=True)
 
 
-def main() -> None:
-    """Print all rows, or those that are named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *ROWS], help="rows; left out: all")
+def measure_asked(doc: str | None, rows: Collection[str], measure: Callable[[str, int], None]) -> None:
+    """Measure all rows, or those that the command names."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *rows], help="rows; left out: all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for name in args.names or ROWS:
+    for name in args.names or rows:
         measure(name, args.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    measure_asked(__doc__, ROWS, measure)
