@@ -91,7 +91,8 @@ def validate(
         # As JSON, since only there does pydantic's strict mode take a list for a tuple.
         return model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        found = [_explain(model, values, details) for details in error.errors(include_url=False)]
+        told = error.errors(include_url=False)
+        found = [_explain(model, values, details) for details in told if not _of_another_kind(model, values, details)]
         lines: dict[str, None] = {}
         for path, text, general in found:
             if general and any(p[: len(path)] == path and (len(p) > len(path) or not g) for p, _, g in found):
@@ -174,6 +175,27 @@ def _walk(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetai
     return tuple(path), annotation, False
 
 
+def _of_another_kind(model: type[BaseModel], values: Mapping[str, Any], details: ErrorDetails) -> bool:
+    """Whether a mistake is that of a kind of a union which the table does not say it is."""
+    annotation: Any = model
+    value: Any = values
+    for key in details["loc"]:
+        meant = _meant(annotation, value)
+        if holds(value, key):
+            annotation, value = _child(meant, key), value[key]
+        elif meant is not annotation and isinstance(meant, type) and not _names(key, meant):
+            return True
+        else:
+            annotation = meant
+    return False
+
+
+def _names(key: str | int, kind: type[BaseModel]) -> bool:
+    """Whether pydantic means this kind by a key of its own: by a word that tells kinds apart, or by the class."""
+    words = {word for tag in _tags(kind).values() for word in tag}
+    return key in words or re.search(rf"\b{kind.__name__}\b", str(key)) is not None
+
+
 def holds(value: Any, key: str | int) -> bool:
     """Whether ``value[key]`` exists, for a table or a list."""
     if isinstance(value, dict):
@@ -200,11 +222,16 @@ def _meant(annotation: Any, value: Any) -> Any:
     return fitting[0] if len(fitting) == 1 < len(models) else annotation
 
 
-def _tagged(model: type[BaseModel], table: Mapping[str, Any]) -> bool:
-    """Whether the words by which a kind is known stand in a table."""
+def _tags(model: type[BaseModel]) -> dict[str, tuple[Any, ...]]:
+    """Settings that are one of some words, with these."""
     fields = model.model_fields.items()
-    tags = {name: typing.get_args(f.annotation) for name, f in fields if typing.get_origin(f.annotation) is Literal}
-    return bool(tags) and all(table.get(name) in words for name, words in tags.items() if name in table)
+    return {name: typing.get_args(f.annotation) for name, f in fields if typing.get_origin(f.annotation) is Literal}
+
+
+def _tagged(model: type[BaseModel], table: Mapping[str, Any]) -> bool:
+    """Whether the words by which a kind is known stand in a table, or are what it takes where they are left out."""
+    tags, required = _tags(model), {name for name, field in model.model_fields.items() if field.is_required()}
+    return bool(tags) and all(table[n] in words if n in table else n not in required for n, words in tags.items())
 
 
 def _child(annotation: Any, key: str | int) -> Any:
@@ -239,7 +266,7 @@ def _describe(annotation: Any) -> str:
     elif kind is Annotated:
         text = _describe(parts[0])
     elif kind in (Union, types.UnionType):
-        text = " or ".join(_describe(p) for p in parts if p is not type(None))
+        text = " or ".join(dict.fromkeys(_describe(p) for p in parts if p is not type(None)))
     elif kind is tuple:
         text = "a list" if parts[-1] is Ellipsis else f"a list of {len(parts)}"
     elif annotation in _NAMES or kind in _NAMES:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config.load import dump
 from pipeline.config.mistakes import Mistakes, validate
@@ -138,3 +138,46 @@ def test_lines(values, problems):
 def test_prefix_and_title():
     with pytest.raises(Mistakes, match=r"^x\.toml: 1 mistake\n  evals\[2\]\.mode: expected"):
         validate(Inner, {"mode": "c"}, "x.toml", prefix=("evals", 2))
+
+
+class Small(Strict):
+    """The kind that is meant where none is named."""
+
+    name: Literal["small"] = "small"
+    width: Annotated[int, Field(ge=1)] = 4
+
+    @model_validator(mode="after")
+    def _even(self) -> "Small":
+        if self.width % 2:
+            raise ValueError("an odd width")
+        return self
+
+
+class Large(Strict):
+    name: Literal["large"]
+    layers: int = 2
+    norm: Literal["batch", "group"] = "batch"
+
+
+class Network(Strict):
+    network: Small | Large = Small()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"widht": 2}, "widht: unknown key (did you mean 'width'?)"),
+        ({"width": 2, "layers": 3}, "layers: unknown key (there are: name, width)"),
+        ({"width": 0}, "width: expected a number >= 1, found 0"),
+        ({"width": 3}, "an odd width"),
+        ({"name": "large", "layer": 3}, "layer: unknown key (did you mean 'layers'?)"),
+        ({"name": "large", "width": 3}, "width: unknown key (there are: name, layers, norm)"),
+        ({"name": "large", "layers": "2"}, 'layers: expected a whole number, found "2"'),
+    ],
+)
+def test_a_mistake_is_that_of_the_kind_which_is_meant(given, problem):
+    """Of kinds that are told apart by a word which one of them need not be given, the others' mistakes are none."""
+    with pytest.raises(Mistakes) as caught:
+        validate(Network, {"network": given}, "x.toml")
+    (told,) = caught.value.problems
+    assert told in (f"network.{problem}", f"network: {problem}")
